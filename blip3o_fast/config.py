@@ -1,0 +1,310 @@
+"""The facts that define a model: one frozen record, and the four published sizes."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Size = Literal["tiny", "small", "base", "large"]
+TrainingMode = Literal["patch_only", "cls_patch"]
+
+PUBLISHED_ADALN_EPS = 1e-6
+"""The published AdaLN applies this epsilon whatever ``rms_norm_eps`` says."""
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Dimensions and constants of a BLIP3-o DiT, under the published field names.
+
+    Attributes:
+        hidden_size: width D of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads H; D / H is the head width d, a multiple of 4.
+        num_key_value_heads: key and value heads K; divides H.
+        intermediate_size: inner width I of the SwiGLU.
+        eva_embedding_size: width E of the condition.
+        clip_embedding_size: width C of the state.
+        num_tokens: tokens N of the state: the product of ``grid``, plus one for a CLS token.
+        max_position_embeddings: rows of the learned ``pos_embed``, used without ``use_3d_rope``.
+        use_3d_rope: rotary positions on the grid; off means 1-D rotary positions and ``pos_embed``.
+        rope_theta: longest rotary period is ``2 pi * rope_theta`` positions.
+        image_size, patch_size: pixels; their ratio is the default grid's height and width.
+        use_sandwich_norm: norm and modulate each branch's output as well as its input.
+        rms_norm_eps: added to mean squares.
+        dropout_prob: on the MLP's output, in training.
+        attention_dropout: on attention weights, in training.
+        initializer_range: standard deviation behind every projection's initial weights.
+        layer_scale_init_value: initial layer scale; 0 or less leaves layer scales out.
+        use_gradient_checkpointing: recompute each block in the backward pass.
+        training_mode: ``patch_only`` (no CLS token) or ``cls_patch`` (CLS first).
+        use_grouped_query_attention: kept for published files; off requires K = H.
+        zero_init_output: start from zero velocity.
+        use_eva_adapter: the gated MLP adapter; off means one linear map.
+        eva_adapter_layers: layers of the adapter's MLP, widths spaced evenly from E to D.
+        eva_adapter_dropout: in the adapter, in training.
+        conventions: ``consistent`` or ``published``; see ``blip3o_fast.flow.path``.
+        grid: (depth, height, width) of the patches; None: (1, image / patch, image / patch).
+        simple_scale_factor: training multiplied its targets by this, ``generate`` divides by it.
+        condition_dropout: probability with which training zeroed the condition; guidance needs
+            some.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 4
+    intermediate_size: int = 3072
+    eva_embedding_size: int = 4096
+    clip_embedding_size: int = 1024
+    num_tokens: int = 256
+    max_position_embeddings: int = 256
+    use_3d_rope: bool = True
+    rope_theta: float = 10000.0
+    image_size: int = 224
+    patch_size: int = 14
+    use_sandwich_norm: bool = True
+    rms_norm_eps: float = 1e-6
+    dropout_prob: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.01
+    layer_scale_init_value: float = 0.1
+    use_gradient_checkpointing: bool = False
+    training_mode: TrainingMode = "patch_only"
+    use_grouped_query_attention: bool = True
+    zero_init_output: bool = True
+    use_eva_adapter: bool = True
+    eva_adapter_layers: int = 6
+    eva_adapter_dropout: float = 0.1
+    conventions: Literal["consistent", "published"] = "consistent"
+    grid: tuple[int, int, int] | None = None
+    simple_scale_factor: float = 1.0
+    condition_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if self.grid is None:
+            side = self.image_size // self.patch_size
+            object.__setattr__(self, "grid", (1, side, side))
+        self._check_dimensions()
+        self._check_constants()
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether token 0 of the state is a CLS token."""
+        return self.num_tokens > math.prod(self.patches)
+
+    @property
+    def patches(self) -> tuple[int, int, int]:
+        """The grid (depth, height, width), never None."""
+        assert self.grid is not None
+        return self.grid
+
+    @classmethod
+    def preset(cls, size: Size, **overrides: Any) -> "DiTConfig":
+        """A published size, with any field replaced.
+
+        >>> DiTConfig.preset("base").num_hidden_layers
+        12
+        """
+        if size not in PRESETS:
+            raise ValueError(f"size: expected one of {', '.join(PRESETS)}, got {size!r}")
+        cls._check_names(overrides)
+        fields: dict[str, Any] = {**PRESETS[size], **overrides}
+        if fields.get("training_mode") == "cls_patch":
+            fields.setdefault("num_tokens", 257)
+            fields.setdefault("max_position_embeddings", 257)
+        return cls(**fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "DiTConfig":
+        """Read a ``config.json``. One without ``conventions`` was published, and loads as such.
+
+        Raises:
+            ValueError: on an unknown key, naming the nearest valid one.
+        """
+        known: dict[str, Any] = {
+            name: value
+            for name, value in fields.items()
+            if name not in _LIBRARY_KEYS and not name.startswith("_")
+        }
+        cls._check_names(known)
+        known.setdefault("conventions", "published")
+        if isinstance(known.get("grid"), list):
+            known["grid"] = tuple(known["grid"])
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; ``DiTConfig.from_dict`` reads them back."""
+        return {**dataclasses.asdict(self), "grid": list(self.patches)}
+
+    def replace(self, **changes: Any) -> "DiTConfig":
+        """A copy with some fields changed."""
+        self._check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def _check_names(cls, fields: Mapping[str, Any]) -> None:
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+                raise ValueError(f"unknown config key {name!r}{hint}")
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name}: expected true or false, got {value!r}")
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{field.name}: expected an integer, got {value!r}")
+            if field.type is float and (
+                isinstance(value, bool) or not isinstance(value, (int, float))
+            ):
+                raise ValueError(f"{field.name}: expected a number, got {value!r}")
+
+    def _check_dimensions(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ValueError(
+                f"hidden_size: expected num_attention_heads ({self.num_attention_heads}) times a "
+                f"multiple of 4, got {self.hidden_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of num_attention_heads "
+                f"({self.num_attention_heads}), got {self.num_key_value_heads}"
+            )
+        if not self.use_grouped_query_attention and (
+            self.num_key_value_heads != self.num_attention_heads
+        ):
+            raise ValueError(
+                f"num_key_value_heads: expected {self.num_attention_heads} without grouped-query "
+                f"attention, got {self.num_key_value_heads}"
+            )
+        if self.training_mode not in ("patch_only", "cls_patch"):
+            raise ValueError(
+                f"training_mode: expected patch_only or cls_patch, got {self.training_mode!r}"
+            )
+        grid = self.patches
+        if len(grid) != 3 or min(grid) < 1:
+            raise ValueError(
+                f"grid: expected three positive integers (depth, height, width), got {grid}"
+            )
+        tokens = math.prod(grid) + (self.training_mode == "cls_patch")
+        # The published configuration lets its two statements about CLS disagree; tokens decide.
+        cls_unsaid = self.conventions == "published" and self.num_tokens == tokens + 1
+        if self.num_tokens != tokens and not cls_unsaid:
+            raise ValueError(
+                f"num_tokens: expected {tokens} for grid {grid} in mode {self.training_mode}, "
+                f"got {self.num_tokens}"
+            )
+        if self.use_3d_rope and self.conventions == "published" and self.head_dim % 8:
+            raise ValueError(
+                f"hidden_size: the published rotary layout expects a head width that is a multiple "
+                f"of 8, got {self.head_dim}"
+            )
+        if not self.use_3d_rope and self.max_position_embeddings < self.num_tokens:
+            raise ValueError(
+                f"max_position_embeddings: expected at least num_tokens ({self.num_tokens}), "
+                f"got {self.max_position_embeddings}"
+            )
+
+    def _check_constants(self) -> None:
+        if self.conventions not in ("consistent", "published"):
+            raise ValueError(
+                f"conventions: expected consistent or published, got {self.conventions!r}"
+            )
+        if self.conventions == "published" and self.rms_norm_eps != PUBLISHED_ADALN_EPS:
+            raise ValueError(
+                f"rms_norm_eps: the published AdaLN always applies {PUBLISHED_ADALN_EPS:g}; "
+                f"{self.rms_norm_eps:g} needs conventions='consistent'"
+            )
+        for name in _PROBABILITIES:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}: expected a probability below 1, got {getattr(self, name)}"
+                )
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "simple_scale_factor"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+_POSITIVE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "eva_embedding_size",
+    "clip_embedding_size",
+    "num_tokens",
+    "max_position_embeddings",
+    "image_size",
+    "patch_size",
+    "eva_adapter_layers",
+)
+
+_PROBABILITIES = ("dropout_prob", "attention_dropout", "eva_adapter_dropout", "condition_dropout")
+
+# What transformers writes beside the model's own fields.
+_LIBRARY_KEYS = frozenset(
+    (
+        "architectures",
+        "dtype",
+        "grid_size",
+        "model_type",
+        "torch_dtype",
+        "transformers_version",
+        "format_version",
+    )
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1024,
+        "initializer_range": 0.008,
+    },
+    "small": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 1536,
+        "initializer_range": 0.01,
+    },
+    "base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2048,
+        "initializer_range": 0.01,
+    },
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "intermediate_size": 4096,
+        "initializer_range": 0.012,
+    },
+}
+"""The published sizes: 61.9, 98.8, 227.5 and 684.3 million parameters."""

@@ -1,0 +1,1 @@
+"""Shards of paired embeddings: format, order, loading."""

@@ -1,0 +1,32 @@
+"""The fused ops: one file each, a public function over interchangeable implementations."""
+
+from blip3o_fast.ops._dispatch import Impl, ImplTable, resolve_impl
+from blip3o_fast.ops.adapter_mix import adapter_mix
+from blip3o_fast.ops.adapter_norm import adapter_norm
+from blip3o_fast.ops.attention import AttentionBackend, attention
+from blip3o_fast.ops.flow_loss import flow_loss
+from blip3o_fast.ops.rope import rope
+from blip3o_fast.ops.sandwich_join import sandwich_join
+from blip3o_fast.ops.sandwich_norm import sandwich_norm
+from blip3o_fast.ops.solver_update import solver_update
+from blip3o_fast.ops.swiglu import swiglu
+from blip3o_fast.reference import LossTerms, LossWeights, Modulation
+
+__all__ = [
+    "Impl",
+    "ImplTable",
+    "resolve_impl",
+    "Modulation",
+    "LossTerms",
+    "LossWeights",
+    "sandwich_norm",
+    "sandwich_join",
+    "rope",
+    "swiglu",
+    "AttentionBackend",
+    "attention",
+    "adapter_norm",
+    "adapter_mix",
+    "solver_update",
+    "flow_loss",
+]

@@ -1,0 +1,90 @@
+"""Which implementation an op runs: the only place that looks at a device to decide."""
+
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+from enum import Enum
+from functools import cache
+
+from torch import Tensor
+
+
+class Impl(Enum):
+    """An implementation of a fused op."""
+
+    REFERENCE = "reference"
+    TRITON = "triton"
+    CUDA = "cuda"
+
+
+@dataclass
+class ImplTable:
+    """The implementation of each op of one model; None leaves the choice to ``resolve_impl``."""
+
+    sandwich_norm: Impl | None = None
+    sandwich_join: Impl | None = None
+    rope: Impl | None = None
+    swiglu: Impl | None = None
+    adapter_norm: Impl | None = None
+    adapter_mix: Impl | None = None
+    solver_update: Impl | None = None
+    flow_loss: Impl | None = None
+
+    def set(self, impl: Impl | None = None, **per_op: Impl | None) -> None:
+        """Choose ``impl`` for every op, then the exceptions named in ``per_op``."""
+        names = [field.name for field in fields(self)]
+        for name in per_op:
+            if name not in names:
+                raise ValueError(f"unknown op {name!r}; expected one of {', '.join(names)}")
+        for name in names:
+            setattr(self, name, per_op.get(name, impl))
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU in Triton's interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
+    """The implementation that will run on ``x``.
+
+    None chooses: Triton for a CUDA tensor where Triton is installed, the reference otherwise. A
+    named implementation is never replaced by another.
+
+    Raises:
+        ValueError: if the named implementation cannot run here, saying why and what to do.
+    """
+    if impl is None:
+        return Impl.TRITON if x.is_cuda and _triton_installed() else Impl.REFERENCE
+    if impl is Impl.TRITON:
+        _require_triton(x)
+    if impl is Impl.CUDA:
+        _require_cuda(x)
+    return impl
+
+
+def _require_triton(x: Tensor) -> None:
+    where = f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
+    if not _triton_installed():
+        raise ValueError(
+            f"impl=TRITON on {where}: Triton is not installed; "
+            "install blip3o-fast[triton] or pass impl=Impl.REFERENCE"
+        )
+    if not x.is_cuda and not interpreting():
+        raise ValueError(
+            f"impl=TRITON on {where}: Triton needs a CUDA tensor, or TRITON_INTERPRET=1 set before "
+            "Python starts; pass impl=Impl.REFERENCE on a CPU"
+        )
+
+
+def _require_cuda(x: Tensor) -> None:
+    where = f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
+    raise ValueError(
+        f"impl=CUDA on {where}: this installation has no CUDA build; reinstall with "
+        "BLIP3O_FAST_CUDA=1 or pass impl=Impl.TRITON"
+    )

@@ -1,0 +1,156 @@
+"""The model as people use it: the network with ``generate``, ``save_pretrained`` and their kin."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip3o_fast.checkpoint import check_tensors, load_checkpoint, save_checkpoint
+from blip3o_fast.flow import Callback
+from blip3o_fast.flow.schedule import GridName
+from blip3o_fast.flow.solvers import SolverName
+from blip3o_fast.model import DiT
+from blip3o_fast.sampling import generate
+
+
+class BLIP3oDiT(DiT):
+    """BLIP3-o DiT: EVA-CLIP tokens ``[B, N, E]`` to CLIP tokens ``[B, N, C]``.
+
+    >>> model = BLIP3oDiT(DiTConfig.preset("base"))
+    >>> clip = model.generate(eva_features=eva, num_inference_steps=50)
+    """
+
+    def generate(
+        self,
+        eva_features: Tensor,
+        num_inference_steps: int = 50,
+        use_heun: bool = True,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        noise: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+        solver: SolverName | None = None,
+        time_grid: GridName | Sequence[float] | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Sample CLIP tokens by integrating the velocity from noise to data.
+
+        One Euler step gives the conditional mean, the best answer for cosine and squared error;
+        many steps give a sample. Runs without gradients and without dropout; the state is fp32.
+
+        Args:
+            eva_features: ``[B, N, E]``, finite, on the model's device.
+            num_inference_steps: S, at least 1.
+            use_heun: Heun (two evaluations a step) rather than Euler, unless ``solver`` says.
+            guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
+            generator: source of the noise; a CPU generator gives the same noise on any device.
+            noise: ``[B, N, C]`` to start from, instead of drawing it.
+            seeds: one per sample, instead of a generator: a sample's noise then depends on its own
+                seed alone, not on its batch.
+            solver: euler, heun, midpoint or adams_bashforth2.
+            time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0
+                to
+                1; None follows the model's conventions.
+            progress: show a bar of steps.
+            callback: called with (step, state) after each step.
+
+        Returns:
+            ``[B, N, C]`` in the dtype of ``eva_features``, divided by ``simple_scale_factor``.
+
+        Raises:
+            ValueError: on a wrong shape, dtype, device, NaN or option, saying what was expected.
+        """
+        return generate(
+            self,
+            eva_features,
+            num_inference_steps,
+            solver=solver or ("heun" if use_heun else "euler"),
+            guidance_scale=guidance_scale,
+            grid=time_grid,
+            noise=noise,
+            generator=generator,
+            seeds=seeds,
+            progress=progress,
+            callback=callback,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` under the published parameter names."""
+        save_checkpoint(folder, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        num_attention_heads: int | None = None,
+        num_key_value_heads: int | None = None,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "BLIP3oDiT":
+        """Load a model in evaluation mode.
+
+        Args:
+            path: our folder or training run, a published ``.pt`` file or a folder of them, or a hub
+                repository ``owner/name`` (needs the extra ``hub``).
+            num_attention_heads, num_key_value_heads: for a ``.pt`` file that comes without its
+                configuration.
+            revision: of a hub repository.
+            device: where to put the parameters.
+            dtype: None keeps the stored one.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint at ``path``.
+            ValueError: if it is damaged or does not fit its configuration.
+        """
+        checkpoint = load_checkpoint(
+            path,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            revision=revision,
+        )
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        check_tensors(checkpoint.config, model.state_dict(), checkpoint.tensors)
+        model.load_state_dict(checkpoint.tensors, assign=True)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def push_to_hub(self, repository: str, *, private: bool = True) -> str:
+        """Upload ``config.json`` and ``model.safetensors``; returns the address of the commit."""
+        try:
+            from huggingface_hub import HfApi
+        except ImportError:
+            raise ImportError(
+                "push_to_hub needs huggingface_hub: pip install 'blip3o-fast[hub]'"
+            ) from None
+        from tempfile import TemporaryDirectory
+
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+
+def load_trained_model(
+    path: str | Path,
+    *,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> BLIP3oDiT:
+    """``BLIP3oDiT.from_pretrained`` under the name that the published README uses."""
+    return BLIP3oDiT.from_pretrained(
+        path,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+    )

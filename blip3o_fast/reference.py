@@ -1,0 +1,199 @@
+"""The specification: every fused op in plain PyTorch.
+
+Each function is differentiable by autograd and runs on any device in any floating dtype. In 16-bit
+dtypes it rounds where the published modules round, so it is also the ``faithful`` oracle; called on
+fp64 tensors it is the truth that every kernel is judged by.
+
+Letters are those of ``blip3o_fast.axes``.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Conventions = Literal["consistent", "published"]
+
+
+class Modulation(NamedTuple):
+    """Two norm weights ``[D]``, and ``u * (1 + scale) + shift`` with shift and scale ``[B, D]``."""
+
+    w1: Tensor
+    w2: Tensor
+    shift: Tensor
+    scale: Tensor
+
+
+class LossWeights(NamedTuple):
+    """Weights of the four terms of the flow loss."""
+
+    velocity: float = 1.0
+    semantic: float = 0.5
+    cosine: float = 0.2
+    consistency: float = 0.3
+
+
+class LossTerms(NamedTuple):
+    """Weighted sum, which carries the gradient, and its four unweighted terms (0-d, fp32)."""
+
+    total: Tensor
+    velocity: Tensor
+    semantic: Tensor
+    cosine: Tensor
+    consistency: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Reductions run in fp32, and in fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * x / rms(x)`` over the last axis (arXiv:1910.07467)."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * unit.to(x.dtype)
+
+
+def sandwich_norm(
+    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
+    """RMSNorm, then AdaLN with its own RMSNorm: ``rms(rms(x; w1); w2) * (1 + scale) + shift``."""
+    u = rms_norm(rms_norm(x, w1, eps), w2, eps)
+    return (u * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+def sandwich_join(
+    x: Tensor,
+    y: Tensor,
+    layer_scale: Tensor | None,
+    post: Modulation | None,
+    pre: Modulation | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Add a branch output ``y`` to the residual stream ``x`` and open the next sub-layer.
+
+    ``post=None`` is the plain pre-norm block (no norm on the branch); ``pre=None`` ends the stack.
+    """
+    branch = y if layer_scale is None else y * layer_scale
+    if post is not None:
+        branch = sandwich_norm(branch, *post, eps=eps)
+    x = (x + branch).to(x.dtype)
+    return x, None if pre is None else sandwich_norm(x, *pre, eps=eps)
+
+
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
+    """Rotate the query and key heads of a packed projection ``[B, N, (H + 2K) d]``.
+
+    Value heads pass through.
+    ``cos`` and ``sin`` are ``[N, d]``, full width: the two halves of a head may turn by different
+    angles, as they do in the published layout. ``num_kv_heads=0`` rotates queries alone.
+    """
+    B, N, _ = qkv.shape
+    d = cos.shape[-1]
+    turned = (num_heads + num_kv_heads) * d
+    heads = qkv[..., :turned].reshape(B, N, num_heads + num_kv_heads, d)
+    low, high = heads.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(qkv.dtype), sin[:, None].to(qkv.dtype)
+    heads = heads * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.cat((heads.reshape(B, N, turned), qkv[..., turned:]), dim=-1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of a packed ``[..., 2I]``, gate first (arXiv:2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention: q ``[B, N, H, d]``, k and v ``[B, M, K, d]`` with K dividing H."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    weights = logits.softmax(-1, dtype=accumulation_dtype(q.dtype)).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def adapter_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm and exact GELU over the first ``len(weight)`` columns; the padding stays zero."""
+    width = weight.shape[0]
+    u = F.gelu(F.layer_norm(x[..., :width], (width,), weight, bias, eps))
+    return F.pad(u, (0, x.shape[-1] - width))
+
+
+def adapter_mix(gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
+    """Gated sum of the adapter's two paths, ``g * adapted + (1 - g) * residual``, g a sigmoid."""
+    g = torch.sigmoid(gate)
+    return g * adapted + (1 - g) * residual
+
+
+def solver_update(
+    x: Tensor,
+    velocity: Tensor,
+    dt: Tensor | float,
+    *,
+    previous: Tensor | None = None,
+    weight: float = 1.0,
+    previous_weight: float = 0.0,
+    guidance_scale: float = 1.0,
+    clamp: float | None = None,
+) -> Tensor:
+    """``x + dt * (weight * v + previous_weight * v_previous)`` in the dtype of the state ``x``.
+
+    With guidance, ``velocity`` and ``previous`` stack the conditional half over the unconditional
+    one, ``[2B, N, C]``, and ``v = v_uncond + guidance_scale * (v_cond - v_uncond)``
+    (arXiv:2207.12598); guidance is linear, so it is applied once, to the combination.
+    """
+    slope = weight * velocity.to(x.dtype)
+    if previous is not None:
+        slope = slope + previous_weight * previous.to(x.dtype)
+    if guidance_scale != 1.0:
+        conditional, unconditional = slope.chunk(2)
+        slope = unconditional + guidance_scale * (conditional - unconditional)
+    x = x + dt * slope
+    return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def flow_loss(
+    velocity: Tensor,
+    x_t: Tensor,
+    x_1: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    *,
+    weights: LossWeights,
+    conventions: Conventions,
+    masks: bool,
+) -> LossTerms:
+    """Velocity, semantic, cosine and consistency terms of rectified-flow training.
+
+    ``consistent`` estimates the clean sample as ``x_t + (1 - t) v``; ``published`` uses the
+    published code's opposite sign, clamps t to [0.001, 0.999] and caps the terms as that code
+    does. ``masks`` restricts the semantic and consistency terms to samples with t > 0.5.
+    """
+    wide = accumulation_dtype(velocity.dtype)
+    velocity, x_t, x_1, noise, t = (u.to(wide) for u in (velocity, x_t, x_1, noise, t))
+    published = conventions == "published"
+    if published:
+        t = t.clamp(1e-3, 1 - 1e-3)
+    sign = -1 if published else 1
+    clean = x_t + sign * (1 - t)[:, None, None] * velocity
+    active = (t > 0.5).to(wide) if masks else torch.ones_like(t)
+
+    def over_active(per_sample: Tensor) -> Tensor:
+        return (per_sample * active).sum() / active.sum().clamp(min=1)
+
+    velocity_term = (velocity - (x_1 - noise)).square().mean()
+    semantic = over_active((clean - x_1).square().mean((1, 2)))
+    cosine = 1 - F.cosine_similarity(clean, x_1, dim=-1, eps=1e-8).mean()
+    images = F.cosine_similarity(clean.mean(1), x_1.mean(1), dim=-1, eps=1e-8)
+    consistency = over_active(1 - images)
+    terms = torch.stack((velocity_term, semantic, cosine, consistency))
+    if published:
+        terms = torch.minimum(terms, terms.new_tensor((100.0, 100.0, 2.0, 2.0))).clamp(min=0)
+    total = (terms * terms.new_tensor(weights)).sum()
+    if published:
+        total = total.clamp(max=100.0)
+    return LossTerms(total, *(term.detach() for term in terms.unbind()))
