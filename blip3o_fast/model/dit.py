@@ -1,5 +1,7 @@
 """The network: state, time and condition to velocity."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -95,14 +97,14 @@ class DiT(nn.Module):
         self._check_inputs(hidden_states, timestep, encoder_hidden_states)
         cos, sin = self.rotary.cos, self.rotary.sin
         activated = nn.functional.silu(self.timestep_embedder(timestep))
-        context: Tensor = self.eva_adapter(encoder_hidden_states)
+        context = self.eva_adapter(encoder_hidden_states)
         openings = self.openings(activated)
 
         x = self.embed_state(hidden_states)
         h = ops.sandwich_norm(
             x, *openings[0], eps=self.config.rms_norm_eps, impl=self.impls.sandwich_norm
         )
-        for block, following in zip(self.blocks, openings[1:], strict=True):
+        for block, following in zip(self.layers(), openings[1:], strict=True):
             inputs = (x, h, context, activated, cos, sin, following)
             if self.gradient_checkpointing and self.training:
                 x, h = checkpoint(block, *inputs, use_reentrant=False)
@@ -112,10 +114,14 @@ class DiT(nn.Module):
         velocity = self.output_proj(h)
         return {"velocity_prediction": velocity, "hidden_states": h} if return_dict else velocity
 
+    def layers(self) -> list[DiTBlock]:
+        """The blocks in order."""
+        return cast(list[DiTBlock], list(self.blocks))
+
     def openings(self, activated: Tensor) -> list[Modulation]:
         """What opens each block, then what opens the output projection."""
         norm, ada_ln = self.output_site()
-        blocks = [block.opening(activated) for block in self.blocks]
+        blocks = [block.opening(activated) for block in self.layers()]
         return [*blocks, ada_ln.modulation(norm, activated)]
 
     def get_num_parameters(self) -> int:

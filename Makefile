@@ -1,0 +1,54 @@
+# Everything starts from a clone: each target creates .venv itself, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of torch, first and by itself: resolved with the rest it may bring a CUDA build.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check format bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(VENV)/torch: constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml setup.py
+	BLIP3O_FAST_CUDA=0 $(INSTALL) --editable '.[demo]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	BLIP3O_FAST_CUDA=0 $(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps foolbox
+	touch $@
+
+demo: $(VENV)/demo ## real photos to a trained translator and its report in ./demo
+	$(BIN)/blip3o-fast demo --output_dir demo
+
+test: $(VENV)/dev ## the tests that need no GPU, Triton kernels in its interpreter
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev ## the tests that take long: kill tests, packaging
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: ## the tests that need a GPU, with the Python that has its torch
+	$(PYTHON) -m pytest -m gpu
+
+check: $(VENV)/dev ## lint, format, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+format: $(VENV)/dev ## mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev ## the CPU subset of the benchmark suite
+	$(BIN)/python -m pytest benchmarks --benchmark-only -m cpu
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo

@@ -1,0 +1,79 @@
+"""``blip3o-fast COMMAND``: each command is a module of this package.
+
+A command module has ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command
+that was typed is imported.
+
+Exit status: 0 done, 1 failed with one line that says why, 2 bad arguments, 130 interrupted,
+143 stopped by SIGTERM after saving.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from blip3o_fast.errors import OptionError
+
+COMMANDS = {
+    "demo": "real photos to a trained translator and its report, on any machine",
+    "train": "train a model on shards of paired embeddings",
+    "evaluate": "measure a model beside its baselines, and write a report",
+    "generate": "translate a directory of EVA shards into CLIP shards",
+    "extract": "turn images into shards of paired embeddings",
+    "convert": "read published pickles and other formats into shards",
+    "bench": "time the library against its limits and its peers",
+    "doctor": "show what would run here, and why",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="blip3o-fast",
+        description="EVA-CLIP patch embeddings to CLIP patch embeddings by rectified flow.",
+        epilog="blip3o-fast COMMAND --help explains every option with its default and unit.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    run = None
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == chosen:
+            module = importlib.import_module(f"blip3o_fast.cli.{name}")
+            module.add_arguments(command)
+            run = module.run
+    args = parser.parse_args(argv)
+    assert run is not None
+    return guarded(lambda: run(args), f"blip3o-fast {args.command}")
+
+
+def guarded(body, name: str) -> int:  # noqa: ANN001
+    """Run ``body``; turn what a user can mend into one line and an exit status.
+
+    Anything else is a defect of the library and keeps its traceback.
+    """
+    try:
+        return body()
+    except OptionError as error:
+        return _report(name, error, 2)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        return _report(name, error, 1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _report(name: str, error: BaseException, status: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

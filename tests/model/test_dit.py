@@ -1,0 +1,150 @@
+"""The network's own promises: inputs, gradients, conventions, packing."""
+
+import pytest
+import torch
+
+from blip3o_fast import DiTConfig
+from blip3o_fast.model import DiT
+from blip3o_fast.model.adapter import padded_linear
+from blip3o_fast.ops import Impl
+
+B, N, C, E, D = 2, 12, 6, 10, 32
+
+
+def config(**fields):
+    small = {
+        "hidden_size": D,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "eva_embedding_size": E,
+        "clip_embedding_size": C,
+        "num_tokens": N,
+        "grid": (1, 3, 4),
+        "eva_adapter_layers": 2,
+        "zero_init_output": False,
+        "initializer_range": 1.0,
+    }
+    return DiTConfig(**{**small, **fields})
+
+
+def inputs(batch=B, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, N, C, generator=generator).to(dtype)
+    eva = torch.randn(batch, N, E, generator=generator).to(dtype)
+    return x, torch.linspace(0.1, 0.9, batch), eva
+
+
+def build(seed=0, **fields):
+    torch.manual_seed(seed)
+    model = DiT(config(**fields)).eval()
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_sandwich_norm": False}, {"use_eva_adapter": False}])
+def test_every_parameter_gets_a_gradient(fields):
+    model = build(**fields)
+    model(*inputs(), return_dict=False).square().sum().backward()
+    dead = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert dead == {"pos_embed"}
+
+
+def test_learned_positions_are_used_without_rotary_grid():
+    model = build(use_3d_rope=False)
+    model(*inputs(), return_dict=False).square().sum().backward()
+    assert model.pos_embed.grad is not None and model.pos_embed.grad[:, :N].any()
+
+
+def test_gradients_match_finite_differences():
+    model = build().double()
+    x, t, eva = inputs(batch=1, dtype=torch.float64)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: model(x, t, eva, return_dict=False), x, atol=1e-4, fast_mode=True
+    )
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    plain, again = build().train(), build().train()
+    again.gradient_checkpointing_enable()
+    for model in (plain, again):
+        torch.manual_seed(1)
+        model(*inputs(), return_dict=False).square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_samples_do_not_see_each_other():
+    model = build()
+    x, t, eva = inputs(batch=3)
+    together = model(x, t, eva, return_dict=False)
+    for i in (2, 0, 1):
+        alone = model(x[i : i + 1], t[i : i + 1], eva[i : i + 1], return_dict=False)
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+def test_consistent_cross_attention_knows_positions():
+    """Moving the condition's tokens moves nothing but a blind cross-attention would not notice."""
+    x, t, eva = inputs()
+    moved = eva.roll(1, dims=1)
+    blind, seeing = build(conventions="published"), build()
+    assert torch.allclose(blind(x, t, eva, False), blind(x, t, moved, False), atol=1e-5)
+    assert not torch.allclose(seeing(x, t, eva, False), seeing(x, t, moved, False), atol=1e-2)
+
+
+def test_timestep_scale_follows_conventions():
+    published, consistent = build(conventions="published"), build()
+    consistent.load_state_dict(published.state_dict())
+    t = torch.tensor([0.25, 0.5])
+    expected = consistent.timestep_embedder(t)
+    torch.testing.assert_close(published.timestep_embedder(1000 * t), expected)
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_padding_the_adapter_changes_nothing(multiple):
+    model = build(hidden_size=36, num_attention_heads=3, num_key_value_heads=1)
+    adapter, eva = model.eva_adapter, inputs()[2]
+    linear, norm = adapter.adaptation_layers[0], adapter.adaptation_layers[1]
+    wide = padded_linear(eva, linear, multiple)
+    assert wide.shape[-1] % multiple == 0
+    torch.testing.assert_close(wide[..., : linear.out_features], linear(eva))
+    from blip3o_fast import ops
+
+    h = ops.adapter_norm(wide, norm.weight, norm.bias, eps=norm.eps)
+    second = adapter.adaptation_layers[4]
+    expected = second(torch.nn.functional.gelu(norm(linear(eva))))
+    padded = padded_linear(h, second, multiple)[..., : second.out_features]
+    torch.testing.assert_close(padded, expected)
+
+
+def test_compiles_whole():
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = compiled(*inputs(), return_dict=False)
+    torch.testing.assert_close(got, model(*inputs(), return_dict=False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, t, e: (x[..., :-1], t, e), r"hidden_states: expected shape \[B, N=12, C=6\]"),
+        (lambda x, t, e: (x[:, :-1], t, e), r"hidden_states: .* got \[2, 11, 6\]"),
+        (lambda x, t, e: (x, t, e[..., :-1]), r"encoder_hidden_states: .*E=10.* got \[2, 12, 9\]"),
+        (lambda x, t, e: (x, t[:1], e), r"timestep: expected shape \[B=2\], got \[1\]"),
+        (lambda x, t, e: (x.half(), t, e), "hidden_states: expected torch.float32.*torch.float16"),
+        (lambda x, t, e: (x, t, e.to("meta")), "encoder_hidden_states: expected cpu.* got meta"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        build()(*change(*inputs()))
+
+
+def test_unknown_op_is_named():
+    with pytest.raises(ValueError, match="unknown op 'softmax'; expected one of sandwich_norm"):
+        build().set_impl(Impl.REFERENCE, softmax=Impl.REFERENCE)

@@ -1,0 +1,211 @@
+"""Checkpoints: round trip, published files, and what is wrong with a bad one."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from blip3o_fast import BLIP3oDiT, DiTConfig, load_trained_model
+from blip3o_fast.checkpoint import load_checkpoint
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "eva_embedding_size": 10,
+    "clip_embedding_size": 6,
+    "eva_adapter_layers": 2,
+    "zero_init_output": False,
+    "initializer_range": 0.5,
+}
+
+
+def small(**fields):
+    torch.manual_seed(0)
+    return BLIP3oDiT(DiTConfig(**{**SMALL, **fields})).eval()
+
+
+def outputs(model):
+    torch.manual_seed(1)
+    config = model.config
+    x = torch.randn(1, config.num_tokens, config.clip_embedding_size)
+    eva = torch.randn(1, config.num_tokens, config.eva_embedding_size)
+    with torch.no_grad():
+        return model(x, torch.tensor([0.3]), eva, return_dict=False)
+
+
+def save_published(path, model, **extra):
+    """The layout that the published trainer writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "global_step": 500,
+        "best_eval_similarity": 0.8,
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-5, "params": [0]}]},
+        "scheduler_state_dict": {"last_epoch": 500},
+        "training_state": {"stability_alerts": 0},
+        "normalization": "DISABLED",
+        **extra,
+    }
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"use_sandwich_norm": False}, {"use_eva_adapter": False}])
+def test_round_trip(tmp_path, dtype, fields):
+    model = small(**fields).to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    again = BLIP3oDiT.from_pretrained(tmp_path / "model")
+    assert again.config == model.config and not again.training
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype == dtype and torch.equal(a, b), name
+    assert torch.equal(outputs(model.float()), outputs(again.float()))
+
+
+def test_saving_leaves_nothing_else_behind(tmp_path):
+    small().save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_save_keeps_the_previous_model(tmp_path, monkeypatch):
+    model = small()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("blip3o_fast.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        small(initializer_range=0.1).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"), [(12, 4, 96), (16, 8, 128), (6, 2, 48), (8, 4, 64)]
+)
+def test_published_file_with_its_heads(tmp_path, heads, kv_heads, width):
+    """Head counts cannot be read off the shapes: 16/8 at width 128 is also 8/4 at head width 16."""
+    fields = {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "conventions": "published",
+    }
+    model = small(**fields)
+    save_published(tmp_path / "checkpoint_step_500.pt", model)
+    loaded = load_trained_model(
+        tmp_path / "checkpoint_step_500.pt",
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
+    assert loaded.config.conventions == "published"
+    torch.testing.assert_close(outputs(loaded), outputs(model))
+
+
+def test_published_large_keeps_its_sixteen_heads(tmp_path):
+    """The shapes of large, one layer deep, with the recorded experiment beside the file."""
+    preset = DiTConfig.preset("large").to_dict()
+    model = small(
+        **{k: preset[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads")},
+        num_hidden_layers=1,
+        intermediate_size=64,
+        conventions="published",
+    )
+    save_published(tmp_path / "checkpoint_step_500.pt", model)
+    experiment = {"args": {"model_size": "large"}, "model_config": {"num_attention_heads": 16}}
+    (tmp_path / "experiment_config.json").write_text(json.dumps(experiment))
+    loaded = load_trained_model(tmp_path)
+    assert loaded.config.num_attention_heads == 16 and loaded.config.num_key_value_heads == 8
+    torch.testing.assert_close(outputs(loaded), outputs(model))
+
+
+def test_the_newest_published_file_of_a_folder_is_taken(tmp_path):
+    old, new = small(), small(initializer_range=0.1)
+    save_published(tmp_path / "checkpoint_step_900.pt", old)
+    save_published(tmp_path / "checkpoint_step_1000.pt", new)
+    loaded = load_trained_model(tmp_path, num_attention_heads=4, num_key_value_heads=2)
+    key = "input_proj.weight"
+    assert torch.equal(loaded.state_dict()[key], new.state_dict()[key])
+
+
+def test_head_counts_are_never_guessed(tmp_path):
+    save_published(tmp_path / "checkpoint_step_500.pt", small())
+    with pytest.raises(ValueError, match="head counts are not in the file; expected experiment_"):
+        load_trained_model(tmp_path)
+
+
+def test_pointer_files_are_followed(tmp_path):
+    small().save_pretrained(tmp_path / "step_10")
+    small(initializer_range=0.1).save_pretrained(tmp_path / "step_20")
+    (tmp_path / "latest").write_text("step_20\n")
+    assert load_trained_model(tmp_path).config.initializer_range == 0.1
+    (tmp_path / "best").write_text("step_10\n")
+    assert load_trained_model(tmp_path).config.initializer_range == 0.5
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp", ""])
+def test_pointers_stay_inside_the_run(tmp_path, name):
+    (tmp_path / "latest").write_text(name)
+    with pytest.raises(ValueError, match="latest: expected the name of a folder in the run"):
+        load_trained_model(tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('payload ran')",))
+
+
+def test_a_hostile_file_is_refused_and_not_run(tmp_path):
+    path = tmp_path / "checkpoint_step_1.pt"
+    save_published(path, small(), hidden=Payload())
+    with pytest.raises(ValueError, match="expected a weights-only torch file"):
+        load_trained_model(path, num_attention_heads=4, num_key_value_heads=2)
+    path.write_bytes(pickle.dumps({"model_state_dict": Payload()}))
+    with pytest.raises(ValueError, match="expected a weights-only torch file"):
+        load_trained_model(path, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -10])
+def test_truncated_weights(tmp_path, keep):
+    small().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model.safetensors: damaged or truncated"):
+        load_trained_model(tmp_path)
+
+
+def test_checkpoint_of_another_size(tmp_path):
+    small().save_pretrained(tmp_path)
+    other = DiTConfig(**{**SMALL, "hidden_size": 48}).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    expected = (
+        r"pos_embed: expected \[1, 256, 48\] for a model of hidden_size 48.*got \[1, 256, 32\]"
+    )
+    with pytest.raises(ValueError, match=expected):
+        load_trained_model(tmp_path)
+
+
+def test_checkpoint_with_more_layers(tmp_path):
+    small(num_hidden_layers=3).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(small().config.to_dict()))
+    with pytest.raises(ValueError, match=r"got \d+ more, such as blocks.2"):
+        load_trained_model(tmp_path)
+
+
+def test_unreadable_configuration(tmp_path):
+    small().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: expected JSON"):
+        load_trained_model(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint folder"):
+        load_checkpoint(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"expected config.json, a pointer file"):
+        load_checkpoint(tmp_path)

@@ -1,0 +1,26 @@
+"""What importing the library costs and touches."""
+
+import subprocess
+import sys
+
+
+def run(code):
+    done = subprocess.run([sys.executable, *code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_import_brings_nothing_heavy():
+    code = (
+        "import sys, torch; before = set(sys.modules); import blip3o_fast\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'triton', 'transformers', 'matplotlib', 'PIL', 'huggingface_hub'}))\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    assert run(["-c", code]).stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_importtime_lists_no_triton_of_ours():
+    log = run(["-X", "importtime", "-c", "import blip3o_fast"]).stderr
+    names = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in log.splitlines()}
+    assert "blip3o_fast" in names and not names & {"triton", "transformers"}
