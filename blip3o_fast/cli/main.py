@@ -1,7 +1,7 @@
 """``blip3o-fast COMMAND``: each command is a module of this package.
 
-A command module has ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command
-that was typed is imported.
+A command module has ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the
+command that was typed is imported.
 
 Exit status: 0 done, 1 failed with one line that says why, 2 bad arguments, 130 interrupted,
 143 stopped by SIGTERM after saving.

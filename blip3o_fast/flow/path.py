@@ -18,6 +18,7 @@ clean estimate in loss     x_t + (1 - t) v               x_t - (1 - t) v, two te
 rotary embedding           a rotation                    a shear (see ``model.positions``)
 cross-attention positions  the same rotary embedding     none
 timestep input             1000 t                        t
+output of the network      v - c(t) x_t (``model.dit``)  v
 =========================  ============================  =========================================
 """
 

@@ -16,6 +16,20 @@ from blip3o_fast.model.positions import RotaryTables
 from blip3o_fast.ops import Impl, ImplTable, Modulation
 
 
+def skip_coefficient(t: Tensor) -> Tensor:
+    """``c(t) = (2t - 1) / (t^2 + (1 - t)^2)``: the velocity is ``c(t) x_t`` plus what the network
+    adds.
+
+    ``c(t) x_t`` is the best linear guess of ``v = x_1 - eps`` from ``x_t`` alone when both are
+    uncorrelated with unit variance: E[v x_t] / E[x_t^2]. Without it the network has to carry the
+    noise itself through every norm to its output, and at t = 0, where v = E[x_1] - eps, whatever
+    it loses of eps is error of the estimate. The same idea as the skip of arXiv:2206.00364, and
+    like it without parameters. It belongs to the consistent conventions; published weights know no
+    skip.
+    """
+    return (2 * t - 1) / (t.square() + (1 - t).square())
+
+
 class DiT(nn.Module):
     """Diffusion transformer with sandwich norms, grouped-query attention and an EVA adapter.
 
@@ -95,6 +109,7 @@ class DiT(nn.Module):
             ValueError: on a wrong shape, dtype or device, saying what was expected and what came.
         """
         self._check_inputs(hidden_states, timestep, encoder_hidden_states)
+        config = self.config
         cos, sin = self.rotary.cos, self.rotary.sin
         activated = nn.functional.silu(self.timestep_embedder(timestep))
         context = self.eva_adapter(encoder_hidden_states)
@@ -102,7 +117,7 @@ class DiT(nn.Module):
 
         x = self.embed_state(hidden_states)
         h = ops.sandwich_norm(
-            x, *openings[0], eps=self.config.rms_norm_eps, impl=self.impls.sandwich_norm
+            x, *openings[0], eps=config.rms_norm_eps, impl=self.impls.sandwich_norm
         )
         for block, following in zip(self.layers(), openings[1:], strict=True):
             inputs = (x, h, context, activated, cos, sin, following)
@@ -112,6 +127,9 @@ class DiT(nn.Module):
                 x, h = block(*inputs)
 
         velocity = self.output_proj(h)
+        if config.conventions == "consistent":
+            skip = skip_coefficient(timestep).to(hidden_states.dtype)[:, None, None]
+            velocity = velocity + skip * hidden_states
         return {"velocity_prediction": velocity, "hidden_states": h} if return_dict else velocity
 
     def layers(self) -> list[DiTBlock]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blip3o_fast import DiTConfig
-from blip3o_fast.model import DiT
+from blip3o_fast.model import DiT, skip_coefficient
 from blip3o_fast.model.adapter import padded_linear
 from blip3o_fast.ops import Impl
 
@@ -95,6 +95,24 @@ def test_consistent_cross_attention_knows_positions():
     blind, seeing = build(conventions="published"), build()
     assert torch.allclose(blind(x, t, eva, False), blind(x, t, moved, False), atol=1e-5)
     assert not torch.allclose(seeing(x, t, eva, False), seeing(x, t, moved, False), atol=1e-2)
+
+
+def test_skip_is_the_best_linear_guess():
+    """c = E[v x_t] / E[x_t^2] for unit-variance data: -1 at noise, 0 half-way, 1 at data."""
+    generator = torch.Generator().manual_seed(0)
+    x1, noise = torch.randn(2, 400_000, generator=generator, dtype=torch.float64)
+    for t in (0.0, 0.2, 0.5, 0.7, 1.0):
+        x_t = (1 - t) * noise + t * x1
+        expected = (x_t @ (x1 - noise)) / (x_t @ x_t)
+        got = skip_coefficient(torch.tensor(t, dtype=torch.float64))
+        assert got.item() == pytest.approx(expected.item(), abs=5e-3)
+
+
+def test_untrained_model_predicts_the_linear_guess():
+    x, t, eva = inputs()
+    expected = skip_coefficient(t)[:, None, None] * x
+    torch.testing.assert_close(build(zero_init_output=True)(x, t, eva, False), expected)
+    assert not build(zero_init_output=True, conventions="published")(x, t, eva, False).any()
 
 
 def test_timestep_scale_follows_conventions():

@@ -1,0 +1,216 @@
+"""One evaluation from a model and two sides of a data set to a ``Report``."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from blip3o_fast.data import Batch, EmbeddingDataset, SampleRecord
+from blip3o_fast.evaluation.accumulator import MetricAccumulator
+from blip3o_fast.evaluation.baselines import Baselines
+from blip3o_fast.evaluation.metrics import token_cosines
+from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples, token_map
+from blip3o_fast.flow import find_solver
+from blip3o_fast.flow.schedule import GridName
+from blip3o_fast.flow.solvers import SolverName
+from blip3o_fast.pretrained import BLIP3oDiT
+
+ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
+"""The crop that a sample was encoded from, ``[height, width, 3]``, or None if it is not at hand."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to measure.
+
+    Attributes:
+        evaluations: numbers of network evaluations to sample with, each at least 1.
+        solver: used where it fits: a two-evaluation solver takes half as many steps, and an odd
+            number of evaluations is Euler's.
+        guidance_scale: 1 is none.
+        time_grid: None follows the model's conventions.
+        batch_size: samples generated at once.
+        seed: with a sample's key, decides its noise, whatever its batch.
+        max_samples: held-out samples to use, evenly spread; None is all.
+        max_training_samples: training samples that the baselines see, evenly spread; None is all.
+        photos: samples to show with their token maps.
+        bootstrap: resamples of the photos for the intervals.
+    """
+
+    evaluations: tuple[int, ...] = (1, 2, 4, 10, 25, 50, 100)
+    solver: SolverName = "heun"
+    guidance_scale: float = 1.0
+    time_grid: GridName | None = None
+    batch_size: int = 64
+    seed: int = 0
+    max_samples: int | None = None
+    max_training_samples: int | None = None
+    photos: int = 6
+    bootstrap: int = 2000
+
+    def __post_init__(self) -> None:
+        if not self.evaluations or min(self.evaluations) < 1:
+            raise ValueError(f"evaluations: expected numbers >= 1, got {self.evaluations}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+
+    def method(self, evaluations: int) -> tuple[SolverName, int]:
+        """Solver and steps that spend ``evaluations``."""
+        stages = len(find_solver(self.solver).fractions)
+        if evaluations % stages:
+            return "euler", evaluations
+        return self.solver, evaluations // stages
+
+
+DEFAULTS = EvaluationSettings()
+
+
+def evaluate_model(
+    model: BLIP3oDiT,
+    training: EmbeddingDataset,
+    heldout: EmbeddingDataset,
+    settings: EvaluationSettings = DEFAULTS,
+    *,
+    title: str = "Evaluation",
+    facts: Mapping[str, str] | None = None,
+    history: Sequence[tuple[int, float]] = (),
+    image_of: ImageOf | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure ``model`` on ``heldout`` beside baselines fitted on ``training``.
+
+    Args:
+        model: on the device where it should run.
+        training: the side that the model learned from.
+        heldout: a side that shares no photo with it.
+        settings: how to measure.
+        title, facts, history: shown in the report.
+        image_of: finds the crops of the samples that are shown.
+        progress: show bars.
+
+    Raises:
+        ValueError: if the data do not fit the model.
+    """
+    device = model.input_proj.weight.device
+    check_fit(model, heldout)
+    baselines = Baselines.fit(
+        read_batches(
+            training,
+            chosen(training, settings.max_training_samples),
+            settings.batch_size,
+            device,
+            "baselines" if progress else None,
+        ),
+        has_cls=training.has_cls,
+    )
+    indices = chosen(heldout, settings.max_samples)
+
+    def measure(predict: Callable[[Batch], Tensor], name: str, evaluations: int | None) -> Result:
+        accumulator = MetricAccumulator(baselines.mean.mean, has_cls=heldout.has_cls)
+        label = name if progress else None
+        for batch in read_batches(heldout, indices, settings.batch_size, device, label):
+            accumulator.add(predict(batch), batch.clip, batch.keys, batch.sources)
+        metrics = accumulator.finish(bootstrap=settings.bootstrap, seed=settings.seed)
+        return Result(metrics, accumulator.scores(), evaluations)
+
+    dit = tuple(
+        measure(lambda batch, n=n: translate(model, batch, settings, n), f"{n} evaluations", n)
+        for n in sorted(set(settings.evaluations))
+    )
+    mean = measure(lambda batch: baselines.mean.predict(batch.eva.float()), "mean", None)
+    ridge = measure(lambda batch: baselines.ridge.predict(batch.eva.float()), "ridge", None)
+    best = max(dit, key=lambda result: result.metrics.token_cosine.value)
+    return Report(
+        title,
+        mean=mean,
+        ridge=ridge,
+        dit=dit,
+        grid=heldout.grid,
+        facts=facts or {},
+        history=tuple(history),
+        photos=shown(model, heldout, indices, best, settings, image_of),
+    )
+
+
+def check_fit(model: BLIP3oDiT, data: EmbeddingDataset) -> None:
+    """Raise ``ValueError`` unless the shards have the tokens and widths that the model reads."""
+    config = model.config
+    expected = (config.num_tokens, config.eva_embedding_size, config.clip_embedding_size)
+    got = (data.tokens, data.eva_width, data.clip_width)
+    if expected != got:
+        raise ValueError(
+            f"{data.folder}: expected (tokens, EVA width, CLIP width) {expected}, those of the "
+            f"model, got {got}"
+        )
+
+
+def chosen(data: EmbeddingDataset, most: int | None) -> NDArray[np.int64]:
+    """Indices of at most so many samples, evenly spread over the data set."""
+    count = len(data) if most is None else min(most, len(data))
+    if count < 1:
+        raise ValueError(f"max_samples: expected at least 1, got {most}")
+    return np.linspace(0, len(data) - 1, count).round().astype(np.int64)
+
+
+def read_batches(
+    data: EmbeddingDataset,
+    indices: NDArray[np.int64],
+    batch_size: int,
+    device: torch.device,
+    label: str | None,
+) -> Iterator[Batch]:
+    """Batches of the chosen samples on ``device``, with a bar where ``label`` names it."""
+    starts = range(0, len(indices), batch_size)
+    for start in tqdm(starts, desc=label, unit="batch", disable=label is None, leave=False):
+        batch = data.read(indices[start : start + batch_size])
+        yield batch._replace(eva=batch.eva.to(device), clip=batch.clip.to(device))
+
+
+def translate(
+    model: BLIP3oDiT, batch: Batch, settings: EvaluationSettings, evaluations: int
+) -> Tensor:
+    """CLIP tokens ``[b, N, C]`` sampled with so many network evaluations."""
+    solver, steps = settings.method(evaluations)
+    return model.generate(
+        batch.eva.to(model.input_proj.weight.dtype),
+        steps,
+        solver=solver,
+        guidance_scale=settings.guidance_scale,
+        time_grid=settings.time_grid,
+        seeds=[sample_seed(key, settings.seed) for key in batch.keys],
+    )
+
+
+def sample_seed(key: str, seed: int) -> int:
+    """A seed that depends on the sample's key and ``seed`` alone."""
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def shown(
+    model: BLIP3oDiT,
+    data: EmbeddingDataset,
+    indices: NDArray[np.int64],
+    best: Result,
+    settings: EvaluationSettings,
+    image_of: ImageOf | None,
+) -> tuple[Photo, ...]:
+    """Samples from worst to best with their token maps, and their crops where they are at hand."""
+    picks = indices[list(spread_samples(best.scores, settings.photos))]
+    if len(picks) == 0:
+        return ()
+    assert best.evaluations is not None
+    device = model.input_proj.weight.device
+    batch = data.read(picks)
+    batch = batch._replace(eva=batch.eva.to(device), clip=batch.clip.to(device))
+    cosines = token_cosines(translate(model, batch, settings, best.evaluations), batch.clip)
+    patches = cosines[:, int(data.has_cls) :].cpu().numpy()
+    return tuple(
+        Photo(record.key, token_map(values, data.grid), image_of(record) if image_of else None)
+        for record, values in zip(data.records(picks), patches, strict=True)
+    )
