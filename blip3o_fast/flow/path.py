@@ -17,6 +17,7 @@ clamp of the state         none                          +-50 after every step
 clean estimate in loss     x_t + (1 - t) v               x_t - (1 - t) v, two terms over t > 0.5
 rotary embedding           a rotation                    a shear (see ``model.positions``)
 cross-attention positions  the same rotary embedding     none
+input stream               state + aligned EVA tokens    state
 timestep input             1000 t                        t
 output of the network      v - c(t) x_t (``model.dit``)  v
 =========================  ============================  =========================================

@@ -81,9 +81,15 @@ class DiT(nn.Module):
             return self.output_pre_norm, self.output_adaln_pre
         return self.output_norm, self.output_adaln
 
-    def embed_state(self, hidden_states: Tensor) -> Tensor:
-        """``[B, N, C]`` to the residual stream ``[B, N, D]``."""
+    def embed_state(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        """State ``[B, N, C]`` and adapted EVA tokens ``[B, N, D]`` to the stream ``[B, N, D]``.
+
+        Token i of the state and token i of the condition are the same patch, so the consistent
+        conventions add the one to the other; the published model leaves cross-attention to find it.
+        """
         x = self.input_proj(hidden_states)
+        if self.config.conventions == "consistent":
+            x = x + context
         return x if self.config.use_3d_rope else x + self.pos_embed[:, : x.shape[1]]
 
     def forward(
@@ -115,7 +121,7 @@ class DiT(nn.Module):
         context = self.eva_adapter(encoder_hidden_states)
         openings = self.openings(activated)
 
-        x = self.embed_state(hidden_states)
+        x = self.embed_state(hidden_states, context)
         h = ops.sandwich_norm(
             x, *openings[0], eps=config.rms_norm_eps, impl=self.impls.sandwich_norm
         )

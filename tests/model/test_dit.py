@@ -115,6 +115,16 @@ def test_untrained_model_predicts_the_linear_guess():
     assert not build(zero_init_output=True, conventions="published")(x, t, eva, False).any()
 
 
+@pytest.mark.parametrize("conventions", ["consistent", "published"])
+def test_condition_enters_the_stream_token_by_token(conventions):
+    model = build(conventions=conventions)
+    x, _, eva = inputs()
+    context = model.eva_adapter(eva)
+    added = model.embed_state(x, context) - model.input_proj(x)
+    expected = context if conventions == "consistent" else torch.zeros_like(context)
+    torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_timestep_scale_follows_conventions():
     published, consistent = build(conventions="published"), build()
     consistent.load_state_dict(published.state_dict())

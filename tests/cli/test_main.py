@@ -1,0 +1,85 @@
+"""The command line's frame: help, exit statuses, one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from blip3o_fast.cli.main import COMMANDS, guarded, main
+from blip3o_fast.errors import OptionError
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert COMMANDS[command].split()[1] in out
+
+
+@pytest.mark.parametrize("argv", [[], ["sing"], ["doctor", "--loud"], ["evaluate"]])
+def test_bad_arguments_exit_with_two(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "usage: blip3o-fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OptionError("steps: expected at least 1, got 0"), 2),
+        (ValueError("shard 3, row 7:\n  NaN"), 1),
+        (FileNotFoundError("no such folder"), 1),
+        (ImportError("pip install 'blip3o-fast[images]'"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, status, capsys):
+    def body():
+        raise error
+
+    assert guarded(body, "blip3o-fast train") == status
+    err = capsys.readouterr().err
+    assert err.startswith("blip3o-fast train: ") and err.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback():
+    def body():
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError):
+        guarded(body, "blip3o-fast train")
+
+
+def test_doctor_says_what_runs_and_why(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("versions", "ops", "sandwich_join on cpu", "attention on cpu", "flash-attn"):
+        assert word in out
+
+
+def test_doctor_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ops = {row["op"]: row for row in report["ops"] if row["device"] == "cpu"}
+    assert ops["swiglu"]["runs"] == "reference" and all(row["why"] for row in ops.values())
+    assert set(report["versions"]) >= {"blip3o_fast", "torch", "python", "CUDA build"}
+    assert report["packages"]["triton"]
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "blip3o_fast", "doctor", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["ops"]
