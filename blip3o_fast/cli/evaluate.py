@@ -146,7 +146,7 @@ def open_data(
     """What the baselines learn from, and what is evaluated; they share no photo."""
     from blip3o_fast.data import EmbeddingDataset
 
-    folder = Path(args.embeddings_dir) if args.embeddings_dir else converted(args)
+    folder = Path(args.embeddings_dir) if args.embeddings_dir else converted(args, model)
     tokens = model.config.num_tokens
     if args.chunked_embeddings_dir:
         training = EmbeddingDataset(
@@ -171,13 +171,13 @@ def open_data(
     return train, heldout
 
 
-def converted(args: argparse.Namespace) -> Path:
+def converted(args: argparse.Namespace, model: "BLIP3oDiT") -> Path:
     """Shards of the published COCO pickle, made beside the report on first use."""
+    from blip3o_fast.data import Wishes, convert
     from blip3o_fast.data.manifest import MANIFEST_NAME
-    from blip3o_fast.data.sources import convert
 
     source = Path(args.coco_embeddings_file)
     folder = Path(args.output_dir) / f"{source.stem}_shards"
     if not (folder / MANIFEST_NAME).is_file():
-        convert(source, folder)
+        convert(source, folder, Wishes(grid=model.config.patches, heldout_fraction=0.0))
     return folder
