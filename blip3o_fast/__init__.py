@@ -9,7 +9,7 @@ from blip3o_fast.published import (
     accelerate,
     create_clip_reproduction_model,
 )
-from blip3o_fast.sampling import generate
+from blip3o_fast.sampling import SamplingPlan, generate
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "DiTConfig",
     "PRESETS",
     "generate",
+    "SamplingPlan",
     "RectifiedFlowLoss",
     "load_trained_model",
     "accelerate",

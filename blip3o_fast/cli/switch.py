@@ -25,7 +25,7 @@ class Switch(argparse.Action):
 
 
 def add_switch(
-    parser: argparse.ArgumentParser, name: str, *, default: bool | None, text: str
+    parser: argparse.ArgumentParser, name: str, *, default: bool | str | None, text: str
 ) -> None:
     """Add ``--name`` and ``--no_name``."""
     parser.add_argument(f"--{name}", f"--no_{name}", action=Switch, default=default, help=text)

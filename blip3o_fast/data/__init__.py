@@ -1,1 +1,33 @@
-"""Shards of paired embeddings: format, order, loading."""
+"""Shards of paired embeddings: format, order, loading.
+
+``Manifest`` and ``Shard`` describe and read a folder of safetensors shards, ``ShardWriter`` makes
+one, ``EmbeddingDataset`` indexes it, and ``Loader`` turns it into batches in an order that is a
+pure function of (seed, epoch). ``convert`` makes shards of the published pickles, which are never
+executed, and of other formats.
+"""
+
+from blip3o_fast.data.conversion import convert
+from blip3o_fast.data.dataset import Batch, EmbeddingDataset
+from blip3o_fast.data.loader import Loader
+from blip3o_fast.data.manifest import Encoder, Manifest, ShardEntry, Split
+from blip3o_fast.data.order import Position, epoch_order
+from blip3o_fast.data.planning import Wishes
+from blip3o_fast.data.shards import SampleRecord, Shard, ShardWriter, merge_parts
+
+__all__ = [
+    "Encoder",
+    "ShardEntry",
+    "Split",
+    "Manifest",
+    "SampleRecord",
+    "Shard",
+    "ShardWriter",
+    "merge_parts",
+    "Batch",
+    "EmbeddingDataset",
+    "Position",
+    "epoch_order",
+    "Loader",
+    "Wishes",
+    "convert",
+]

@@ -1,6 +1,6 @@
 """The fused ops: one file each, a public function over interchangeable implementations."""
 
-from blip3o_fast.ops._dispatch import Impl, ImplTable, resolve_impl
+from blip3o_fast.ops._dispatch import Impl, ImplTable, Rounding, resolve_impl
 from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
 from blip3o_fast.ops.attention import AttentionBackend, attention
@@ -15,6 +15,7 @@ from blip3o_fast.reference import LossTerms, LossWeights, Modulation
 __all__ = [
     "Impl",
     "ImplTable",
+    "Rounding",
     "resolve_impl",
     "Modulation",
     "LossTerms",

@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from enum import Enum
-from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,18 @@ class Impl(Enum):
     REFERENCE = "reference"
     TRITON = "triton"
     CUDA = "cuda"
+
+
+class Rounding(Enum):
+    """Where a fused op rounds between its steps; reductions accumulate in fp32 either way.
+
+    ``FAST`` rounds once, at the end, and is the more accurate. ``FAITHFUL`` rounds wherever the
+    reference modules round, so that 16-bit results follow theirs bit by bit, up to the order of
+    sums. Gradients are the same in both: computed in fp32 and rounded once.
+    """
+
+    FAST = "fast"
+    FAITHFUL = "faithful"
 
 
 @dataclass
@@ -40,14 +53,35 @@ class ImplTable:
             setattr(self, name, per_op.get(name, impl))
 
 
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU in Triton's interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all tensors are fp16, bf16, fp32 or fp64 and on one device."""
+    given = [(name, x) for name, x in tensors.items() if x is not None]
+    first, device = given[0][0], given[0][1].device
+    for name, x in given:
+        if x.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}"
+            )
+        if x.device != device:
+            raise ValueError(f"{name}: expected device {device}, that of {first}, got {x.device}")
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast does not reach inside a row op: it computes in the dtypes that it is given."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
@@ -60,7 +94,7 @@ def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
         ValueError: if the named implementation cannot run here, saying why and what to do.
     """
     if impl is None:
-        return Impl.TRITON if x.is_cuda and _triton_installed() else Impl.REFERENCE
+        return Impl.TRITON if x.is_cuda and _TRITON_INSTALLED else Impl.REFERENCE
     if impl is Impl.TRITON:
         _require_triton(x)
     if impl is Impl.CUDA:
@@ -70,7 +104,7 @@ def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
 
 def _require_triton(x: Tensor) -> None:
     where = f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         raise ValueError(
             f"impl=TRITON on {where}: Triton is not installed; "
             "install blip3o-fast[triton] or pass impl=Impl.REFERENCE"

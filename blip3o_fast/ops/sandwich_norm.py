@@ -1,10 +1,20 @@
 """RMSNorm followed by AdaLN, which holds an RMSNorm of its own, as one op."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
-from blip3o_fast.ops._dispatch import Impl, resolve_impl
+from blip3o_fast.ops._dispatch import (
+    Impl,
+    Rounding,
+    check_tensors,
+    outside_autocast,
+    resolve_impl,
+)
 
 
 def sandwich_norm(
@@ -16,23 +26,28 @@ def sandwich_norm(
     *,
     eps: float,
     impl: Impl | None = None,
+    rounding: Rounding = Rounding.FAST,
 ) -> Tensor:
     """``rms(rms(x; w1); w2) * (1 + scale) + shift``.
 
     Args:
-        x: ``[B, N, D]``, any strides with a contiguous last axis.
+        x: ``[B, N, D]``, any strides.
         w1, w2: ``[D]``, weights of the outer and of the AdaLN's own norm.
         shift, scale: ``[B, D]``, constant over tokens; chunks of one ``[B, 2D]`` need no copy.
         eps: added to both mean squares.
         impl: None chooses by device.
+        rounding: of the fused implementations; the reference always rounds faithfully.
 
     Returns:
         ``[B, N, D]`` in the dtype of ``x``. Differentiable once in every tensor.
     """
     check_shape("x", x, "B N D")
     check_modulation("", w1, w2, shift, scale, batch=x.shape[0], width=x.shape[2])
-    resolve_impl(impl, x)
-    return reference.sandwich_norm(x, w1, w2, shift, scale, eps)
+    check_tensors(x=x, w1=w1, w2=w2, shift=shift, scale=scale)
+    if resolve_impl(impl, x) is Impl.REFERENCE:
+        with outside_autocast(x):
+            return reference.sandwich_norm(x, w1, w2, shift, scale, eps)
+    return _SandwichNorm.apply(x, w1, w2, shift, scale, eps, rounding is Rounding.FAITHFUL)
 
 
 def check_modulation(
@@ -43,3 +58,91 @@ def check_modulation(
     check_shape(f"{prefix}w2", w2, "D", D=width)
     check_shape(f"{prefix}shift", shift, "B D", B=batch, D=width)
     check_shape(f"{prefix}scale", scale, "B D", B=batch, D=width)
+
+
+class _SandwichNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        eps: float,
+        faithful: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, w1, w2, shift, scale)
+        ctx.eps = eps
+        return torch.ops.blip3o_fast.sandwich_norm(x, w1, w2, shift, scale, eps, faithful)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = any(ctx.needs_input_grad[1:5])
+        dx, *rest = torch.ops.blip3o_fast.sandwich_norm_backward(
+            grad, *ctx.saved_tensors, ctx.eps, parameters
+        )
+        return dx, *(rest if parameters else (None,) * 4), None, None
+
+
+torch.library.define(
+    "blip3o_fast::sandwich_norm",
+    "(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, bool faithful) -> Tensor",
+)
+torch.library.define(
+    "blip3o_fast::sandwich_norm_backward",
+    "(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, "
+    "bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("blip3o_fast::sandwich_norm", ("cpu", "cuda"))
+def _forward(
+    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float, faithful: bool
+) -> Tensor:
+    from blip3o_kernels import sandwich_norm as kernels
+
+    return kernels.forward(x, kernels.Norm(w1, w2, shift, scale), eps=eps, faithful=faithful)
+
+
+@torch.library.impl("blip3o_fast::sandwich_norm_backward", ("cpu", "cuda"))
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from blip3o_kernels import sandwich_norm as kernels
+
+    norm = kernels.Norm(w1, w2, shift, scale)
+    dx, gradients = kernels.backward(grad, x, norm, eps=eps, parameters=parameters)
+    return dx, *(gradients or (u.new_empty(0) for u in norm))
+
+
+@torch.library.register_fake("blip3o_fast::sandwich_norm")
+def _forward_fake(
+    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float, faithful: bool
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("blip3o_fast::sandwich_norm_backward")
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dw1, dw2, dshift, dscale = (
+        u.new_empty(u.shape if parameters else (0,)) for u in (w1, w2, shift, scale)
+    )
+    return x.new_empty(x.shape), dw1, dw2, dshift, dscale

@@ -1,24 +1,81 @@
 """The gated activation of the MLP, on its packed projection."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from blip3o_fast import reference
-from blip3o_fast.ops._dispatch import Impl, resolve_impl
+from blip3o_fast.ops._dispatch import (
+    Impl,
+    Rounding,
+    check_tensors,
+    outside_autocast,
+    resolve_impl,
+)
 
 
-def swiglu(gate_up: Tensor, *, impl: Impl | None = None) -> Tensor:
+def swiglu(
+    gate_up: Tensor, *, impl: Impl | None = None, rounding: Rounding = Rounding.FAST
+) -> Tensor:
     """``silu(gate) * up`` (arXiv:2002.05202).
 
     Args:
-        gate_up: ``[..., 2I]``, gate in the first half.
+        gate_up: ``[..., 2I]``, gate in the first half, any strides.
         impl: None chooses by device.
+        rounding: of the fused implementations; the reference always rounds faithfully.
 
     Returns:
         ``[..., I]`` in the dtype of ``gate_up``. Differentiable once.
     """
-    if gate_up.shape[-1] % 2:
+    if gate_up.dim() < 1 or gate_up.shape[-1] % 2:
         raise ValueError(
             f"gate_up: expected an even last axis [..., 2I], got {list(gate_up.shape)}"
         )
-    resolve_impl(impl, gate_up)
-    return reference.swiglu(gate_up)
+    check_tensors(gate_up=gate_up)
+    if resolve_impl(impl, gate_up) is Impl.REFERENCE:
+        with outside_autocast(gate_up):
+            return reference.swiglu(gate_up)
+    return _SwiGLU.apply(gate_up, rounding is Rounding.FAITHFUL)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, faithful: bool) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return torch.ops.blip3o_fast.swiglu(gate_up, faithful)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        return torch.ops.blip3o_fast.swiglu_backward(grad, gate_up), None
+
+
+torch.library.define("blip3o_fast::swiglu", "(Tensor gate_up, bool faithful) -> Tensor")
+torch.library.define("blip3o_fast::swiglu_backward", "(Tensor grad, Tensor gate_up) -> Tensor")
+
+
+@torch.library.impl("blip3o_fast::swiglu", ("cpu", "cuda"))
+def _forward(gate_up: Tensor, faithful: bool) -> Tensor:
+    from blip3o_kernels import swiglu as kernels
+
+    return kernels.forward(gate_up, faithful=faithful)
+
+
+@torch.library.impl("blip3o_fast::swiglu_backward", ("cpu", "cuda"))
+def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    from blip3o_kernels import swiglu as kernels
+
+    return kernels.backward(grad, gate_up)
+
+
+@torch.library.register_fake("blip3o_fast::swiglu")
+def _forward_fake(gate_up: Tensor, faithful: bool) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@torch.library.register_fake("blip3o_fast::swiglu_backward")
+def _backward_fake(grad: Tensor, gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)

@@ -1,8 +1,8 @@
 """What every sampler checks and draws before its first step."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from blip3o_fast.axes import check_shape
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow import draw_noise
 from blip3o_fast.model import DiT
+
+_WARNED: "WeakSet[DiT]" = WeakSet()
 
 
 def check_features(model: DiT, eva: Tensor) -> None:
@@ -22,6 +24,8 @@ def check_features(model: DiT, eva: Tensor) -> None:
     if not eva.is_floating_point():
         raise ValueError(f"eva_features: expected a floating dtype, got {eva.dtype}")
     device = model.input_proj.weight.device
+    if device.type == "meta":
+        raise ValueError("model: expected loaded weights, got parameters on the meta device")
     if eva.device != device:
         raise ValueError(f"eva_features: expected {device}, the model's device, got {eva.device}")
     if eva.requires_grad:
@@ -29,20 +33,19 @@ def check_features(model: DiT, eva: Tensor) -> None:
             "eva_features: expected a tensor that requires no gradient, since generate is not "
             "differentiable; pass eva_features.detach()"
         )
-    finite = eva.isfinite().flatten(1).all(1)
-    if not finite.all():
-        sample = int((~finite).nonzero()[0])
-        raise ValueError(f"eva_features: expected finite values, got NaN or Inf in sample {sample}")
+    _check_finite("eva_features", eva)
 
 
-def warn_of_guidance(config: DiTConfig, guidance_scale: float) -> None:
-    """Warn once if guidance is asked of a model that never saw an empty condition."""
-    if guidance_scale != 1.0 and config.condition_dropout == 0:
-        warnings.warn(
-            f"guidance_scale={guidance_scale:g} on a model trained without condition dropout: its "
-            "unconditional velocity was never trained, so guidance has no defined effect",
-            stacklevel=4,
-        )
+def warn_of_guidance(model: DiT, guidance_scale: float, stacklevel: int) -> None:
+    """Warn, once a model, if guidance is asked of one that never saw an empty condition."""
+    if guidance_scale == 1.0 or model.config.condition_dropout > 0 or model in _WARNED:
+        return
+    _WARNED.add(model)
+    warnings.warn(
+        f"guidance_scale={guidance_scale:g} on a model trained without condition dropout: its "
+        "unconditional velocity was never trained, so guidance has no defined effect",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def starting_noise(
@@ -61,24 +64,24 @@ def starting_noise(
     wide = torch.promote_types(eva.dtype, torch.float32)
     if noise is None:
         drawn = eva.dtype if config.conventions == "published" and seeds is None else wide
-        listed = None if seeds is None else list(seeds)
+        listed = None if seeds is None else [int(seed) for seed in seeds]
         noise = draw_noise(
             (B, N, C), device=eva.device, dtype=drawn, generator=generator, seeds=listed
         )
-    elif generator is not None or seeds is not None:
+        return noise.to(wide)
+    if generator is not None or seeds is not None:
         raise ValueError("noise: expected noise, a generator or seeds, got more than one")
     check_shape("noise", noise, "B N C", B=B, N=N, C=C)
     if not noise.is_floating_point():
         raise ValueError(f"noise: expected a floating dtype, got {noise.dtype}")
+    if noise.is_meta:
+        raise ValueError(f"noise: expected {eva.device}, the device of eva_features, got meta")
+    _check_finite("noise", noise)
     return noise.to(device=eva.device, dtype=wide)
 
 
-@contextmanager
-def dropout_off(model: DiT) -> Iterator[None]:
-    """Evaluation mode for the duration: a sampler must not drop units, whatever training does."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def _check_finite(name: str, x: Tensor) -> None:
+    finite = x.isfinite().flatten(1).all(1)
+    if not finite.all():
+        sample = int((~finite).nonzero()[0])
+        raise ValueError(f"{name}: expected finite values, got NaN or Inf in sample {sample}")

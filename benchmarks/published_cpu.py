@@ -1,0 +1,224 @@
+"""One evaluation of base on a CPU: the published implementation beside this library.
+
+    python benchmarks/published_cpu.py --published CHECKOUT
+
+CHECKOUT is a clone of github.com/Hafeezmhk7/eva-clip-v2_4 at commit cc03ace. Every competitor has
+the same random weights, 256 tokens and batch 1, and takes its turn in every round; the table shows
+medians. The plan's time is that of an Euler step inside ``generate``: evaluation and state update.
+
+The limit is the time that the evaluation's GEMMs and attention products take alone, in the same
+run. The last line is JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import types
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blip3o_fast
+from blip3o_fast import SamplingPlan, accelerate
+from blip3o_fast.sampling import plain_velocity
+
+MODEL_FILE = "src/modules/models/blip3o_dit.py"
+TOKENS, EVA, CLIP = 256, 4096, 1024
+Timer = Callable[[], list[float]]
+"""Takes one turn and returns the seconds of each evaluation in it."""
+
+
+def main() -> int:
+    """Time, print a table, and end with one line of JSON."""
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    published = build_published(Path(args.published), args.layers)
+    model = accelerate(published)
+    eva, x = torch.randn(1, TOKENS, EVA), torch.randn(1, TOKENS, CLIP)
+    t = torch.full((1,), 0.5)
+    plain = plain_velocity(model, eva, guided=False)
+    competitors: dict[str, Timer] = {
+        "published, fp32": one(lambda: published(x, t, eva, return_dict=False)),
+        "plain model, fp32": one(lambda: plain(x, 0.5)),
+        "GEMM limit, fp32": one(limit(torch.float32, args.layers)),
+        "plan, fp32": steps(SamplingPlan(model, steps=args.steps, solver="euler"), eva, x),
+        "GEMM limit, bf16": one(limit(torch.bfloat16, args.layers)),
+        "plan, bf16": steps(plan_bf16(model, args.steps), eva, x),
+    }
+    if args.compile:
+        competitors["plan compiled, fp32"] = steps(
+            SamplingPlan(model, steps=args.steps, solver="euler", compile=True), eva, x
+        )
+        competitors["plan compiled, bf16"] = steps(plan_bf16(model, args.steps, True), eva, x)
+    seconds = race(competitors, args.rounds)
+    report(seconds, agreement(published, model, x, t, eva), args)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--published", required=True, help="checkout of the published repository")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each competitor")
+    parser.add_argument("--steps", type=int, default=3, help="Euler steps in a plan's turn")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--layers", type=int, default=12, help="blocks; base has 12")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile (slow)")
+    return parser.parse_args()
+
+
+def build_published(checkout: Path, layers: int) -> nn.Module:
+    """The published model in evaluation mode, its zero-initialised weights made random."""
+    file = checkout / MODEL_FILE
+    if not file.is_file():
+        raise SystemExit(f"--published: expected {MODEL_FILE} in {checkout}, found none")
+    if importlib.util.find_spec("transformers") is None:
+        sys.modules["transformers"] = transformers_stub()
+    spec = importlib.util.spec_from_file_location("published_blip3o_dit", file)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    logging.disable(logging.INFO)
+    spec.loader.exec_module(module)
+    model = module.create_improved_clip_reproduction_model(num_hidden_layers=layers).eval()
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    return model
+
+
+def transformers_stub() -> types.ModuleType:
+    """The two names that the published module imports from transformers."""
+
+    class PretrainedConfig:
+        def __init__(self, **fields: Any) -> None:
+            vars(self).update(fields)
+
+    class PreTrainedModel(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+
+    stub: Any = types.ModuleType("transformers")
+    stub.PretrainedConfig, stub.PreTrainedModel = PretrainedConfig, PreTrainedModel
+    return stub
+
+
+def plan_bf16(model: Any, count: int, compiled: bool = False) -> SamplingPlan:
+    """An Euler plan in bf16."""
+    return SamplingPlan(
+        model, steps=count, solver="euler", dtype=torch.bfloat16, compile=compiled
+    )
+
+
+def one(function: Callable[[], object]) -> Timer:
+    """A turn of one call."""
+
+    def turn() -> list[float]:
+        with torch.no_grad():
+            start = time.perf_counter()
+            function()
+            return [time.perf_counter() - start]
+
+    return turn
+
+
+def steps(plan: SamplingPlan, eva: Tensor, x: Tensor) -> Timer:
+    """A turn of one ``generate``: the time from step to step, without preparation."""
+
+    def turn() -> list[float]:
+        stamps: list[float] = []
+        plan(eva, noise=x, callback=lambda *_: stamps.append(time.perf_counter()))
+        return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+
+    return turn
+
+
+def limit(dtype: torch.dtype, layers: int) -> Callable[[], None]:
+    """The matrix products of one evaluation of base, weights read from memory as in the model."""
+    D, H, K, d, inner = 768, 12, 4, 64, 2048
+    shapes = [((H + 2 * K) * d, D), (D, D), (D, D), (D, D), (2 * inner, D), (D, inner)]
+    weights = [torch.randn(shape).to(dtype) for _ in range(layers) for shape in shapes]
+    rows = {width: torch.randn(TOKENS, width).to(dtype) for width in (D, inner, CLIP)}
+    ends = [torch.randn(D, CLIP).to(dtype), torch.randn(CLIP, D).to(dtype)]
+    q = torch.randn(H, TOKENS, d).to(dtype)
+    logits = torch.randn(H, TOKENS, TOKENS).to(dtype)
+
+    def products() -> None:
+        for weight in (*weights, *ends):
+            F.linear(rows[weight.shape[1]], weight)
+        for _ in range(2 * layers):
+            q @ q.transpose(1, 2)
+            logits @ q
+
+    return products
+
+
+def race(competitors: dict[str, Timer], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one untimed turn."""
+    for turn in competitors.values():
+        turn()
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for _ in range(rounds):
+        for name, turn in competitors.items():
+            seconds[name] += turn()
+    return {name: median(times) for name, times in seconds.items()}
+
+
+@torch.no_grad()
+def agreement(published: nn.Module, model: nn.Module, x: Tensor, t: Tensor, eva: Tensor) -> float:
+    """Relative difference between the two implementations."""
+    theirs = published(x, t, eva, return_dict=False)
+    ours = model(x, t, eva, return_dict=False)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def report(seconds: dict[str, float], difference: float, args: argparse.Namespace) -> None:
+    """A table, then JSON."""
+    base = seconds["published, fp32"]
+    print(f"{'one evaluation of base, batch 1':<32}{'ms':>9}{'published / it':>16}{'of limit':>10}")
+    for name, value in seconds.items():
+        bound = seconds[f"GEMM limit, {name.rpartition(', ')[2]}"]
+        print(f"{name:<32}{value * 1e3:>9.1f}{base / value:>16.1f}{bound / value:>10.0%}")
+    print(f"published and plain model differ by {difference:.1e} (relative, fp32)")
+    facts = {
+        "benchmark": "published_cpu",
+        "seconds": seconds,
+        "ratio": {name: base / value for name, value in seconds.items()},
+        "difference": difference,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "layers": args.layers,
+        "load": os.getloadavg(),
+        "cpu": cpu_name(),
+        "versions": {
+            "blip3o_fast": blip3o_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "numpy": version("numpy"),
+        },
+    }
+    print(json.dumps(facts))
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it, or as Python does."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x{len(names)}" if names else platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""Shards of paired embeddings, written whole or not at all.
+
+A shard is a safetensors file with ``eva [n, T, E]`` and ``clip [n, T, C]`` (either may be absent,
+and then has width 0) and a sidecar of n records. ``ShardWriter`` keeps a part manifest,
+``manifest.part-<part>.json``, up to date after every shard: that is what an interrupted writer
+resumes from. The manifest proper, which makes the folder a data set, is written last.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor
+
+from blip3o_fast.data.atomic import remove_leftovers, write_atomically
+from blip3o_fast.data.manifest import DTYPES, MANIFEST_NAME, Manifest, ShardEntry, entry_path
+from blip3o_fast.data.reader import TOWERS, Shard
+from blip3o_fast.data.records import RecordFile, SampleRecord, check_record, encode_records
+from blip3o_fast.data.tensorfile import RowWriter, bits, file_sha256, is_finite
+
+__all__ = ["SampleRecord", "Shard", "ShardWriter", "merge_parts"]
+
+
+class ShardWriter:
+    """Appends samples to a folder of shards.
+
+    Use it as a context manager: leaving it without an exception finishes the data set, leaving it
+    with one drops the shard in progress and keeps the finished ones for a later ``resume``.
+
+    Args:
+        folder: created if need be.
+        facts: a ``Manifest`` without shards: sizes, dtype, encoders, split, notes.
+        samples_per_shard: rows of a full shard.
+        resume: go on in a folder that holds shards of the same facts; their keys are in ``done``.
+        part: a letter, then letters and digits; processes that write one folder together need
+            different ones. The default suits a single process.
+        merge: write the manifest at the end. Off for all but the last of several parts, after which
+            ``merge_parts`` does it.
+
+    Attributes:
+        done: keys that the folder holds already, those of the shard in progress included.
+        notes: added to the manifest's notes when the writer finishes.
+
+    Raises:
+        ValueError: if the folder holds shards and ``resume`` is off, or shards of other facts.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        facts: Manifest,
+        samples_per_shard: int = 256,
+        resume: bool = False,
+        part: str = "",
+        merge: bool = True,
+    ) -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
+        if not re.fullmatch("([A-Za-z][A-Za-z0-9]*)?", part):
+            raise ValueError(f"part: expected a letter, then letters and digits, got {part!r}")
+        self.folder = Path(folder)
+        self.facts = facts.replace(shards=())
+        self.samples_per_shard = samples_per_shard
+        self.done: set[str] = set()
+        self.notes: dict[str, Any] = {}
+        self._merge = merge
+        self._prefix = f"shard_{part}_" if part else "shard_"
+        self._part_path = self.folder / f"manifest.part-{part or 0}.json"
+        self._part = self.facts
+        self._writer: RowWriter | None = None
+        self._records: list[SampleRecord] = []
+        self._created = not self.folder.exists()
+        self._index = self._take_over(resume)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder, f"{self._prefix}[0-9]*")
+        remove_leftovers(self.folder, self._part_path.name)
+
+    def add(self, eva: Tensor | None, clip: Tensor | None, records: Sequence[SampleRecord]) -> None:
+        """Append b samples: ``eva [b, T, E]``, ``clip [b, T, C]``, None for an absent tower.
+
+        The tensors are cast to the manifest's dtype. All rows are checked before any is written.
+
+        Raises:
+            ValueError: for a wrong shape, a key already written, or a NaN or Inf (after the cast),
+                naming the shard, the row and the key.
+            OSError: naming the file, if it cannot be written; the shard in progress is dropped.
+        """
+        rows = self._checked(eva, clip, records)
+        start = 0
+        while start < len(records):
+            if self._writer is None:
+                self._writer = self._open_shard()
+            stop = min(len(records), start + self.samples_per_shard - self._writer.rows)
+            try:
+                self._writer.append({name: patterns[start:stop] for name, patterns in rows.items()})
+            except OSError:
+                self.discard()
+                raise
+            self._records.extend(records[start:stop])
+            self.done.update(record.key for record in records[start:stop])
+            if self._writer.rows == self.samples_per_shard:
+                self.flush()
+            start = stop
+
+    def flush(self) -> None:
+        """Finish the shard in progress, full or not; it will survive whatever comes."""
+        if self._writer is None:
+            return
+        name = self._shard_name()
+        sidecar = (self.folder / name).with_suffix(".jsonl")
+        data = encode_records(self._records)
+        try:
+            write_atomically(sidecar, data)
+            size, digest = self._writer.commit()
+        except OSError:
+            # Unlisted, these files mean nothing to a reader; they only take up space.
+            for path in (sidecar, self.folder / name):
+                path.unlink(missing_ok=True)
+            self.discard()
+            raise
+        written = ShardEntry(name, len(self._records), size, digest, file_sha256(sidecar))
+        self._part = self._part.replace(shards=(*self._part.shards, written))
+        self._writer, self._records = None, []
+        self._index += 1
+        # Should this fail, the list on disk may be the old one or the new one: both are consistent.
+        self._part.write(self._part_path)
+
+    def discard(self) -> None:
+        """Drop the shard in progress; the finished ones stay for a later ``resume``."""
+        if self._writer is not None:
+            self._writer.discard()
+            self.done.difference_update(record.key for record in self._records)
+            self._writer, self._records = None, []
+        if self._created and not self._part.shards:
+            with contextlib.suppress(OSError):  # not empty: somebody else writes here too
+                self.folder.rmdir()
+
+    def finish(self) -> None:
+        """Finish the last shard and, unless ``merge`` is off, write the manifest.
+
+        Raises:
+            ValueError: if the folder would hold no samples at all.
+        """
+        self.flush()
+        self._part = self._part.replace(notes={**self._part.notes, **self.notes})
+        self._part.write(self._part_path)
+        if self._merge:
+            merge_parts(self.folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.discard()
+
+    def _take_over(self, resume: bool) -> int:
+        """Learn what the folder holds; the number of the next shard."""
+        found = _manifests(self.folder)
+        # Parts of other names may belong to processes that are writing along with this one.
+        own = found if self._prefix == "shard_" else {self.folder / MANIFEST_NAME, self._part_path}
+        blocking = [manifest for path, manifest in found.items() if path in own]
+        if blocking and not resume:
+            raise ValueError(
+                f"{self.folder}: already holds {sum(m.samples for m in blocking)} samples; "
+                "resume, or choose an empty folder"
+            )
+        index = 0
+        for path, manifest in found.items():
+            self.facts.require_facts(manifest, f"{path}: another data set:")
+            for entry in manifest.shards:
+                sidecar = entry_path(self.folder, entry).with_suffix(".jsonl")
+                records = RecordFile(sidecar, entry.samples)
+                self.done.update(records[row].key for row in range(len(records)))
+                match = re.fullmatch(rf"{self._prefix}(\d+)\.safetensors", entry.file)
+                index = max(index, int(match[1]) + 1) if match else index
+        self._part = found.get(self._part_path, self.facts)
+        return index
+
+    def _shard_name(self) -> str:
+        return f"{self._prefix}{self._index:05d}.safetensors"
+
+    def _open_shard(self) -> RowWriter:
+        widths = {"eva": self.facts.eva_width, "clip": self.facts.clip_width}
+        shapes = {name: (self.facts.tokens, width) for name, width in widths.items() if width}
+        return RowWriter(
+            self.folder / self._shard_name(),
+            shapes,
+            DTYPES[self.facts.dtype],
+            self.samples_per_shard,
+        )
+
+    def _checked(
+        self, eva: Tensor | None, clip: Tensor | None, records: Sequence[SampleRecord]
+    ) -> dict[str, np.ndarray]:
+        if not records:
+            raise ValueError("records: expected at least one sample, got none")
+        keys: set[str] = set()
+        for record in records:
+            check_record(*record, where="records")
+            if record.key in self.done or record.key in keys:
+                raise ValueError(f"records: key {record.key!r} was already written")
+            keys.add(record.key)
+        rows: dict[str, np.ndarray] = {}
+        widths = (self.facts.eva_width, self.facts.clip_width)
+        for name, x, width in zip(TOWERS, (eva, clip), widths, strict=True):
+            if width == 0 and (x is None or x.shape[-1] == 0):
+                continue
+            expected = [len(records), self.facts.tokens, width]
+            if width == 0 or x is None or list(x.shape) != expected or not x.is_floating_point():
+                got = None if x is None else f"{list(x.shape)} of {x.dtype}"
+                raise ValueError(
+                    f"{name}: expected {expected if width else None} of floating point, got {got}"
+                )
+            rows[name] = bits(x.detach().to("cpu", DTYPES[self.facts.dtype]).contiguous())
+            self._require_finite(name, rows[name], records)
+        return rows
+
+    def _require_finite(
+        self, name: str, patterns: np.ndarray, records: Sequence[SampleRecord]
+    ) -> None:
+        for i, (row, record) in enumerate(zip(patterns, records, strict=True)):
+            if not is_finite(row, DTYPES[self.facts.dtype]):
+                position = len(self._records) + i
+                raise ValueError(
+                    f"{self._prefix}{self._index + position // self.samples_per_shard:05d}: row "
+                    f"{position % self.samples_per_shard} (key {record.key!r}): {name} holds NaN, "
+                    f"Inf or a value beyond the range of {self.facts.dtype}"
+                )
+
+
+def merge_parts(folder: str | Path) -> Manifest:
+    """Make one data set of the parts that several writers left in ``folder``.
+
+    Raises:
+        ValueError: if the parts disagree about facts, share a key, or hold no samples at all.
+    """
+    folder = Path(folder)
+    found = _manifests(folder)
+    parts = [path for path in found if path.name != MANIFEST_NAME]
+    if not any(manifest.shards for manifest in found.values()):
+        for path in parts:
+            path.unlink()
+        raise ValueError(f"{folder}: no samples were written")
+    first = next(iter(found.values()))
+    shards: dict[str, ShardEntry] = {}
+    notes: dict[str, Any] = {}
+    for path, manifest in found.items():
+        first.require_facts(manifest, f"{path}:")
+        notes.update(manifest.notes)
+        for entry in manifest.shards:
+            if shards.setdefault(entry.file, entry) != entry:
+                raise ValueError(f"{path}: {entry.file} differs from another part's")
+    if len(parts) > 1:
+        _require_distinct_keys(folder, shards.values())
+    remove_leftovers(folder, MANIFEST_NAME)
+    merged = first.replace(shards=tuple(shards.values()), notes=notes)
+    merged.save(folder)
+    for path in parts:
+        path.unlink()
+    return merged
+
+
+def _manifests(folder: Path) -> dict[Path, Manifest]:
+    """The manifest, if there is one, and then those of the parts."""
+    paths = [folder / MANIFEST_NAME, *sorted(folder.glob("manifest.part-*.json"))]
+    return {path: Manifest.read(path) for path in paths if path.is_file()}
+
+
+def _require_distinct_keys(folder: Path, entries: Iterable[ShardEntry]) -> None:
+    owners: dict[str, str] = {}
+    for entry in entries:
+        records = RecordFile(entry_path(folder, entry).with_suffix(".jsonl"), entry.samples)
+        for row in range(len(records)):
+            key = records[row].key
+            if owners.setdefault(key, entry.file) != entry.file:
+                raise ValueError(f"key {key!r} is in {owners[key]} and in {entry.file}")

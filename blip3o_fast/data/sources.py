@@ -1,0 +1,199 @@
+"""What a conversion reads: embeddings in some other format, row by row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip3o_fast.data.diskarray import DiskArray
+from blip3o_fast.data.manifest import Encoder
+from blip3o_fast.data.records import SampleRecord, decode_record
+
+_FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "bf16": torch.bfloat16}
+
+
+class Rows(Protocol):
+    """Embeddings ``[n, T, width]`` that can be read some rows at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes (n, T, width)."""
+        ...
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Element type of ``rows``."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file or pair of files to convert.
+
+    Attributes:
+        name: file name, for messages.
+        records: key, caption and photo of each sample; their number is n.
+        eva, clip: embeddings, at least one of the two; n rows of the same number of tokens.
+        has_cls: whether token 0 is a CLS token; None where the file does not say.
+        eva_encoder, clip_encoder: origin, where it is known.
+        same_key_same_image: a key seen before is the same image again, to be left out; otherwise
+            it is another image whose key needs another name.
+        remarks: what is odd about the file, one line each.
+    """
+
+    name: str
+    records: Sequence[SampleRecord]
+    eva: Rows | None
+    clip: Rows | None
+    has_cls: bool | None = None
+    eva_encoder: Encoder | None = None
+    clip_encoder: Encoder | None = None
+    same_key_same_image: bool = False
+    remarks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shapes = [rows.shape for rows in (self.eva, self.clip) if rows is not None]
+        same = {shape[:2] for shape in shapes}
+        if any(len(shape) != 3 for shape in shapes) or len(same) != 1:
+            raise ValueError(
+                f"{self.name}: expected eva [n, T, E] and clip [n, T, C], got "
+                + " and ".join(str(list(shape)) for shape in shapes)
+            )
+        samples = shapes[0][0]
+        if samples != len(self.records) or 0 in shapes[0]:
+            raise ValueError(
+                f"{self.name}: expected samples, one record each, got {list(shapes[0])} and "
+                f"{len(self.records)} records"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens T of a sample."""
+        rows = self.eva or self.clip
+        assert rows is not None
+        return rows.shape[1]
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """A three-dimensional array on disk."""
+
+    array: DiskArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes (n, T, width)."""
+        return self.array.shape
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Element type."""
+        return float_dtype(self.array)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``, read from disk."""
+        return self.array.rows(start, stop)
+
+
+@dataclass(frozen=True)
+class StackedRows:
+    """One two-dimensional array on disk for each sample, all of one shape and type."""
+
+    arrays: Sequence[DiskArray]
+
+    def __post_init__(self) -> None:
+        first = self.arrays[0]
+        for i, array in enumerate(self.arrays):
+            if (array.shape, array.dtype) != (first.shape, first.dtype):
+                raise ValueError(
+                    f"{array.path.name}: sample {i}: expected {list(first.shape)} of "
+                    f"{first.dtype}, got {list(array.shape)} of {array.dtype}"
+                )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes (n, T, width)."""
+        return (len(self.arrays), *self.arrays[0].shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Element type."""
+        return float_dtype(self.arrays[0])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``, read from disk."""
+        arrays = self.arrays[start:stop]
+        return torch.stack([array.rows(0, array.shape[0]) for array in arrays])
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """A tensor in memory, for values that a pickle spells out as nested lists of numbers."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes (n, T, width)."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Element type."""
+        return self.tensor.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``."""
+        return self.tensor[start:stop]
+
+
+def float_dtype(array: DiskArray) -> torch.dtype:
+    """The torch type of an array on disk.
+
+    Raises:
+        ValueError: unless it is a floating-point type.
+    """
+    code = array.dtype.lstrip("<>")
+    if code not in _FLOATS:
+        raise ValueError(f"{array.path.name}: expected floating point, got {array.dtype}")
+    return _FLOATS[code]
+
+
+def npy_source(folder: Path) -> Source:
+    """``eva.npy`` and ``clip.npy`` of a folder, either alone or both, ``[n, T, width]`` each.
+
+    An optional ``records.jsonl`` has a line ``{"key": ..., "caption": ..., "source": ...}`` a row.
+    """
+    rows = {name: _npy_rows(folder / f"{name}.npy") for name in ("eva", "clip")}
+    present = next(r for r in rows.values() if r is not None)
+    path = folder / "records.jsonl"
+    if path.is_file():
+        lines = path.read_bytes().splitlines()
+        records = [decode_record(line, f"{path.name}, row {i}") for i, line in enumerate(lines)]
+    else:
+        records = [SampleRecord(f"row_{i:08d}") for i in range(present.shape[0])]
+    return Source(folder.name, records, rows["eva"], rows["clip"])
+
+
+def _npy_rows(path: Path) -> Rows | None:
+    if not path.is_file():
+        return None
+    try:
+        mapped: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: expected an array of numbers: {error}") from error
+    if not isinstance(mapped, np.memmap) or mapped.ndim != 3:
+        raise ValueError(f"{path.name}: expected an array [n, T, width], got {mapped.shape}")
+    strides = tuple(step // mapped.itemsize for step in mapped.strides)
+    # The map is used for its facts only: reading through it would keep the file in memory.
+    array = DiskArray(path, mapped.dtype.str, mapped.shape, strides, mapped.offset)
+    float_dtype(array)
+    return ArrayRows(array)

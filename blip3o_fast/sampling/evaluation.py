@@ -1,0 +1,96 @@
+"""One evaluation of the velocity, with everything hoisted that does not depend on the state.
+
+What is left of a block: qkv GEMM, rope, attention, out GEMM, join, q GEMM, (rope,) attention, out
+GEMM, join, gate-up GEMM, swiglu, down GEMM, join.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip3o_fast import ops
+from blip3o_fast.config import DiTConfig
+from blip3o_fast.ops import ImplTable
+from blip3o_fast.sampling.modulation import Sites
+from blip3o_fast.sampling.weights import BlockWeights, PackedWeights
+
+
+def evaluate(
+    weights: PackedWeights,
+    config: DiTConfig,
+    impls: ImplTable,
+    state: Tensor,
+    context: Tensor,
+    sites: Sites,
+) -> Tensor:
+    """The velocity at ``state``.
+
+    Args:
+        weights: of the model.
+        config: of the model.
+        impls: implementation of each op.
+        state: ``[B, N, C]``, any floating dtype.
+        context: keys and values ``[L, 2, B', M, K, d]``; B' = 2B evaluates both halves of guidance.
+        sites: modulations at the time of this evaluation, for a batch of B'.
+
+    Returns:
+        ``[B', N, C]`` in the dtype of the weights.
+    """
+    x = F.linear(state.to(weights.dtype), weights.input_weight, weights.input_bias)
+    if weights.positions is not None:
+        x = x + weights.positions
+    if context.shape[2] != x.shape[0]:
+        x = torch.cat((x, x))
+    eps = config.rms_norm_eps
+    h = ops.sandwich_norm(x, *sites.openings[0], eps=eps, impl=impls.sandwich_norm)
+    closings, openings = iter(sites.closings), iter(sites.openings[1:])
+
+    def join(x: Tensor, y: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, h = ops.sandwich_join(
+            x, y, scale, next(closings), next(openings), eps=eps, impl=impls.sandwich_join
+        )
+        assert h is not None
+        return x, h
+
+    for block, (keys, values) in zip(weights.blocks, context, strict=True):
+        x, h = join(x, _self_attention(weights, block, config, impls, h), block.scales[0])
+        x, h = join(x, _cross_attention(weights, block, config, impls, h, keys, values), block.scales[1])
+        x, h = join(x, F.linear(_mlp(block, impls, h), block.down), block.scales[2])
+    return F.linear(h, weights.output_weight, weights.output_bias)
+
+
+def _self_attention(
+    weights: PackedWeights, block: BlockWeights, config: DiTConfig, impls: ImplTable, h: Tensor
+) -> Tensor:
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    qkv = ops.rope(
+        F.linear(h, block.qkv),
+        weights.cos,
+        weights.sin,
+        num_heads=H,
+        num_kv_heads=K,
+        impl=impls.rope,
+    )
+    q, k, v = qkv.unflatten(-1, (H + 2 * K, d)).split((H, K, K), dim=2)
+    return F.linear(ops.attention(q, k, v).flatten(2), block.self_out)
+
+
+def _cross_attention(
+    weights: PackedWeights,
+    block: BlockWeights,
+    config: DiTConfig,
+    impls: ImplTable,
+    h: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    H, d = config.num_attention_heads, config.head_dim
+    q = F.linear(h, block.cross_q)
+    if config.conventions == "consistent":
+        q = ops.rope(q, weights.cos, weights.sin, num_heads=H, num_kv_heads=0, impl=impls.rope)
+    attended = ops.attention(q.unflatten(-1, (H, d)), keys, values)
+    return F.linear(attended.flatten(2), block.cross_out)
+
+
+def _mlp(block: BlockWeights, impls: ImplTable, h: Tensor) -> Tensor:
+    return ops.swiglu(F.linear(h, block.gate_up), impl=impls.swiglu)

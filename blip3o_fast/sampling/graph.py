@@ -1,0 +1,240 @@
+"""One solver step as a CUDA graph.
+
+A step of base at batch 1 is some 350 launches; replayed as a graph it costs the host one. All that
+changes from step to step stands in device memory (``sampling.stepper``), so a graph serves every
+number of steps; grids longer than ``WINDOW`` steps are loaded a window at a time.
+
+* A graph is captured for a batch *bucket*. Rows beyond the batch are zero: no op mixes samples, so
+  they cost time and cannot reach a real row.
+* Warm-up runs on a side stream before capture: Triton compiles, cuBLAS allocates.
+* Intermediates live in one private pool shared by a model's graphs, which never run concurrently;
+  inputs and the state live outside it.
+* The first replay is compared bitwise with the same step run eagerly.
+
+Memory of a graph: state and keys and values of its bucket (4.2 MB a sample for base in bf16), and
+the activations of one evaluation. At most ``GRAPHS`` are kept, the most recently used.
+"""
+
+import gc
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_fast.sampling.stepper import Stepper, StepTable
+
+WINDOW = 64
+"""Steps whose modulations are on hand at a time: 58 MB for base where two times a step differ."""
+
+GRAPHS = 8
+WARM_UP = 3
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+_CAPTURE = threading.Lock()
+
+
+def bucket(batch: int) -> int:
+    """The smallest bucket that holds ``batch`` samples, at most 128."""
+    return next(size for size in BUCKETS if size >= batch)
+
+
+def refuse_outer_capture(device: torch.device) -> None:
+    """Raise ``RuntimeError`` if the caller is capturing a CUDA graph of its own."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "generate: cannot run while a CUDA graph is being captured on this stream: it checks "
+            "its inputs on the host and replays graphs of its own; call it outside the capture"
+        )
+
+
+class GraphStore:
+    """The graphs of one engine, and what they share. Its lock is held while they run."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.steps: OrderedDict[object, CapturedStep] = OrderedDict()
+        self.windows: dict[tuple[int, torch.dtype], WindowBuffers] = {}
+        self.pool: Any = None
+        self._last_use: torch.cuda.Event | None = None
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Order this use of the shared buffers after the last, whatever streams they are on."""
+        with self.lock:
+            stream = torch.cuda.current_stream(device)
+            if self._last_use is not None:
+                stream.wait_event(self._last_use)
+            try:
+                yield
+            finally:
+                self._last_use = torch.cuda.Event()
+                self._last_use.record(stream)
+
+    def find(
+        self, key: object, table: StepTable, make: Callable[[StepTable], Stepper]
+    ) -> "CapturedStep":
+        """The graph of a signature.
+
+        ``make`` gives its stepper, with buffers of the bucket, over a table like ``table``.
+        """
+        if key not in self.steps:
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            while len(self.steps) >= GRAPHS:
+                self.steps.popitem(last=False)
+            form = (table.rows.shape[1], table.dt.dtype)
+            window = self.windows.get(form)
+            if window is None:
+                window = self.windows[form] = WindowBuffers(table)
+            self.steps[key] = CapturedStep(make(window.buffers), window, self.pool)
+        self.steps.move_to_end(key)
+        return self.steps[key]
+
+    def clear(self) -> None:
+        """Free every graph and the pool's memory."""
+        with self.lock:
+            self.steps.clear()
+            self.windows.clear()
+            self.pool = None
+
+
+class WindowBuffers:
+    """Up to ``WINDOW`` steps of any grid with as many evaluations a step as ``table``."""
+
+    def __init__(self, table: StepTable) -> None:
+        evaluations = table.rows.shape[1]
+        times = WINDOW * evaluations + 1
+        self.buffers = StepTable(
+            table.modulations.new_zeros(times, *table.modulations.shape[1:]),
+            table.rows.new_zeros(WINDOW, evaluations),
+            table.dt.new_zeros(WINDOW),
+            table.ratio.new_zeros(WINDOW),
+        )
+        self._loaded: tuple[StepTable, int] | None = None
+
+    def select(self, table: StepTable, step: int) -> int:
+        """Have the window of ``table`` that holds ``step`` at hand; its index there."""
+        window = step // WINDOW
+        if self._loaded is None or self._loaded[0] is not table or self._loaded[1] != window:
+            self._load(table, window * WINDOW)
+            self._loaded = (table, window)
+        return step % WINDOW
+
+    def _load(self, table: StepTable, first: int) -> None:
+        rows = table.rows[first : first + WINDOW]
+        used, local = torch.unique(rows, return_inverse=True)
+        self.buffers.modulations[: used.shape[0]] = table.modulations.index_select(0, used)
+        for buffer, values in (
+            (self.buffers.rows, local),
+            (self.buffers.dt, table.dt[first : first + WINDOW]),
+            (self.buffers.ratio, table.ratio[first : first + WINDOW]),
+        ):
+            buffer[: values.shape[0]] = values
+
+
+class CapturedStep:
+    """A stepper's ``advance`` as a graph, with the copies in and out of its buffers."""
+
+    def __init__(self, stepper: Stepper, window: WindowBuffers, pool: Any) -> None:
+        self.stepper, self.window = stepper, window
+        self.graph = _capture(stepper, pool)
+        self._verified = False
+
+    def load(self, state: Tensor, context: Tensor, past: Tensor | None) -> None:
+        """Copy a batch in and clear the rows beyond it."""
+        own, batch, held = self.stepper, state.shape[0], self.stepper.state.shape[0]
+        _fill(own.state, state)
+        halves = context.shape[2] // batch
+        for half in range(halves):
+            given = slice(half * batch, (half + 1) * batch)
+            kept = slice(half * held, (half + 1) * held)
+            _fill(own.context[:, :, kept].transpose(0, 2), context[:, :, given].transpose(0, 2))
+            if own.past is not None and past is not None:
+                _fill(own.past[kept], past[given])
+
+    def unload(self, state: Tensor, past: Tensor | None) -> None:
+        """Copy the batch out into ``state`` (and ``past``)."""
+        own, batch, held = self.stepper, state.shape[0], self.stepper.state.shape[0]
+        state.copy_(own.state[:batch])
+        if own.past is not None and past is not None:
+            for half in range(past.shape[0] // batch):
+                past[half * batch : (half + 1) * batch] = own.past[half * held :][:batch]
+
+    def select(self, table: StepTable, step: int) -> None:
+        """Make ``step`` of ``table`` the next."""
+        self.stepper.counter.fill_(self.window.select(table, step))
+
+    def replay(self) -> None:
+        """Take the selected step, and select the next of the window."""
+        if self._verified:
+            self.graph.replay()
+        else:
+            _replay_verified(self.stepper, self.graph)
+            self._verified = True
+
+
+def _fill(buffer: Tensor, rows: Tensor) -> None:
+    buffer[: rows.shape[0]] = rows
+    buffer[rows.shape[0] :] = 0
+
+
+def _capture(stepper: Stepper, pool: Any) -> torch.cuda.CUDAGraph:
+    device = stepper.state.device
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            stepper.counter.zero_()
+            stepper.advance()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with _CAPTURE, _no_collection():
+        try:
+            with torch.cuda.graph(
+                graph, pool=pool, stream=side, capture_error_mode="thread_local"
+            ):
+                stepper.advance()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"generate: capturing a CUDA graph failed ({_first_line(error)}); end any other "
+                "capture, free memory, or pass graph=False, which launches every kernel instead"
+            ) from error
+    return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from freeing another graph in the middle of a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _replay_verified(stepper: Stepper, graph: torch.cuda.CUDAGraph) -> None:
+    """Take one step twice from the same state, eagerly and by the graph, and compare the bits."""
+    buffers = [x for x in (stepper.state, stepper.past, stepper.counter) if x is not None]
+    before = [x.clone() for x in buffers]
+    stepper.advance()
+    eager = [x.clone() for x in buffers]
+    for buffer, start in zip(buffers, before, strict=True):
+        buffer.copy_(start)
+    graph.replay()
+    if not all(torch.equal(x, y) for x, y in zip(buffers, eager, strict=True)):
+        raise RuntimeError(
+            "generate: the captured CUDA graph does not reproduce the eager step bit by bit; "
+            "pass graph=False and report the output of 'blip3o-fast doctor'"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,218 @@
+"""The sampler: everything that does not depend on the state is hoisted out of the loop.
+
+    SamplingPlan(model, steps=50)(eva)        the same numbers as the plain model, to rounding
+
+1. ``conditioning``: the adapter and all cross-attention keys and values, once a sample.
+2. ``modulation``: the modulations of all sites at all times of the grid, once a grid.
+3. ``evaluation``: what is left, through the fused ops, at most 180 launches for base.
+4. ``stepper``: one solver step as a function of buffers; ``graph``: that function as a CUDA graph.
+5. ``engine``: what plans of one model share, rebuilt when its weights change.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from blip3o_fast.flow import Callback, find_solver
+from blip3o_fast.flow import time_grid as make_grid
+from blip3o_fast.flow.schedule import GridName
+from blip3o_fast.flow.solvers import SolverName
+from blip3o_fast.model import DiT
+from blip3o_fast.ops import Impl
+from blip3o_fast.sampling.conditioning import condition
+from blip3o_fast.sampling.engine import Engine, engine_key, find_engine
+from blip3o_fast.sampling.graph import bucket, refuse_outer_capture
+from blip3o_fast.sampling.inputs import check_features, starting_noise, warn_of_guidance
+from blip3o_fast.sampling.memory import micro_batch
+from blip3o_fast.sampling.run import EagerRun, GraphRun, Run, walk
+from blip3o_fast.sampling.stepper import Method, Stepper, StepTable
+
+DEFAULT_GRID: dict[str, GridName] = {"consistent": "ascending", "published": "published"}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class SamplingPlan:
+    """``(eva, noise) -> clip`` for one model, solver and grid. Build once, call often.
+
+    Plans of one model share its packed weights, so a second plan is cheap. Weights that have
+    changed since the last call are noticed and packed again. Distinct plans may be called from
+    distinct threads.
+
+    Args:
+        model: any device; its train or eval mode does not matter, sampling never drops units.
+        steps: S, at least 1.
+        solver: euler, heun, midpoint or adams_bashforth2.
+        guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
+        time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0 to 1;
+            None follows the model's conventions.
+        dtype: of weights and activations: float32, bfloat16, float16 or float64. None is that of
+            autocast where it is on, and the model's own otherwise. The state is fp32 regardless.
+        impl: of every fused op; None follows ``model.set_impl``.
+        graph: replay each step as a CUDA graph. None: on CUDA, unless ``compile``.
+        compile: compile the evaluation with ``torch.compile`` at the first call of each batch size.
+        working_memory: bytes that the activations of a micro-batch may take; None is 1 GiB on a CPU
+            and the size of the L2 cache on CUDA. At least one sample always goes through.
+
+    Raises:
+        ValueError: on an unknown or impossible choice.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        *,
+        steps: int,
+        solver: SolverName = "heun",
+        guidance_scale: float = 1.0,
+        time_grid: GridName | Sequence[float] | None = None,
+        dtype: torch.dtype | None = None,
+        impl: Impl | None = None,
+        graph: bool | None = None,
+        compile: bool = False,
+        working_memory: int | None = None,
+    ) -> None:
+        conventions = model.config.conventions
+        self.model, self.dtype, self.impl = model, dtype, impl
+        self.graph, self.compile, self.working_memory = graph, compile, working_memory
+        self.grid = make_grid(time_grid or DEFAULT_GRID[conventions], steps)
+        self.method = Method(find_solver(solver), float(guidance_scale), self.grid.clamp)
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
+        if graph and compile:
+            raise ValueError("graph: expected graph or compile, got both")
+        if working_memory is not None and working_memory < 1:
+            raise ValueError(f"working_memory: expected at least 1 byte, got {working_memory}")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        eva: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Sample.
+
+        Args:
+            eva: ``[B, N, E]``, finite, on the model's device.
+            noise: ``[B, N, C]`` to start from; None draws it.
+            generator: source of the noise; a CPU generator gives the same noise on any device.
+            seeds: one per sample, instead of a generator.
+            progress: show a bar of steps.
+            callback: called with (step, state) after each step, on a copy of the state. The
+                micro-batches then advance together, and all their keys and values are kept.
+
+        Returns:
+            ``[B, N, C]`` in the dtype of ``eva``, divided by ``simple_scale_factor``.
+
+        Raises:
+            ValueError: on a wrong shape, dtype, device, NaN or option.
+            RuntimeError: if a CUDA graph cannot be captured.
+            torch.OutOfMemoryError: if not even one sample fits.
+        """
+        model, device = self.model, eva.device
+        refuse_outer_capture(device)
+        warn_of_guidance(model, self.method.guidance_scale, stacklevel=3)
+        check_features(model, eva)
+        graph = self._uses_graph(device)
+        x = starting_noise(model.config, eva, noise, generator, seeds)
+        dtype = self._dtype(device)
+        with _on(device), torch.autocast(device.type, enabled=False):
+            engine = find_engine(model, engine_key(model, dtype, self.impl, self.compile))
+            table = engine.table(model, self.grid, self.method.solver, x.dtype)
+            x = self._sample(engine, table, eva, x, graph, progress, callback)
+            return (x / model.config.simple_scale_factor).to(eva.dtype)
+
+    def _sample(
+        self,
+        engine: Engine,
+        table: StepTable,
+        eva: Tensor,
+        noise: Tensor,
+        graph: bool,
+        progress: bool,
+        callback: Callback | None,
+    ) -> Tensor:
+        out = torch.empty_like(noise)
+        limit = micro_batch(
+            engine.config,
+            engine.weights.dtype,
+            eva.device,
+            guided=self.method.guided,
+            working_memory=self.working_memory,
+        )
+
+        def start(part: slice, shared: bool) -> Run:
+            return self._start(engine, table, eva[part], noise[part], graph, shared)
+
+        def release() -> None:
+            engine.graphs.clear()
+            torch.cuda.empty_cache()
+
+        with engine.graphs.running(eva.device) if graph else nullcontext():
+            engine.batch_limit = walk(
+                start,
+                eva.shape[0],
+                len(self.grid),
+                out,
+                limit=min(limit, engine.batch_limit or limit),
+                release=release,
+                progress=progress,
+                callback=callback,
+            )
+        return out
+
+    def _start(
+        self,
+        engine: Engine,
+        table: StepTable,
+        eva: Tensor,
+        noise: Tensor,
+        graph: bool,
+        shared: bool,
+    ) -> Run:
+        """Condition a micro-batch and put it at the start of its first step."""
+        weights, method, impls = engine.weights, self.method, engine.impls
+        context = condition(weights, engine.config, eva, guided=method.guided, impls=impls)
+        state = noise.clone()
+
+        def stepper(table: StepTable, state: Tensor, context: Tensor) -> Stepper:
+            return Stepper(
+                engine.evaluate, weights.norms, method, table, state, context, impls.solver_update
+            )
+
+        if not graph:
+            return EagerRun(stepper(table, state, context))
+        size = bucket(eva.shape[0])
+
+        def blank(table: StepTable) -> Stepper:
+            halves = context.shape[2] // state.shape[0]
+            shape = (*context.shape[:2], halves * size, *context.shape[3:])
+            zeros = state.new_zeros(size, *state.shape[1:])
+            return stepper(table, zeros, context.new_zeros(shape))
+
+        captured = engine.graphs.find((size, method, state.dtype), table, blank)
+        return GraphRun(captured, table, state, context, shared=shared)
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.model.input_proj.weight.dtype
+
+    def _uses_graph(self, device: torch.device) -> bool:
+        if self.graph is None:
+            return device.type == "cuda" and not self.compile
+        if self.graph and device.type != "cuda":
+            raise ValueError(f"graph=True: CUDA graphs need a CUDA device, got {device}")
+        return self.graph
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

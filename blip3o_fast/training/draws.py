@@ -1,0 +1,63 @@
+"""Times, noise and dropped conditions of a step: pure functions of (seed, step, sample's row).
+
+A row's draw does not depend on how many processes share the step or on how it is cut into
+micro-batches, so neither changes what is trained, and a resumed step repeats itself exactly.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip3o_fast.flow import sample_times
+from blip3o_fast.flow.schedule import TimeDistribution
+
+GROUP = 16
+"""Rows whose noise comes from one generator: few launches, and little drawn in vain."""
+
+
+class Draws(NamedTuple):
+    """For b rows: times ``[b]``, noise ``[b, N, C]`` fp32, and which conditions are kept ``[b]``."""
+
+    t: Tensor
+    noise: Tensor
+    keep: Tensor
+
+    def rows(self, piece: slice) -> "Draws":
+        """Some of the rows."""
+        return Draws(*(x[piece] for x in self))
+
+
+def draw(
+    seed: int,
+    step: int,
+    rows: range,
+    batch_size: int,
+    shape: tuple[int, int],
+    *,
+    distribution: TimeDistribution,
+    condition_dropout: float,
+    device: torch.device,
+) -> Draws:
+    """Draw for ``rows`` of the global batch of ``batch_size`` samples; ``shape`` is (N, C)."""
+    generator = torch.Generator(device)
+    generator.manual_seed(stream_seed(seed, step, -1))
+    t = sample_times(batch_size, distribution, generator=generator, device=device)
+    keep = torch.rand(batch_size, generator=generator, device=device) >= condition_dropout
+    noise = torch.empty(len(rows), *shape, device=device)
+    for start in range(rows.start - rows.start % GROUP, rows.stop, GROUP):
+        stop = min(start + GROUP, batch_size)
+        generator.manual_seed(stream_seed(seed, step, start // GROUP))
+        group = torch.randn(stop - start, *shape, generator=generator, device=device)
+        wanted = range(max(start, rows.start), min(stop, rows.stop))
+        here = slice(wanted.start - rows.start, wanted.stop - rows.start)
+        noise[here] = group[wanted.start - start : wanted.stop - start]
+    mine = slice(rows.start, rows.stop)
+    return Draws(t[mine], noise, keep[mine])
+
+
+def stream_seed(*numbers: int) -> int:
+    """A 63-bit seed for the stream that these numbers name."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,163 @@
+"""Where records go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases by request.
+
+A line of ``metrics.jsonl`` is ``{"kind": "step", ...}``, a ``StepRecord``, or
+``{"kind": "validation", ...}``, a ``Validation``. When a run resumes, lines of steps that will be
+taken again are removed, so the file reads as if nothing had interrupted it.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.training.options import TrainingOptions
+from blip3o_fast.training.records import StepRecord
+from blip3o_fast.training.validation import Validation
+
+METRICS_NAME = "metrics.jsonl"
+WANDB_ID_NAME = "wandb_run_id"
+
+
+class Tracker(Protocol):
+    """Something that takes numbers at steps."""
+
+    def log(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        """Take ``values`` of ``group`` (train or eval) after ``step`` steps."""
+        ...
+
+    def close(self) -> None:
+        """Deliver what is left."""
+        ...
+
+
+class MetricsFile:
+    """Appends to ``metrics.jsonl``.
+
+    Args:
+        run: folder of the run.
+        step: what is recorded of later steps is removed.
+        validated: whether the validation after ``step`` counts as done.
+    """
+
+    def __init__(self, run: Path, step: int, *, validated: bool) -> None:
+        self.path = run / METRICS_NAME
+        kept = [
+            record
+            for record in read_metrics(run)
+            if record["step"] < step
+            or (record["step"] == step and (validated or record["kind"] == "step"))
+        ]
+        write_atomically(self.path, "".join(_line(record) for record in kept).encode())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def step(self, record: StepRecord) -> None:
+        """Append a step."""
+        self._file.write(_line({"kind": "step", **record.to_dict()}))
+
+    def validation(self, record: Validation) -> None:
+        """Append a validation."""
+        self._file.write(_line({"kind": "validation", **record.to_dict()}))
+
+    def flush(self) -> None:
+        """Hand the lines to the operating system."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {METRICS_NAME}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush()
+        self._file.close()
+
+
+class TensorBoard:
+    """Writes event files into the run's folder."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ImportError(
+                "use_tensorboard needs tensorboard: pip install 'blip3o-fast[logging]'"
+            ) from None
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        """One scalar a value."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Logs to one run of Weights & Biases, the same one after a resume."""
+
+    def __init__(self, run: Path, options: TrainingOptions) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ImportError("use_wandb needs wandb: pip install 'blip3o-fast[logging]'") from None
+        name = run / WANDB_ID_NAME
+        if not name.is_file():
+            write_atomically(name, secrets.token_hex(8).encode())
+        self._run = wandb.init(
+            project=options.wandb_project,
+            name=options.wandb_run_name,
+            id=name.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run),
+            config=options.to_dict(),
+        )
+
+    def log(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        """All values of a step at once."""
+        self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
+
+
+def open_trackers(run: Path, options: TrainingOptions, step: int) -> list[Tracker]:
+    """The trackers that the options ask for.
+
+    Raises:
+        ImportError: naming the extra, if one is not installed.
+    """
+    trackers: list[Tracker] = []
+    if options.use_tensorboard:
+        trackers.append(TensorBoard(run, step))
+    if options.use_wandb:
+        trackers.append(WeightsAndBiases(run, options))
+    return trackers
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, up to the first line that a crash left incomplete."""
+    path = run / METRICS_NAME
+    records: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The entries that are numbers, without the step."""
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+    }
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record) + "\n"

@@ -1,0 +1,302 @@
+"""The training loop.
+
+    for each step of the plan
+        take a batch, one optimizer step                   Trainer.step
+        now and then: record, validate, save               Trainer.run
+
+The host never waits for the device inside a step. It does when records are fetched: every
+``log_every_n_steps`` on CUDA, every step on a CPU, where waiting costs nothing.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip3o_fast.data.dataset import Batch
+from blip3o_fast.data.loader import Loader
+from blip3o_fast.flow import interpolate
+from blip3o_fast.training import checkpoints
+from blip3o_fast.training.clipping import AdaptiveClipper, global_norm
+from blip3o_fast.training.distributed import World, spread
+from blip3o_fast.training.draws import Draws, draw
+from blip3o_fast.training.ema import WeightAverage
+from blip3o_fast.training.memory import Pieces
+from blip3o_fast.training.model import build_model
+from blip3o_fast.training.optimizer import apply_gradients, make_optimizer, set_rate
+from blip3o_fast.training.plan import Plan
+from blip3o_fast.training.progress import ProgressDisplay
+from blip3o_fast.training.records import Pending, Recorder, StepRecord
+from blip3o_fast.training.signals import StopSignals, TrainingInterrupted
+from blip3o_fast.training.state import Progress, TrainingState
+from blip3o_fast.training.tracking import MetricsFile, open_trackers, numbers
+from blip3o_fast.training.validation import Validator
+
+OnStep = Callable[[StepRecord], None]
+
+
+class Trainer:
+    """A run in progress: built from a plan, continued from its folder, then ``run``.
+
+    Args:
+        plan: what to do.
+        world: the processes that do it together.
+        on_step: called on the main process with every step's record, in order.
+    """
+
+    def __init__(self, plan: Plan, world: World, on_step: OnStep | None = None) -> None:
+        options = plan.options
+        self.plan, self.world, self.on_step = plan, world, on_step
+        self.folder = Path(options.output_dir)
+        self.model = build_model(plan)
+        self.parallel = spread(
+            self.model, world, options.parallel, plan.precision, plan.compile_mode
+        )
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.loss = plan.loss
+        self.local_batch = options.batch_size // world.size
+        self.pieces = Pieces(
+            -(-self.local_batch // options.gradient_accumulation_steps), retry=world.size == 1
+        )
+        self.loader = Loader(
+            plan.train,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            device=plan.device,
+            rank=world.rank,
+            world_size=world.size,
+            workers=max(options.num_workers, 1),
+            prefetch=options.prefetch,
+        )
+        self.state = TrainingState(
+            model=self.model,
+            optimizer=make_optimizer(plan.optimizer, self.model, options),
+            scaler=plan.precision.scaler(),
+            clipper=AdaptiveClipper(
+                options.max_grad_norm, adaptive=options.adaptive_grad_clipping, device=plan.device
+            ),
+            average=WeightAverage(self.model, options.ema_decay) if options.ema_decay else None,
+            loader=self.loader,
+            progress=Progress(),
+            world=world,
+            device=plan.device,
+            seed=options.seed,
+            sharded=self.parallel.kind == "fsdp",
+        )
+        self.recorder = Recorder(
+            world,
+            max_nonfinite=options.max_nonfinite_steps,
+            scaled=self.state.scaler.is_enabled(),
+        )
+        self.validator = Validator(plan, world)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One optimizer step on a global batch; returns its numbers, as ``Pending`` lists them."""
+        state, step = self.state, self.state.progress.step
+        set_rate(state.optimizer, self.plan.schedule.rate(step))
+        terms = self.gradients(batch, self.draw(step))
+        state.scaler.unscale_(state.optimizer)
+        clip = state.clipper.clip(global_norm(self.parameters))
+        scale = state.scaler.scale(torch.ones((), device=self.plan.device))
+        apply_gradients(state.optimizer, state.scaler, clip)
+        if state.average is not None:
+            state.average.update()
+        return torch.stack((*terms, clip.norm, clip.bound, clip.finite.float(), scale))
+
+    def draw(self, step: int) -> Draws:
+        """This process's times, noise and kept conditions."""
+        options, config = self.plan.options, self.plan.config
+        start = self.world.rank * self.local_batch
+        return draw(
+            options.seed,
+            step,
+            range(start, start + self.local_batch),
+            options.batch_size,
+            (config.num_tokens, config.clip_embedding_size),
+            distribution=options.time_distribution,
+            condition_dropout=options.condition_dropout,
+            device=self.plan.device,
+        )
+
+    def gradients(self, batch: Batch, draws: Draws) -> Tensor:
+        """Accumulate the scaled loss's gradients over micro-batches; returns loss terms ``[5]``."""
+        x_1 = batch.clip.float() * self.plan.config.simple_scale_factor
+        eva = batch.eva.float()
+
+        def work(piece: slice, last: bool) -> Tensor:
+            share = (piece.stop - piece.start) / self.local_batch
+            with self.parallel.synchronised(last):
+                return share * self.backward(x_1[piece], eva[piece], draws.rows(piece), share)
+
+        reset = lambda: self.state.optimizer.zero_grad(set_to_none=True)  # noqa: E731
+        reset()
+        return torch.stack(self.pieces.run(self.local_batch, work, reset)).sum(0)
+
+    def backward(self, x_1: Tensor, eva: Tensor, draws: Draws, share: float) -> Tensor:
+        """Forward and backward of one micro-batch; returns its loss terms ``[5]``."""
+        x_t = interpolate(x_1, draws.noise, draws.t)
+        eva = torch.where(draws.keep[:, None, None], eva, 0.0)
+        with self.plan.precision.autocast():
+            velocity = self.parallel.forward(x_t, draws.t, eva, return_dict=False)
+        terms = self.loss(velocity, x_t, x_1, draws.noise, draws.t)
+        self.state.scaler.scale(share * terms.total).backward()
+        return torch.stack([term.detach() for term in terms])
+
+    def run(self) -> None:
+        """Train to the end of the plan, from wherever the run's folder says it is.
+
+        Raises:
+            TrainingInterrupted: after saving, on SIGTERM, SIGUSR1 or SIGINT.
+            NonFiniteGradients: naming the batches, if training has broken down.
+            OSError: if a record or a checkpoint cannot be written.
+        """
+        with StopSignals() as signals, self.loader:
+            self.signals = signals
+            self.restore()
+            self.open_records()
+            try:
+                self.train()
+            finally:
+                self.close_records()
+
+    def restore(self) -> None:
+        """Go on from the newest complete checkpoint, where there is one."""
+        if self.world.is_main:
+            checkpoints.delete_unfinished(self.folder)
+        self.world.barrier()
+        found = checkpoints.complete_checkpoints(self.folder)
+        if found:
+            self.state.read(found[0])
+        self.started = time.perf_counter() - self.state.progress.seconds
+
+    def open_records(self) -> None:
+        """Open what the main process writes and shows."""
+        options, progress = self.plan.options, self.state.progress
+        main = self.world.is_main
+        self.metrics = (
+            MetricsFile(self.folder, progress.step, validated=progress.validated) if main else None
+        )
+        self.trackers = open_trackers(self.folder, options, progress.step) if main else []
+        self.display = ProgressDisplay(
+            self.plan.total_steps,
+            progress.step,
+            every=options.log_every_n_steps,
+            samples=options.batch_size,
+            enabled=main and options.progress,
+        )
+
+    def close_records(self) -> None:
+        """Write out what is left."""
+        self.display.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def train(self) -> None:
+        """The loop: steps, and at their boundaries records, validations, checkpoints, stopping."""
+        options, progress = self.plan.options, self.state.progress
+        every = 1 if self.plan.device.type == "cpu" else options.log_every_n_steps
+        self.recorder.restart_clock()
+        while True:
+            last = progress.step == self.plan.total_steps
+            if progress.step % options.eval_every_n_steps == 0 or last:
+                self.validate()
+            if progress.step and (progress.step % options.save_every_n_steps == 0 or last):
+                self.save()
+            if last:
+                return
+            self.stop_if_asked()
+            batch = next(self.loader)
+            epoch = progress.step // self.plan.steps_per_epoch
+            numbers_ = self.step(batch)
+            progress.step += 1
+            progress.validated = False
+            self.recorder.pending.append(
+                Pending(
+                    progress.step,
+                    epoch,
+                    self.plan.schedule.rate(progress.step - 1),
+                    self.loader.wait_seconds,
+                    numbers_,
+                    batch.keys,
+                )
+            )
+            due = progress.step % options.eval_every_n_steps == 0
+            if progress.step % every == 0 or due or progress.step == self.plan.total_steps:
+                self.flush()
+
+    def flush(self) -> None:
+        """Bring the steps since the last flush to the host, and report them."""
+        for record in self.recorder.flush():
+            self.display.step(record)
+            if self.metrics is not None:
+                self.metrics.step(record)
+            for tracker in self.trackers:
+                tracker.log(record.step, "train", numbers(record.to_dict()))
+            if self.on_step is not None and self.world.is_main:
+                self.on_step(record)
+
+    def validate(self) -> None:
+        """Validate the weights that would be used, and keep the best of them."""
+        progress = self.state.progress
+        if progress.validated or progress.step == 0:
+            progress.validated = True
+            return
+        with self.usable_weights():
+            result = self.validator.run(self.model, progress.step, self.asked_to_stop)
+        if result is None:
+            return
+        progress.validated = True
+        metric = self.plan.options.best_metric
+        best = progress.best is None or getattr(result, metric) > getattr(progress.best, metric)
+        if best:
+            progress.best = result
+        self.display.validation(result, best=best)
+        if self.metrics is not None:
+            self.metrics.validation(result)
+            self.metrics.flush()
+        for tracker in self.trackers:
+            tracker.log(result.step, "eval", numbers(result.to_dict()))
+        if best:
+            self.save(best=True)
+        self.recorder.restart_clock()
+
+    def usable_weights(self) -> AbstractContextManager[None]:
+        """The averaged weights inside the block, where the run keeps any."""
+        return nullcontext() if self.state.average is None else self.state.average.applied()
+
+    def save(self, *, best: bool = False) -> Path:
+        """Write a checkpoint and point to it; delete what it supersedes."""
+        self.flush()
+        if self.metrics is not None:
+            self.metrics.flush()
+        progress = self.state.progress
+        progress.seconds = time.perf_counter() - self.started
+        folder = checkpoints.write_checkpoint(
+            self.folder, progress.step, self.state.write, self.world
+        )
+        if self.world.is_main:
+            checkpoints.point(self.folder, checkpoints.LATEST, folder)
+            if best:
+                checkpoints.point(self.folder, checkpoints.BEST, folder)
+            pointers = (checkpoints.LATEST, checkpoints.BEST)
+            kept = [checkpoints.pointed(self.folder, pointer) for pointer in pointers]
+            checkpoints.delete_superseded(self.folder, self.plan.options.keep_last, kept)
+        self.world.barrier()
+        self.recorder.restart_clock()
+        return folder
+
+    def asked_to_stop(self) -> bool:
+        """Whether any process has received a signal."""
+        return self.world.agree(self.signals.received is not None)
+
+    def stop_if_asked(self) -> None:
+        """Save and stop at this step boundary, if a signal came."""
+        if self.asked_to_stop():
+            received = self.signals.received or signal.SIGTERM
+            raise TrainingInterrupted(received, self.save() if self.state.progress.step else self.folder)

@@ -1,0 +1,51 @@
+"""Scalar pieces of several kernels.
+
+Kernels compute in ``ACC``, fp32 or fp64, a constexpr. A Python float never reaches a kernel as it
+is: it would arrive as fp32 from an eager call and as fp64 from a compiler. Constants of a model are
+constexpr; numbers that change from call to call are split in two fp32 parts, which together hold 48
+bits, so that an fp64 kernel loses nothing and an fp32 kernel reads the first part alone.
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+
+
+def split(value: float) -> tuple[float, float]:
+    """``value`` as the sum of two fp32 numbers, the first being ``value`` rounded."""
+    high = _fp32(value)
+    return high, _fp32(value - high)
+
+
+def _fp32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+@triton.jit
+def joined(high, low, ACC: tl.constexpr):
+    """The number that ``split`` divided."""
+    value = tl.cast(high, ACC)
+    if ACC == tl.float64:
+        value += tl.cast(low, ACC)
+    return value
+
+
+@triton.constexpr_function
+def promoted(first, second):
+    """What torch promotes two of the supported dtypes to."""
+    if first == second:
+        return first
+    return tl.float64 if tl.float64 in (first, second) else tl.float32
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """``x`` rounded to ``dtype``, in its own dtype."""
+    return x.to(dtype).to(x.dtype)
+
+
+@triton.jit
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``; exp overflows to inf, and the quotient to its limit 0."""
+    return 1.0 / (1.0 + tl.exp(-x))

@@ -1,0 +1,410 @@
+"""``x_out = x + norm(ls y; post)`` and ``h = norm(x_out; pre)``: close one sub-layer, open the next.
+
+``norm`` is the double norm of ``blip3o_kernels.double_norm``; ls is a layer scale ``[D]``. Each of ls,
+post and pre may be absent. h is computed from x_out as stored, so that backward, which saves x_out
+and y alone, sees the same numbers.
+
+Forward, per row: reads 2 D elements (x, y), writes 2 D (x_out, h), where separate ops would move 13 D.
+Backward, per row: reads 4 D (dx_out, dh, x_out, y), writes 2 D (dx, dy), and 6 D fp32 partial sums
+per program; dx = dx_out + the gradient through pre, and dx drives the gradient through post.
+Accumulates in fp32 (fp64 for fp64).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blip3o_kernels.arithmetic import promoted, rounded
+from blip3o_kernels.double_norm import (
+    Norm,
+    double_norm,
+    double_norm_gradient,
+    load_norm,
+    parameter_gradients,
+    partial_sums,
+    store_partial_sums,
+)
+from blip3o_kernels.launch import (
+    RowLaunch,
+    accumulator,
+    backward_launch,
+    forward_launch,
+    on_device,
+    register_limit,
+    run_rows,
+    unit_stride,
+)
+from blip3o_kernels.reduction import column_sum
+from blip3o_kernels.tiles import load_row, load_vector, token_range
+
+
+BACKWARD_PROGRAMS = 3
+"""Resident on a multiprocessor at 4 warps: 168 registers a thread, where free choice takes 198."""
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+def _forward_kernel(
+    x,
+    y,
+    layer_scale,
+    w3,
+    w4,
+    post_shift,
+    post_scale,
+    w1,
+    w2,
+    pre_shift,
+    pre_scale,
+    x_out,
+    h_out,
+    tokens,
+    rows,
+    chunks,
+    x_b,
+    x_n,
+    x_d,
+    y_b,
+    y_n,
+    y_d,
+    post_shift_b,
+    post_scale_b,
+    pre_shift_b,
+    pre_scale_b,
+    LAYER_SCALE: tl.constexpr,
+    POST: tl.constexpr,
+    PRE: tl.constexpr,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    FAITHFUL: tl.constexpr,
+):
+    sample, first, last = token_range(tokens, rows, chunks)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < WIDTH
+    if LAYER_SCALE:
+        ls = load_vector(layer_scale, cols, inside, ACC)
+        BRANCH: tl.constexpr = promoted(y.dtype.element_ty, layer_scale.dtype.element_ty)
+    else:
+        BRANCH: tl.constexpr = y.dtype.element_ty
+    if POST:
+        weight3, weight4, offset3, factor3 = load_norm(
+            w3, w4, post_shift, post_scale, sample, post_shift_b, post_scale_b, cols, inside, ACC
+        )
+    if PRE:
+        weight1, weight2, offset1, factor1 = load_norm(
+            w1, w2, pre_shift, pre_scale, sample, pre_shift_b, pre_scale_b, cols, inside, ACC
+        )
+    for token in range(first, last):
+        target = (sample * tokens + token) * WIDTH + cols
+        stream = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
+        branch = load_row(y + sample * y_b, token, cols, y_n, y_d, inside, ACC)
+        if LAYER_SCALE:
+            branch *= ls
+            if FAITHFUL:
+                branch = rounded(branch, BRANCH)
+        if POST:
+            branch = double_norm(
+                branch,
+                weight3,
+                weight4,
+                offset3,
+                factor3,
+                BRANCH,
+                w3.dtype.element_ty,
+                w4.dtype.element_ty,
+                post_shift.dtype.element_ty,
+                post_scale.dtype.element_ty,
+                EPS,
+                WIDTH,
+                FAITHFUL,
+            )
+        stored = (stream + branch).to(x_out.dtype.element_ty)
+        tl.store(x_out + target, stored, mask=inside)
+        if PRE:
+            h = double_norm(
+                stored.to(ACC),
+                weight1,
+                weight2,
+                offset1,
+                factor1,
+                x.dtype.element_ty,
+                w1.dtype.element_ty,
+                w2.dtype.element_ty,
+                pre_shift.dtype.element_ty,
+                pre_scale.dtype.element_ty,
+                EPS,
+                WIDTH,
+                FAITHFUL,
+            )
+            tl.store(h_out + target, h.to(h_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+def _backward_kernel(
+    dx_out,
+    dh,
+    x_out,
+    y,
+    layer_scale,
+    w3,
+    w4,
+    post_scale,
+    w1,
+    w2,
+    pre_scale,
+    dx,
+    dy,
+    post_partial,
+    pre_partial,
+    tokens,
+    rows,
+    chunks,
+    dx_out_b,
+    dx_out_n,
+    dx_out_d,
+    dh_b,
+    dh_n,
+    dh_d,
+    x_b,
+    x_n,
+    x_d,
+    y_b,
+    y_n,
+    y_d,
+    post_scale_b,
+    pre_scale_b,
+    STREAM: tl.constexpr,
+    LAYER_SCALE: tl.constexpr,
+    POST: tl.constexpr,
+    PRE: tl.constexpr,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+):
+    sample, first, last = token_range(tokens, rows, chunks)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < WIDTH
+    if LAYER_SCALE:
+        ls = load_vector(layer_scale, cols, inside, ACC)
+    if POST:
+        weight3 = load_vector(w3, cols, inside, ACC)
+        gain3 = weight3 * load_vector(w4, cols, inside, ACC)
+        gain3 *= 1.0 + load_vector(post_scale + sample * post_scale_b, cols, inside, ACC)
+    if PRE:
+        weight1 = load_vector(w1, cols, inside, ACC)
+        gain1 = weight1 * load_vector(w2, cols, inside, ACC)
+        gain1 *= 1.0 + load_vector(pre_scale + sample * pre_scale_b, cols, inside, ACC)
+    post_p = tl.zeros((BLOCK,), ACC)
+    post_q = tl.zeros((BLOCK,), ACC)
+    post_r = tl.zeros((BLOCK,), ACC)
+    pre_p = tl.zeros((BLOCK,), ACC)
+    pre_q = tl.zeros((BLOCK,), ACC)
+    pre_r = tl.zeros((BLOCK,), ACC)
+    for token in range(first, last):
+        target = (sample * tokens + token) * WIDTH + cols
+        # All loads stand before the first sum, so that their latencies overlap.
+        if STREAM:
+            d = load_row(dx_out + sample * dx_out_b, token, cols, dx_out_n, dx_out_d, inside, ACC)
+        else:
+            d = tl.zeros((BLOCK,), ACC)
+        if PRE:
+            upstream = load_row(dh + sample * dh_b, token, cols, dh_n, dh_d, inside, ACC)
+            stream = load_row(x_out + sample * x_b, token, cols, x_n, x_d, inside, ACC)
+        if LAYER_SCALE or POST:
+            row = load_row(y + sample * y_b, token, cols, y_n, y_d, inside, ACC)
+        if PRE:
+            through, inverse_rms, m = double_norm_gradient(
+                upstream, stream, weight1, gain1, EPS, WIDTH
+            )
+            d += through
+            if PARAMETERS:
+                unit = stream * inverse_rms
+                pre_p += upstream * unit
+                pre_q += upstream
+                pre_r += m * unit * unit
+        tl.store(dx + target, d.to(dx.dtype.element_ty), mask=inside)
+        if LAYER_SCALE or POST:
+            branch = row
+            if LAYER_SCALE:
+                branch = row * ls
+            through = d
+            unit = row
+            if POST:
+                through, inverse_rms, m = double_norm_gradient(
+                    d, branch, weight3, gain3, EPS, WIDTH
+                )
+                unit = row * inverse_rms
+                if PARAMETERS:
+                    post_q += d
+                    post_r += m * unit * unit
+            if PARAMETERS:
+                post_p += d * unit
+            if LAYER_SCALE:
+                through *= ls
+            tl.store(dy + target, through.to(dy.dtype.element_ty), mask=inside)
+    if PARAMETERS:
+        if PRE:
+            store_partial_sums(pre_partial, pre_p, pre_q, pre_r, cols, inside, WIDTH)
+        if POST:
+            store_partial_sums(post_partial, post_p, post_q, post_r, cols, inside, WIDTH)
+        elif LAYER_SCALE:
+            partial_row = post_partial + tl.program_id(0).to(tl.int64) * WIDTH
+            tl.store(partial_row + cols, post_p, mask=inside)
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    layer_scale: Tensor | None,
+    post: Norm | None,
+    pre: Norm | None,
+    *,
+    eps: float,
+    faithful: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``(x_out, h)``, each ``[B, N, D]``; h is None without ``pre``."""
+    samples, tokens, width = x.shape
+    x_out = x.new_empty(x.shape)
+    h = None if pre is None else x.new_empty(x.shape)
+    layer_scale, post, pre = _unit_strides(layer_scale, post, pre)
+    launch = forward_launch(width, samples * tokens)
+
+    def run(launch: RowLaunch) -> None:
+        chunks = triton.cdiv(tokens, launch.rows)
+        _forward_kernel[(samples * chunks,)](
+            x,
+            y,
+            layer_scale,
+            *(post or _ABSENT),
+            *(pre or _ABSENT),
+            x_out,
+            h,
+            tokens,
+            launch.rows,
+            chunks,
+            *x.stride(),
+            *y.stride(),
+            *((0, 0) if post is None else (post.shift.stride(0), post.scale.stride(0))),
+            *((0, 0) if pre is None else (pre.shift.stride(0), pre.scale.stride(0))),
+            LAYER_SCALE=layer_scale is not None,
+            POST=post is not None,
+            PRE=pre is not None,
+            EPS=eps,
+            WIDTH=width,
+            BLOCK=launch.block,
+            ACC=accumulator(x, y, layer_scale, *(post or ()), *(pre or ())),
+            FAITHFUL=faithful,
+            num_warps=launch.num_warps,
+            enable_fp_fusion=False,
+        )
+
+    if x.numel():
+        run_rows("sandwich_join.forward", x, launch, samples * tokens, run)
+    return x_out, h
+
+
+class Gradients(NamedTuple):
+    """Of a join's inputs; None where there is nothing to differentiate, or nobody asked."""
+
+    x: Tensor
+    y: Tensor | None
+    layer_scale: Tensor | None
+    post: Norm | None
+    pre: Norm | None
+
+
+def backward(
+    dx_out: Tensor | None,
+    dh: Tensor | None,
+    x_out: Tensor,
+    y: Tensor,
+    layer_scale: Tensor | None,
+    post: Norm | None,
+    pre: Norm | None,
+    *,
+    eps: float,
+    parameters: bool,
+) -> Gradients:
+    """``dh`` belongs to ``pre``: both or neither. The gradient of y is None where it is that of x."""
+    samples, tokens, width = x_out.shape
+    layer_scale, post, pre = _unit_strides(layer_scale, post, pre)
+    dx = x_out.new_empty(x_out.shape)
+    dy = None if post is None and layer_scale is None else y.new_empty(y.shape)
+    acc = accumulator(x_out, y, layer_scale, *(post or ()), *(pre or ()))
+    launch = backward_launch(width, samples * tokens)
+
+    def run(launch: RowLaunch) -> tuple[Tensor | None, Tensor | None]:
+        chunks = triton.cdiv(tokens, launch.rows)
+        post_partial = pre_partial = None
+        if parameters and dy is not None:
+            post_partial = partial_sums(x_out, acc, (samples, chunks), 1 if post is None else 3)
+        if parameters and pre is not None:
+            pre_partial = partial_sums(x_out, acc, (samples, chunks))
+        if dx.numel():
+            _backward_kernel[(samples * chunks,)](
+                dx_out,
+                dh,
+                x_out,
+                y,
+                layer_scale,
+                *((None,) * 3 if post is None else (post.w1, post.w2, post.scale)),
+                *((None,) * 3 if pre is None else (pre.w1, pre.w2, pre.scale)),
+                dx,
+                dy,
+                post_partial,
+                pre_partial,
+                tokens,
+                launch.rows,
+                chunks,
+                *((0, 0, 0) if dx_out is None else dx_out.stride()),
+                *((0, 0, 0) if dh is None else dh.stride()),
+                *x_out.stride(),
+                *y.stride(),
+                0 if post is None else post.scale.stride(0),
+                0 if pre is None else pre.scale.stride(0),
+                STREAM=dx_out is not None,
+                LAYER_SCALE=layer_scale is not None,
+                POST=post is not None,
+                PRE=pre is not None,
+                EPS=eps,
+                WIDTH=width,
+                BLOCK=launch.block,
+                ACC=acc,
+                PARAMETERS=parameters,
+                num_warps=launch.num_warps,
+                maxnreg=register_limit(launch, BACKWARD_PROGRAMS),
+                enable_fp_fusion=False,
+            )
+        return post_partial, pre_partial
+
+    post_partial, pre_partial = run_rows(
+        "sandwich_join.backward", x_out, launch, samples * tokens, run
+    )
+    dls = dpost = dpre = None
+    with on_device(x_out):
+        if post_partial is not None and post is not None:
+            dpost, dls = parameter_gradients(post_partial, post, layer_scale, eps=eps, acc=acc)
+        elif post_partial is not None and layer_scale is not None:
+            dls = layer_scale.new_empty(width)
+            column_sum(post_partial.view(-1, width), dls, acc)
+        if pre_partial is not None and pre is not None:
+            dpre, _ = parameter_gradients(pre_partial, pre, None, eps=eps, acc=acc)
+    return Gradients(dx, dy, dls, dpost, dpre)
+
+
+_ABSENT = (None,) * 4
+
+
+def _unit_strides(
+    layer_scale: Tensor | None, post: Norm | None, pre: Norm | None
+) -> tuple[Tensor | None, Norm | None, Norm | None]:
+    return (
+        None if layer_scale is None else unit_stride(layer_scale),
+        None if post is None else post.with_unit_strides(),
+        None if pre is None else pre.with_unit_strides(),
+    )

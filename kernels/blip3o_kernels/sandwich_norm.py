@@ -1,0 +1,211 @@
+"""``h = rms(rms(x; w1); w2) * (1 + scale) + shift``: pre-norm and AdaLN (arXiv:2212.09748) as one.
+
+The mathematics stands in ``blip3o_kernels.double_norm``. x is ``[B, N, D]``, w1 and w2 ``[D]``, shift
+and scale ``[B, D]``, constant over the tokens of a sample.
+
+Forward, per row: reads D elements, writes D; parameters are read once for the rows that a program
+walks. Backward, per row: reads 2 D (dout, x), writes D, and 3 D fp32 partial sums per program.
+Nothing but the inputs is saved. Accumulates in fp32 (fp64 for fp64).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blip3o_kernels.double_norm import (
+    Norm,
+    double_norm,
+    double_norm_gradient,
+    load_norm,
+    parameter_gradients,
+    partial_sums,
+    store_partial_sums,
+)
+from blip3o_kernels.launch import (
+    RowLaunch,
+    accumulator,
+    backward_launch,
+    forward_launch,
+    register_limit,
+    run_rows,
+)
+from blip3o_kernels.tiles import load_row, load_vector, token_range
+
+
+BACKWARD_PROGRAMS = 5
+"""Resident on a multiprocessor at 4 warps: 96 registers a thread, where free choice takes 109."""
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+def _forward_kernel(
+    x,
+    w1,
+    w2,
+    shift,
+    scale,
+    out,
+    tokens,
+    rows,
+    chunks,
+    x_b,
+    x_n,
+    x_d,
+    shift_b,
+    scale_b,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    FAITHFUL: tl.constexpr,
+):
+    sample, first, last = token_range(tokens, rows, chunks)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < WIDTH
+    weight1, weight2, offset, factor = load_norm(
+        w1, w2, shift, scale, sample, shift_b, scale_b, cols, inside, ACC
+    )
+    for token in range(first, last):
+        row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
+        h = double_norm(
+            row,
+            weight1,
+            weight2,
+            offset,
+            factor,
+            x.dtype.element_ty,
+            w1.dtype.element_ty,
+            w2.dtype.element_ty,
+            shift.dtype.element_ty,
+            scale.dtype.element_ty,
+            EPS,
+            WIDTH,
+            FAITHFUL,
+        )
+        target = out + (sample * tokens + token) * WIDTH
+        tl.store(target + cols, h.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+def _backward_kernel(
+    dout,
+    x,
+    w1,
+    w2,
+    scale,
+    dx,
+    partial,
+    tokens,
+    rows,
+    chunks,
+    dout_b,
+    dout_n,
+    dout_d,
+    x_b,
+    x_n,
+    x_d,
+    scale_b,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+):
+    sample, first, last = token_range(tokens, rows, chunks)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < WIDTH
+    weight1 = load_vector(w1, cols, inside, ACC)
+    gain = weight1 * load_vector(w2, cols, inside, ACC)
+    gain *= 1.0 + load_vector(scale + sample * scale_b, cols, inside, ACC)
+    p = tl.zeros((BLOCK,), ACC)
+    q = tl.zeros((BLOCK,), ACC)
+    r = tl.zeros((BLOCK,), ACC)
+    for token in range(first, last):
+        upstream = load_row(dout + sample * dout_b, token, cols, dout_n, dout_d, inside, ACC)
+        row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
+        d, inverse_rms, m = double_norm_gradient(upstream, row, weight1, gain, EPS, WIDTH)
+        target = dx + (sample * tokens + token) * WIDTH
+        tl.store(target + cols, d.to(dx.dtype.element_ty), mask=inside)
+        if PARAMETERS:
+            unit = row * inverse_rms
+            p += upstream * unit
+            q += upstream
+            r += m * unit * unit
+    if PARAMETERS:
+        store_partial_sums(partial, p, q, r, cols, inside, WIDTH)
+
+
+def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
+    """``[B, N, D]`` to ``[B, N, D]``."""
+    samples, tokens, width = x.shape
+    out = x.new_empty(x.shape)
+    norm = norm.with_unit_strides()
+    launch = forward_launch(width, samples * tokens)
+
+    def run(launch: RowLaunch) -> None:
+        chunks = triton.cdiv(tokens, launch.rows)
+        _forward_kernel[(samples * chunks,)](
+            x,
+            *norm,
+            out,
+            tokens,
+            launch.rows,
+            chunks,
+            *x.stride(),
+            norm.shift.stride(0),
+            norm.scale.stride(0),
+            EPS=eps,
+            WIDTH=width,
+            BLOCK=launch.block,
+            ACC=accumulator(x, *norm),
+            FAITHFUL=faithful,
+            num_warps=launch.num_warps,
+            enable_fp_fusion=False,
+        )
+
+    if out.numel():
+        run_rows("sandwich_norm.forward", x, launch, samples * tokens, run)
+    return out
+
+
+def backward(
+    dout: Tensor, x: Tensor, norm: Norm, *, eps: float, parameters: bool
+) -> tuple[Tensor, Norm | None]:
+    """Gradients of ``x`` and, with ``parameters``, of the norm."""
+    samples, tokens, width = x.shape
+    dx = x.new_empty(x.shape)
+    norm = norm.with_unit_strides()
+    acc = accumulator(x, *norm)
+    launch = backward_launch(width, samples * tokens)
+
+    def run(launch: RowLaunch) -> Norm | None:
+        chunks = triton.cdiv(tokens, launch.rows)
+        partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
+        if dx.numel():
+            _backward_kernel[(samples * chunks,)](
+                dout,
+                x,
+                norm.w1,
+                norm.w2,
+                norm.scale,
+                dx,
+                partial,
+                tokens,
+                launch.rows,
+                chunks,
+                *dout.stride(),
+                *x.stride(),
+                norm.scale.stride(0),
+                EPS=eps,
+                WIDTH=width,
+                BLOCK=launch.block,
+                ACC=acc,
+                PARAMETERS=parameters,
+                num_warps=launch.num_warps,
+                maxnreg=register_limit(launch, BACKWARD_PROGRAMS),
+                enable_fp_fusion=False,
+            )
+        if partial is None:
+            return None
+        return parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]
+
+    return dx, run_rows("sandwich_norm.backward", x, launch, samples * tokens, run)

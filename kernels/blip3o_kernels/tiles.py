@@ -1,0 +1,57 @@
+"""Index arithmetic of kernels over strided ``[B, N, W]`` tensors.
+
+Every tensor is read where it lies: batch, token and column strides are arguments. A stride of 1 is
+specialised by Triton to a constant, so ordinary rows keep their 16-byte accesses. Offsets are int64.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Row ``[ROWS, 1]`` and column ``[1, COLS]`` indices of this program, and which exist."""
+    blocks = tl.cdiv(width, COLS)
+    program = tl.program_id(0)
+    row = (program // blocks) * ROWS + tl.arange(0, ROWS)
+    col = (program % blocks).to(tl.int64) * COLS + tl.arange(0, COLS)
+    row, col = row[:, None], col[None, :]
+    return row, col, (row < rows) & (col < width)
+
+
+@triton.jit
+def offsets(row, col, tokens, stride_b, stride_n, stride_d):
+    """Where the elements of a tile lie; ``row`` counts tokens through the batch."""
+    batch = (row // tokens).to(tl.int64)
+    token = (row % tokens).to(tl.int64)
+    return batch * stride_b + token * stride_n + col.to(tl.int64) * stride_d
+
+
+@triton.jit
+def load_tile(
+    base, row, col, tokens, stride_b, stride_n, stride_d, inside, ACC: tl.constexpr
+):
+    """A tile of a strided tensor, in ``ACC``; elements outside are 0."""
+    source = base + offsets(row, col, tokens, stride_b, stride_n, stride_d)
+    return tl.load(source, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def token_range(tokens, rows, chunks):
+    """The sample of this program, and the first and last token that it walks."""
+    program = tl.program_id(0)
+    first = (program % chunks) * rows
+    return (program // chunks).to(tl.int64), first, tl.minimum(first + rows, tokens)
+
+
+@triton.jit
+def load_row(base, token, cols, stride_n, stride_d, inside, ACC: tl.constexpr):
+    """One row of one sample, in ``ACC``; columns outside the width are 0."""
+    offset = tl.cast(token, tl.int64) * stride_n + cols.to(tl.int64) * stride_d
+    return tl.load(base + offset, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_vector(base, cols, inside, ACC: tl.constexpr):
+    """A contiguous parameter row, in ``ACC``; columns outside the width are 0."""
+    return tl.load(base + cols, mask=inside, other=0.0).to(ACC)

@@ -1,0 +1,128 @@
+/*
+ * C interface of the CUDA kernels: plain pointers and strides, no torch, no C++.
+ *
+ * Letters are those of the library: B batch, N tokens, D width, H query heads, K key and value heads,
+ * d head width, I inner width. Strides count elements; the last axis of every tensor is contiguous.
+ * Every launcher enqueues on `stream` of the current device, never synchronises, and returns a
+ * cudaError_t: 0, or why nothing was enqueued (cudaErrorInvalidValue: a dtype pair or a width that
+ * has no kernel). Empty tensors are legal. Outputs are contiguous and must not overlap inputs.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#include <driver_types.h> /* cudaStream_t */
+
+#define BLIP3O_API __attribute__((visibility("default")))
+
+/* The widest row of sandwich_norm and sandwich_join. */
+#define BLIP3O_MAX_WIDTH 3072
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { BLIP3O_FLOAT32 = 0, BLIP3O_FLOAT16 = 1, BLIP3O_BFLOAT16 = 2 };
+
+/* Activations, and parameters beside them: the same dtype or fp32. */
+typedef struct {
+  int activation;
+  int parameter;
+} blip3o_dtypes;
+
+typedef struct {
+  int64_t batch, tokens, width;
+} blip3o_shape;
+
+/* [B, N, width] of an activation; data == NULL means absent where the launcher allows it. */
+typedef struct {
+  const void* data;
+  int64_t batch_stride, row_stride;
+} blip3o_rows;
+
+/* rms(rms(x; w1); w2) * (1 + scale) + shift: w1, w2 [D]; shift, scale [B, D]. */
+typedef struct {
+  const void *w1, *w2, *shift, *scale;
+  int64_t shift_stride, scale_stride;
+} blip3o_modulation;
+
+/* Gradients of a modulation, in the parameters' dtype: [D], [D], [B, D], [B, D]. */
+typedef struct {
+  void *w1, *w2, *shift, *scale;
+} blip3o_modulation_grads;
+
+/*
+ * h = norm(x). faithful != 0 rounds wherever two RMSNorm modules and AdaLN would round; otherwise only
+ * the result is rounded.
+ */
+BLIP3O_API int blip3o_sandwich_norm_forward(blip3o_dtypes dtypes, blip3o_shape shape,
+                                            blip3o_rows x, blip3o_modulation modulation, float eps,
+                                            int faithful, void* h, cudaStream_t stream);
+
+/*
+ * modulation.shift is not read. `workspace` holds blip3o_sandwich_workspace(shape, 1) floats; NULL:
+ * only dx is wanted.
+ */
+BLIP3O_API int blip3o_sandwich_norm_backward(blip3o_dtypes dtypes, blip3o_shape shape,
+                                             blip3o_rows dh, blip3o_rows x,
+                                             blip3o_modulation modulation, float eps, void* dx,
+                                             blip3o_modulation_grads grads, float* workspace,
+                                             cudaStream_t stream);
+
+/*
+ * x_out = x + norm(layer_scale * y; post), h = norm(x_out; pre). layer_scale NULL: 1; post NULL: the
+ * branch is added as it is; pre NULL: no h.
+ */
+BLIP3O_API int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
+                                            blip3o_rows y, const void* layer_scale,
+                                            const blip3o_modulation* post,
+                                            const blip3o_modulation* pre, float eps, int faithful,
+                                            void* x_out, void* h, cudaStream_t stream);
+
+/*
+ * dx_out or dh absent: zero. Gradients of what the forward was not given are not written.
+ * `workspace` holds blip3o_sandwich_workspace(shape, 2) floats; NULL: only dx and dy are wanted.
+ */
+BLIP3O_API int blip3o_sandwich_join_backward(
+    blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows dx_out, blip3o_rows dh,
+    blip3o_rows x_out, blip3o_rows y, const void* layer_scale, const blip3o_modulation* post,
+    const blip3o_modulation* pre, float eps, void* dx, void* dy, void* dlayer_scale,
+    blip3o_modulation_grads dpost, blip3o_modulation_grads dpre, float* workspace,
+    cudaStream_t stream);
+
+/* Floats of scratch for the backward of an op with `sites` modulations. */
+BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int sites);
+
+/*
+ * Rotates H query and K key heads of packed rows [(H + 2K) d] and copies the value heads. cos, sin
+ * [N, d] contiguous, in the parameter dtype. shape.width is d. adjoint != 0: the transposed map.
+ */
+BLIP3O_API int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_heads,
+                           int num_kv_heads, blip3o_rows qkv, const void* cos, const void* sin,
+                           int adjoint, int faithful, void* out, cudaStream_t stream);
+
+/* silu(gate) * up of rows [2I], gate first. shape.width is I. */
+BLIP3O_API int blip3o_swiglu_forward(int dtype, blip3o_shape shape, blip3o_rows gate_up,
+                                     int faithful, void* out, cudaStream_t stream);
+
+BLIP3O_API int blip3o_swiglu_backward(int dtype, blip3o_shape shape, blip3o_rows dout,
+                                      blip3o_rows gate_up, void* dgate_up, cudaStream_t stream);
+
+/*
+ * x + dt * s, s = weight * velocity + previous_weight * previous. The step is *dt_device, or dt where
+ * that is NULL. With guidance != 1 the velocities are [2B, N, C], conditional half first, and s is
+ * uncond + guidance * (cond - uncond). bound < 0: no clamp. dtypes.activation is the velocities',
+ * dtypes.parameter the state's: the same or fp32.
+ */
+typedef struct {
+  const float* dt_device;
+  float dt, weight, previous_weight, guidance, bound;
+} blip3o_solver_step;
+
+BLIP3O_API int blip3o_solver_update(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
+                                    blip3o_rows velocity, blip3o_rows previous,
+                                    blip3o_solver_step step, void* out, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif

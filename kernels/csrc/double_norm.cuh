@@ -1,0 +1,37 @@
+// The arithmetic of two RMSNorms in a row, which are one norm:
+//
+//   rms(rms(x; w1); w2) = x w1 w2 r      r = rsqrt(mean((w1 x)^2) + eps (mean(x^2) + eps))
+//                                          = rsqrt(mean(square x^2) + eps^2)      square = w1^2 + eps
+//
+// Backward, with gain = w1 w2 (1 + scale), g = gain dh and c = sum(g x):
+//
+//   dx = r g - square x q                q = r^3 c / D
+//
+// and for the parameters, summing over the rows of a sample (Z, A) or over all rows (Q),
+//
+//   Z = sum dh    A = sum r x dh    Q = sum q x^2
+//   dshift = Z    dscale = w1 w2 A    dw2 = sum_b (1 + scale) w1 A    dw1 = sum_b (1 + scale) w2 A - w1 Q
+//
+// When x stands for s y, a branch scaled by s, gain s and square s^2 take the places of gain and square
+// and everything is said of y: dy is that dx, A and Q of x are s A and s^2 Q of y, and
+// ds = sum_b gain A - s square Q.
+#pragma once
+
+namespace blip3o {
+
+/// r of a row from sum(square x^2).
+__device__ __forceinline__ float double_norm_scale(float sum, float inverse_width, float eps) {
+  return rsqrtf(sum * inverse_width + eps * eps);
+}
+
+/// q of a row from r and c.
+__device__ __forceinline__ float double_norm_pull(float r, float c, float inverse_width) {
+  return r * r * r * (c * inverse_width);
+}
+
+/// One element of dx.
+__device__ __forceinline__ float double_norm_dx(float g, float x, float square, float r, float q) {
+  return r * g - square * x * q;
+}
+
+}  // namespace blip3o

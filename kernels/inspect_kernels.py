@@ -1,0 +1,269 @@
+"""Compile every kernel ahead of time, for GPUs that need not be there, and print what came out.
+
+    python kernels/inspect_kernels.py [--arch 80 90 100] [--dtype bf16 ...] [--op swiglu ...] [--json FILE]
+
+Each launcher is called as the library calls it, on CPU tensors, with a driver that names a target
+instead of a device; compilation is real, the launch is left out. The table shows registers, stack
+(spills and local arrays), shared memory, 16-byte loads and stores, and the instructions that a
+kernel should not hold: fp64 arithmetic below fp64, local memory, atomics.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from blip3o_kernels import rope, sandwich_join, sandwich_norm, swiglu
+from blip3o_kernels.double_norm import Norm
+
+ARCHS = (80, 90, 100)
+TOKENS = 256
+WIDTH = 768
+HEAD = 64
+EPS = 1e-6
+
+
+class Precision(NamedTuple):
+    """Dtypes of activations and of parameters."""
+
+    activation: torch.dtype
+    parameter: torch.dtype
+
+
+PRECISIONS = {
+    "bf16": Precision(torch.bfloat16, torch.bfloat16),
+    "bf16/fp32": Precision(torch.bfloat16, torch.float32),
+    "fp16": Precision(torch.float16, torch.float16),
+    "fp32": Precision(torch.float32, torch.float32),
+}
+
+
+class Report(NamedTuple):
+    """One compiled kernel."""
+
+    op: str
+    kernel: str
+    variant: str
+    precision: str
+    arch: int
+    num_warps: int
+    registers: int
+    stack: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+    fp64: int
+    local: int
+    atomics: int
+
+
+class Compiled(NamedTuple):
+    """A kernel as Triton returned it, before it is judged."""
+
+    name: str
+    variant: str
+    num_warps: int
+    shared: int
+    ptx: str
+    cubin: bytes
+
+
+def _rows(p: Precision, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=p.activation)
+
+
+def _parameter(p: Precision, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=p.parameter)
+
+
+def _norm(p: Precision) -> Norm:
+    shift, scale = _parameter(p, 2, 2 * WIDTH).chunk(2, dim=-1)
+    return Norm(_parameter(p, WIDTH), _parameter(p, WIDTH), shift, scale)
+
+
+def _swiglu(p: Precision) -> None:
+    gate_up = _rows(p, 2, TOKENS, 6144)
+    for faithful in (False, True):
+        out = swiglu.forward(gate_up, faithful=faithful)
+    swiglu.backward(out, gate_up)
+
+
+def _sandwich_norm(p: Precision) -> None:
+    x = _rows(p, 2, TOKENS, WIDTH)
+    for faithful in (False, True):
+        sandwich_norm.forward(x, _norm(p), eps=EPS, faithful=faithful)
+    for parameters in (False, True):
+        sandwich_norm.backward(x, x, _norm(p), eps=EPS, parameters=parameters)
+
+
+def _sandwich_join(p: Precision) -> None:
+    x, ls = _rows(p, 2, TOKENS, WIDTH), _parameter(p, WIDTH)
+    for faithful in (False, True):
+        sandwich_join.forward(x, x, ls, _norm(p), _norm(p), eps=EPS, faithful=faithful)
+    for parameters in (False, True):
+        sandwich_join.backward(
+            x, x, x, x, ls, _norm(p), _norm(p), eps=EPS, parameters=parameters
+        )
+    sandwich_join.forward(x, x, ls, None, _norm(p), eps=EPS, faithful=False)
+    sandwich_join.backward(x, x, x, x, ls, None, _norm(p), eps=EPS, parameters=True)
+
+
+def _rope(p: Precision) -> None:
+    qkv, q = _rows(p, 2, TOKENS, 20 * HEAD), _rows(p, 2, TOKENS, 12 * HEAD)
+    cos, sin = _parameter(p, TOKENS, HEAD), _parameter(p, TOKENS, HEAD)
+    for faithful in (False, True):
+        rope.forward(qkv, cos, sin, 16, faithful=faithful)
+    rope.backward(qkv, cos, sin, 16)
+    rope.forward_(q, cos, sin, 12, faithful=False)
+
+
+SPECIMENS: dict[str, Callable[[Precision], None]] = {
+    "swiglu": _swiglu,
+    "sandwich_norm": _sandwich_norm,
+    "sandwich_join": _sandwich_join,
+    "rope": _rope,
+}
+
+
+class _TargetDriver:
+    """Stands where a GPU's driver would, and names the architecture to compile for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        del device
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[Compiled]]:
+    """Launches inside compile for ``arch`` and are collected instead of run."""
+    seen: dict[int, Compiled] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        del grid, warmup
+        kernel = run(self, *args, grid=(1,), warmup=True, **kwargs)
+        constants = ("POST", "PRE", "FAITHFUL", "PARAMETERS", "ADJOINT", "PUBLISHED", "GUIDED")
+        variant = "+".join(name.lower() for name in constants if kwargs.get(name))
+        module = self.fn.__module__.rpartition(".")[2]
+        seen[id(kernel)] = Compiled(
+            f"{module}.{self.fn.__name__.strip('_')}",
+            variant,
+            kernel.metadata.num_warps,
+            kernel.metadata.shared,
+            kernel.asm["ptx"],
+            kernel.asm["cubin"],
+        )
+        return kernel
+
+    JITFunction.run = compile_only
+    driver.set_active(_TargetDriver(arch))
+    found: list[Compiled] = []
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        found.extend(seen.values())
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    registers, stack, local = (int(number) for number in usage.groups())
+    return registers, stack + local
+
+
+def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
+    """Judge one kernel by its PTX and its cubin."""
+    registers, stack = resources(kernel.cubin)
+    return Report(
+        op=op,
+        kernel=kernel.name,
+        variant=kernel.variant,
+        precision=precision,
+        arch=arch,
+        num_warps=kernel.num_warps,
+        registers=registers,
+        stack=stack,
+        shared=kernel.shared,
+        wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", kernel.ptx)),
+        wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", kernel.ptx)),
+        fp64=kernel.ptx.count(".f64"),
+        local=len(re.findall(r"\.local\b", kernel.ptx)),
+        atomics=len(re.findall(r"\b(?:atom|red)\.", kernel.ptx)),
+    )
+
+
+def inspect(ops: list[str], precisions: list[str], archs: list[int]) -> list[Report]:
+    """Compile and judge the chosen part of the matrix."""
+    reports: list[Report] = []
+    for arch in archs:
+        for precision in precisions:
+            for op in ops:
+                with compiling_for(arch) as kernels:
+                    SPECIMENS[op](PRECISIONS[precision])
+                reports += [report(op, precision, arch, kernel) for kernel in kernels]
+    return reports
+
+
+def table(reports: list[Report]) -> str:
+    """Aligned columns, one kernel a line."""
+    lines = [Report._fields, *([str(x) for x in r] for r in reports)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(Report._fields))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def main() -> None:
+    """Parse the command line, inspect, print."""
+    parser = argparse.ArgumentParser(description="Compile every kernel without a GPU.")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), help="80 90 100 ...")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="precisions"
+    )
+    parser.add_argument(
+        "--op", nargs="+", choices=list(SPECIMENS), default=list(SPECIMENS), help="ops"
+    )
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    arguments = parser.parse_args()
+    reports = inspect(arguments.op, arguments.dtype, arguments.arch)
+    sys.stdout.write(table(reports) + "\n")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([r._asdict() for r in reports], indent=1))
+
+
+if __name__ == "__main__":
+    main()

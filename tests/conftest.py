@@ -1,0 +1,84 @@
+"""Shared by all tests. Without a CUDA device, Triton kernels run in Triton's interpreter."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Read when @triton.jit decorates, so it must be set before anything imports a kernel.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import importlib.util
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+
+def _repair_interpreter() -> None:
+    """Make the interpreter's bf16 casts round to nearest even, as devices do; it truncates.
+
+    And let a device function call another without looking again through all of ``triton.language``
+    for what an earlier call has patched: half of the interpreter's time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        names = self.fn.__globals__.values()
+        visible = [lang for lang in (tl, tl.core) if any(value is lang for value in names)]
+        if any(tl.core.is_builtin(lang.load) for lang in visible):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    def convert(data, source, target, rounding_mode):
+        del rounding_mode
+        if source.name == "bf16" and target.name == "fp32":
+            return data.astype(np.uint32) << 16
+        if source.name == "fp32" and target.name == "bf16":
+            wide = torch.from_numpy(np.ascontiguousarray(data))
+            return wide.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        raise NotImplementedError(f"{source} to {target}")
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._convert_float = convert
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _repair_interpreter()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, where kernels are interpreted, and a CUDA device where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN, so that a kernel that reads or leaves it unwritten shows."""
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return allocated
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect ``gpu`` tests without a device, and interpreted ones where there is one."""
+    here, elsewhere = [], []
+    for item in items:
+        params = getattr(item, "callspec", None)
+        interpreted = params is not None and params.params.get("device") == "cpu"
+        absent = interpreted if torch.cuda.is_available() else item.get_closest_marker("gpu")
+        (elsewhere if absent else here).append(item)
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = here

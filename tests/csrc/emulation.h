@@ -1,0 +1,176 @@
+// Runs the CUDA kernels on the host, so that their numbers can be tested where there is no GPU.
+//
+// Force-included before a .cu file that g++ compiles as C++. Every CUDA thread of a block is a
+// coroutine; barriers and warp shuffles hand over to the next one, so the kernels run as written,
+// indices, tails and reductions included. Blocks run one after another, the last first: nothing may
+// depend on their order. Races and memory coalescing are beyond it.
+#pragma once
+
+#define BLIP3O_LAUNCH_CUH  // stands in for kernels/csrc/launch.cuh
+
+#include <cuda_runtime_api.h>
+#include <setjmp.h>
+#include <ucontext.h>
+#include <vector_functions.h>
+
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <vector>
+
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+namespace emulation {
+
+inline constexpr int kWarp = 32;
+inline constexpr size_t kStackBytes = 128 * 1024;
+
+struct Barrier {
+  int members = 0, arrived = 0, generation = 0;
+};
+
+struct Thread {
+  ucontext_t context;  // enters the thread; later visits jump, which spares a system call
+  jmp_buf resume;
+  std::vector<char> stack;
+  uint3 index;
+  int warp, lane;
+  bool started, done;
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Barrier> warps;
+  std::vector<float> exchanged;
+  Barrier all;
+  Thread* running = nullptr;
+  jmp_buf scheduler;
+  std::function<void()> body;
+  long events = 0;  // arrivals at barriers and ends of threads
+};
+
+inline Block block;
+
+inline void hand_over() {
+  if (_setjmp(block.running->resume) == 0) _longjmp(block.scheduler, 1);
+}
+
+inline void visit(Thread& thread) {
+  block.running = &thread;
+  if (_setjmp(block.scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.resume, 1);
+  thread.started = true;
+  setcontext(&thread.context);
+}
+
+inline void release_if_complete(Barrier& barrier) {
+  if (barrier.arrived == barrier.members && barrier.members > 0) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+}
+
+inline void wait(Barrier& barrier) {
+  const int generation = barrier.generation;
+  ++barrier.arrived;
+  ++block.events;
+  release_if_complete(barrier);
+  while (barrier.generation == generation) hand_over();
+}
+
+inline void enter() {
+  block.body();
+  Thread& self = *block.running;
+  self.done = true;
+  ++block.events;
+  --block.all.members;
+  --block.warps[self.warp].members;
+  release_if_complete(block.all);
+  release_if_complete(block.warps[self.warp]);
+  hand_over();
+}
+
+inline void prepare(dim3 threads) {
+  const int count = threads.x * threads.y;
+  if (static_cast<int>(block.threads.size()) < count) block.threads.resize(count);
+  block.warps.assign((count + kWarp - 1) / kWarp, {});
+  block.exchanged.assign(block.warps.size() * kWarp, NAN);
+  block.all = {};
+  for (int i = 0; i < count; ++i) {
+    Thread& thread = block.threads[i];
+    thread.stack.resize(kStackBytes);
+    thread.index = make_uint3(i % threads.x, i / threads.x, 0);
+    thread.warp = i / kWarp;
+    thread.lane = i % kWarp;
+    thread.started = thread.done = false;
+    ++block.all.members;
+    ++block.warps[thread.warp].members;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, enter, 0);
+  }
+}
+
+/// Runs one block to its end, and reports a barrier that some threads never reach.
+inline void run(dim3 threads) {
+  prepare(threads);
+  const int count = threads.x * threads.y;
+  while (block.all.members > 0) {
+    const long before = block.events;
+    for (int i = 0; i < count; ++i) {
+      if (!block.threads[i].done) visit(block.threads[i]);
+    }
+    if (block.events == before) {
+      std::fprintf(stderr, "deadlock: a barrier waits for threads that never come\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::block.running->index)
+inline uint3 blockIdx;
+inline dim3 blockDim;
+
+inline void __syncthreads() { emulation::wait(emulation::block.all); }
+
+inline float __shfl_xor_sync(unsigned, float value, int offset) {
+  using namespace emulation;
+  Thread& self = *block.running;
+  float* const warp = &block.exchanged[self.warp * kWarp];
+  warp[self.lane] = value;
+  wait(block.warps[self.warp]);
+  const float other = warp[self.lane ^ offset];
+  wait(block.warps[self.warp]);
+  return other;
+}
+
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+
+namespace blip3o {
+
+inline void await_previous() {}
+
+template <auto kKernel, typename Arguments>
+int launch(int64_t blocks, dim3 threads, Arguments arguments, cudaStream_t) {
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  blockDim = threads;
+  emulation::block.body = [&] { kKernel(arguments); };
+  for (int64_t i = blocks - 1; i >= 0; --i) {
+    blockIdx = make_uint3(static_cast<unsigned>(i), 0, 0);
+    emulation::run(threads);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace blip3o

@@ -1,0 +1,117 @@
+"""How a fused op is judged: against the reference in fp64, beside the reference in its own dtype.
+
+The rule: our error is at most twice the error of the same-precision PyTorch path, plus a floor of a
+few roundings of the result, in the maximum and in the root mean square. A 16-bit result is rounded
+once; in fp32 and fp64 the steps of a sum round too, and there the floor is their number.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Op = Callable[..., Tensor | tuple[Tensor | None, ...]]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def randn(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> Tensor:
+    """Normal numbers that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed + 7919 * sum(shape))
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (values * scale + offset).to(dtype=dtype, device=device)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout.
+
+    ``contiguous``; ``sliced``: rows inside wider rows, at an odd offset; ``spread``: every second
+    column; ``transposed``: the first two axes swapped in memory; ``expanded``: row 0 repeated, a
+    stride of 0; ``halves``: the last half of a row of twice the width, as ``chunk`` gives.
+    """
+    *lead, width = x.shape
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "sliced":
+        wide = x.new_full((*lead, width + 3), torch.nan)
+        wide[..., 1 : width + 1] = x
+        return wide[..., 1 : width + 1]
+    if layout == "spread":
+        wide = x.new_full((*lead, 2 * width), torch.nan)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if layout == "halves":
+        return torch.cat((torch.full_like(x, torch.nan), x), dim=-1).chunk(2, dim=-1)[1]
+    if layout == "transposed":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    raise ValueError(layout)
+
+
+FLOOR = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 32}
+
+
+def judge(name: str, ours: Tensor, same: Tensor, truth: Tensor) -> None:
+    """Fail unless ``ours`` keeps the rule of this module."""
+    assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, not {list(truth.shape)}"
+    assert ours.dtype == same.dtype, f"{name}: {ours.dtype}, not {same.dtype}"
+    assert ours.isfinite().all(), f"{name}: not finite"
+    if not truth.numel():
+        return
+    wide = truth.double()
+    error, allowed = (x.double() - wide for x in (ours, same))
+    unit = FLOOR[ours.dtype] * torch.finfo(ours.dtype).eps
+    for measure in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+        limit = 2 * measure(allowed) + unit * measure(wide)
+        assert measure(error) <= limit, f"{name}: error {measure(error):.3e}, allowed {limit:.3e}"
+
+
+def check(
+    ours: Op,
+    reference: Op,
+    inputs: Sequence[Tensor | None],
+    *,
+    cotangent: str = "contiguous",
+    differentiable: Sequence[int] | None = None,
+) -> None:
+    """Judge every output and every gradient of ``ours``.
+
+    ``cotangent`` is the layout of the incoming gradients; ``differentiable`` limits the inputs whose
+    gradients are compared.
+    """
+    chosen = range(len(inputs)) if differentiable is None else differentiable
+    wide = [None if x is None else x.detach().double() for x in inputs]
+    truth, true_grads = _run(reference, wide, chosen, cotangent)
+    same, same_grads = _run(reference, inputs, chosen, cotangent)
+    got, grads = _run(ours, inputs, chosen, cotangent)
+    assert len(got) == len(truth)
+    for i, values in enumerate(zip(got, same, truth, strict=True)):
+        judge(f"output {i}", *values)
+    for i, values in enumerate(zip(grads, same_grads, true_grads, strict=True)):
+        judge(f"gradient {i}", *values)
+
+
+def _run(
+    op: Op, inputs: Sequence[Tensor | None], chosen: Sequence[int], cotangent: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [None if x is None else x.detach() for x in inputs]
+    wanted = [leaf for i in chosen if (leaf := leaves[i]) is not None]
+    for leaf in wanted:
+        leaf.requires_grad_()
+    result = op(*leaves)
+    outputs = [result] if isinstance(result, Tensor) else [x for x in result if x is not None]
+    upstream = {
+        x: laid_out(randn(*x.shape, dtype=torch.bfloat16, seed=i).to(x), cotangent)
+        for i, x in enumerate(outputs)
+        if x.requires_grad
+    }
+    grads = torch.autograd.grad(list(upstream), wanted, list(upstream.values())) if wanted else ()
+    return [x.detach() for x in outputs], list(grads)

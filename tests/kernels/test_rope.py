@@ -1,0 +1,107 @@
+"""The rotary kernel and its adjoint against the fp64 reference."""
+
+import pytest
+import torch
+
+from blip3o_fast import ops, reference
+from tests.kernels.oracle import DTYPES, check, laid_out, randn
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+TRITON = ops.Impl.TRITON
+
+
+def fused(heads, kv_heads, **options):
+    return lambda qkv, cos, sin: ops.rope(
+        qkv, cos, sin, num_heads=heads, num_kv_heads=kv_heads, impl=TRITON, **options
+    )
+
+
+def expected(heads, kv_heads):
+    return lambda qkv, cos, sin: reference.rope(qkv, cos, sin, heads, kv_heads)
+
+
+def inputs(batch, tokens, heads, kv_heads, width, dtype=torch.float32, device="cpu", tables=None):
+    """Unrelated cos and sin entries: nothing about a rotation is taken for granted."""
+    return [
+        randn(batch, tokens, (heads + 2 * kv_heads) * width, dtype=dtype, device=device),
+        randn(tokens, width, dtype=tables or dtype, device=device, seed=1),
+        randn(tokens, width, dtype=tables or dtype, device=device, seed=2),
+    ]
+
+
+def compare(heads, kv_heads, values, **options):
+    ops_pair = fused(heads, kv_heads), expected(heads, kv_heads)
+    check(*ops_pair, values, differentiable=[0], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [2, 6, 8, 64])
+def test_widths(device, dtype, width):
+    compare(3, 1, inputs(2, 3, 3, 1, width, dtype, device))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(12, 4), (6, 2), (4, 4), (3, 0), (0, 2), (1, 1), (5, 5)])
+def test_heads(device, heads, kv_heads):
+    compare(heads, kv_heads, inputs(2, 3, heads, kv_heads, 8, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 63, 255, 257])
+def test_tokens(device, tokens):
+    compare(2, 1, inputs(2, tokens, 2, 1, 4, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_tables(device, dtype):
+    compare(3, 1, inputs(2, 5, 3, 1, 16, dtype, device, tables=torch.float32))
+
+
+@pytest.mark.parametrize("layout", ["sliced", "spread", "halves", "transposed", "expanded"])
+@pytest.mark.parametrize("cotangent", ["contiguous", "expanded", "spread"])
+def test_layouts(device, layout, cotangent):
+    qkv, cos, sin = inputs(3, 5, 2, 1, 6, device=device)
+    cos, sin = laid_out(cos, "spread"), laid_out(sin, "sliced")
+    compare(2, 1, [laid_out(qkv, layout), cos, sin], cotangent=cotangent)
+
+
+@pytest.mark.parametrize("batch, tokens", [(0, 5), (2, 0)])
+def test_empty(device, batch, tokens):
+    compare(2, 1, inputs(batch, tokens, 2, 1, 8, device=device))
+
+
+def test_adjoint_of_a_shear(device):
+    """<R x, y> = <x, R^T y> for the published tables, whose second half is cos 1, sin 0."""
+    qkv, cos, sin = inputs(1, 4, 2, 0, 8, torch.float64, device)
+    cos[:, 4:], sin[:, 4:] = 1, 0
+    y = randn(*qkv.shape, dtype=torch.float64, device=device, seed=5)
+    qkv.requires_grad_()
+    turned = fused(2, 0)(qkv, cos, sin)
+    (dx,) = torch.autograd.grad(turned, qkv, y)
+    torch.testing.assert_close((turned * y).sum(), (qkv * dx).sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "spread", "transposed"])
+@pytest.mark.parametrize("rounding", list(ops.Rounding))
+def test_inplace_equals_out_of_place(device, layout, rounding):
+    qkv, cos, sin = inputs(3, 5, 2, 1, 6, torch.bfloat16, device)
+    qkv = laid_out(qkv, layout)
+    out = fused(2, 1, rounding=rounding)(qkv, cos, sin)
+    before = qkv.untyped_storage().data_ptr()
+    result = fused(2, 1, rounding=rounding, inplace=True)(qkv, cos, sin)
+    assert result is qkv
+    assert result.untyped_storage().data_ptr() == before
+    assert torch.equal(result, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_faithful_rounds_as_the_reference(device, dtype):
+    values = inputs(2, 9, 3, 1, 64, dtype, device, tables=torch.float32)
+    ours = fused(3, 1, rounding=ops.Rounding.FAITHFUL)(*values)
+    assert torch.equal(ours, expected(3, 1)(*values))
+
+
+def test_bitwise_repeatable_and_batch_invariant(device):
+    qkv, cos, sin = inputs(5, 5, 3, 1, 8, torch.bfloat16, device)
+    first = fused(3, 1)(qkv, cos, sin)
+    assert all(torch.equal(fused(3, 1)(qkv, cos, sin), first) for _ in range(20))
+    assert torch.equal(fused(3, 1)(qkv[3:4], cos, sin), first[3:4])
