@@ -1,19 +1,21 @@
 """``blip3o-fast train``: one flag for every field of ``TrainingOptions``.
 
-Values come from the defaults, then ``--config FILE`` (JSON or TOML), then the flags that were typed.
-A run that was stopped goes on when the same command is given again.
+Values come from the defaults, then ``--config FILE`` (JSON or TOML), then the flags that were
+typed. A run that was stopped goes on when the same command is given again.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from blip3o_fast.cli.switch import add_switch
 from blip3o_fast.training import TrainingInterrupted, TrainingOptions, train
 from blip3o_fast.training.distributed import World
+from blip3o_fast.training.option_types import alternatives
 from blip3o_fast.training.options import help_of, option_fields, read_options_file
 from blip3o_fast.training.plan import make_plan
 
@@ -61,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _members(kind: Any) -> tuple[Any, ...]:
     """The alternatives of a type, None left out."""
-    if isinstance(kind, UnionType):
-        return tuple(m for m in get_args(kind) if m is not NoneType)
-    return (kind,)
+    return tuple(member for member in alternatives(kind) if member is not NoneType)
 
 
 def _reader(kind: Any) -> dict[str, Any]:
@@ -73,10 +73,25 @@ def _reader(kind: Any) -> dict[str, Any]:
     if words and len(members) == 1:
         return {"choices": words}
     if words:
-        return {"type": lambda text: text if text in words else float(text)}
+        return {"type": _number_or(words)}
     if get_origin(members[0]) is tuple:
         return {"type": int, "nargs": 3, "action": _Triple}
     return {"type": members[0]}
+
+
+def _number_or(words: list[str]) -> Callable[[str], float | str]:
+    """A reader of a number or one of some words."""
+
+    def read(text: str) -> float | str:
+        if text in words:
+            return text
+        try:
+            return float(text)
+        except ValueError:
+            expected = " or ".join(["a number", *words])
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return read
 
 
 class _Triple(argparse.Action):

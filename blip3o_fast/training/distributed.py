@@ -100,7 +100,7 @@ def join_world(parallel: str, device: torch.device) -> Iterator[World]:
     if not prepared:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        control = dist.new_group(backend="gloo")
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, control)
     finally:
         if not prepared:
@@ -142,7 +142,7 @@ def spread(
     if compile_mode is not None:
         forward = cast(nn.Module, torch.compile(model, mode=compile_mode))
     if world.control is None:
-        return Parallel("single", forward, lambda last: nullcontext())
+        return Parallel("single", forward, lambda _: nullcontext())
     device = model.input_proj.weight.device
     replicas = DistributedDataParallel(
         forward,

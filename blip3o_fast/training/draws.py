@@ -18,7 +18,7 @@ GROUP = 16
 
 
 class Draws(NamedTuple):
-    """For b rows: times ``[b]``, noise ``[b, N, C]`` fp32, and which conditions are kept ``[b]``."""
+    """Of b rows: times ``[b]``, noise ``[b, N, C]`` fp32, which conditions are kept ``[b]``."""
 
     t: Tensor
     noise: Tensor

@@ -32,7 +32,7 @@ class WeightAverage:
     def update(self) -> None:
         """Move the averages towards the weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [local(x) for x in self.averages.values()],
             [local(x) for x in self.weights.values()],
             1 - decay,

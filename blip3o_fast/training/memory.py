@@ -13,7 +13,7 @@ class Pieces:
 
     Args:
         limit: rows to begin with.
-        retry: off turns the first shortage into an error, for work that other processes take part in.
+        retry: off turns the first shortage into an error, for work that other processes share.
     """
 
     def __init__(self, limit: int, *, retry: bool = True) -> None:

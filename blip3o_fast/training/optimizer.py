@@ -145,7 +145,7 @@ def apply_gradients(
 
 def _scale(parameters: Iterable[Tensor], coefficient: Tensor) -> None:
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, coefficient)
+    torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _beside(x: Tensor, parameter: Tensor) -> Tensor:

@@ -16,20 +16,19 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of an option's type; integers are also numbers, booleans are neither."""
-    for member in alternatives(kind):
-        if get_origin(member) is Literal:
-            matches = value in get_args(member)
-        elif get_origin(member) is tuple:
-            expected = get_args(member)
-            matches = isinstance(value, tuple) and len(value) == len(expected)
-            matches = matches and all(map(fits, value, expected))
-        elif member is float:
-            matches = type(value) in (int, float) and math.isfinite(value)
-        else:
-            matches = type(value) is member
-        if matches:
-            return True
-    return False
+    return any(_is_a(value, member) for member in alternatives(kind))
+
+
+def _is_a(value: Any, member: Any) -> bool:
+    if get_origin(member) is Literal:
+        return value in get_args(member)
+    if get_origin(member) is tuple:
+        expected = get_args(member)
+        right_length = isinstance(value, tuple) and len(value) == len(expected)
+        return right_length and all(map(fits, value, expected))
+    if member is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is member
 
 
 def describe(kind: Any) -> str:

@@ -35,7 +35,7 @@ def _required(text: str) -> Any:
 class TrainingOptions:
     """What to train, on what, for how long and how.
 
-    ``help_of`` gives the meaning and unit of each field. None leaves a choice to what the help says.
+    ``help_of`` gives the meaning and unit of each field. None leaves the choice to what it says.
 
     Raises:
         OptionError: naming the option, what was expected and what came.
@@ -120,7 +120,9 @@ class TrainingOptions:
     adaptive_grad_clipping: bool = option(
         True, "halve the bound while the last ten norms average more than twice it"
     )
-    ema_decay: float = option(0.0, "of an average of the weights, used to validate and save; 0: off")
+    ema_decay: float = option(
+        0.0, "of an average of the weights, used to validate and save; 0: off"
+    )
     gradient_accumulation_steps: int = option(
         1, "micro-batches that a step's samples are cut into; batch_size does not change", free=True
     )
@@ -133,7 +135,9 @@ class TrainingOptions:
     seed: int = option(0, "of initial weights, order of samples, times and noise")
 
     # Execution
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where there is one", free=True)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "auto: cuda where there is one", free=True
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "of autocast; auto: bf16 on CUDA, fp32 on CPU"
     )
@@ -172,7 +176,9 @@ class TrainingOptions:
     use_tensorboard: bool = option(False, "also log to TensorBoard, in output_dir", free=True)
     use_wandb: bool = option(False, "also log to Weights & Biases", free=True)
     wandb_project: str = option("blip3o-fast", "project of Weights & Biases", free=True)
-    wandb_run_name: str | None = option(None, "run name of Weights & Biases; None: theirs", free=True)
+    wandb_run_name: str | None = option(
+        None, "run name of Weights & Biases; None: theirs", free=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("chunked_embeddings_dir", "output_dir", "init_from"):
@@ -183,7 +189,9 @@ class TrainingOptions:
             if not fits(value, field.type):
                 raise OptionError(f"{field.name}: expected {describe(field.type)}, got {value!r}")
         if self.fp16 and self.precision not in ("auto", "fp16"):
-            raise OptionError(f"precision: expected fp16 beside the flag fp16, got {self.precision}")
+            raise OptionError(
+                f"precision: expected fp16 beside the flag fp16, got {self.precision}"
+            )
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not low <= value < high:

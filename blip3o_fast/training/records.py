@@ -1,7 +1,7 @@
 """What is known of each step, brought to the host a few steps at a time.
 
-A step leaves its nine numbers in one small tensor on the device. ``Recorder.flush`` fetches those of
-all steps since the last flush in one copy, the only moment at which the host waits for the device.
+A step leaves its nine numbers in one small tensor on the device. ``Recorder.flush`` fetches those
+of all steps since the last flush in one copy, the only moment when the host waits for the device.
 """
 
 import time

@@ -67,8 +67,8 @@ def claim_folder(plan: Plan) -> None:
     """Make the run's folder, or check that it holds this very run.
 
     Raises:
-        OptionError: if it holds another run, naming the options that differ; if ``resume`` is off and
-            it holds any; or if its checkpoints are damaged.
+        OptionError: if it holds another run, naming the options that differ; if ``resume`` is off
+            and it holds any; or if its checkpoints are damaged.
     """
     options = plan.options
     folder = Path(options.output_dir)
@@ -116,7 +116,9 @@ def _summarise(plan: Plan, trainer: Trainer, world: World) -> TrainingResult:
             "steps": result.steps,
             "best": None if result.best is None else result.best.to_dict(),
             "seconds": result.seconds,
-            "samples_per_second": result.steps * plan.options.batch_size / max(result.seconds, 1e-9),
+            "samples_per_second": result.steps
+            * plan.options.batch_size
+            / max(result.seconds, 1e-9),
             "data_wait_seconds": sum(record["data_wait"] for record in steps),
             "clipped_steps": sum(_clipped(record) for record in steps),
             "skipped_steps": sum(record["skipped"] for record in steps),

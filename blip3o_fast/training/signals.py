@@ -63,6 +63,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
         if self.received is None:
             self.received = number
             return

@@ -7,6 +7,7 @@ any number of processes can read.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,32 +160,32 @@ class TrainingState:
         }
 
     def _read_shards(self, folder: Path, average_updates: int) -> None:
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         shards = self._shards()
         with torch.no_grad():
-            dcp.load(shards, checkpoint_id=folder)
+            load(shards, checkpoint_id=folder)
         set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
         if self.average is not None:
             self.average.updates = average_updates
 
 
 def _write_shards(folder: Path, shards: dict[str, Any]) -> None:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        dcp.save(shards, checkpoint_id=folder)
+        save(shards, checkpoint_id=folder)
     except CheckpointException as error:  # not an Exception, so nothing else would catch it
         raise OSError(f"{folder.name}: {error}") from error
 
 
-def _on_host(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def _on_host(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU, where ``keep`` says so; collective if they are sharded."""
     whole: dict[str, Tensor] = {}
     for name, x in tensors.items():
-        full = x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+        full = x.full_tensor() if isinstance(x, DTensor) else x
         if keep:
-            whole[name] = full.cpu()
+            whole[name] = full.detach().cpu()
     return whole

@@ -33,7 +33,7 @@ from blip3o_fast.training.progress import ProgressDisplay
 from blip3o_fast.training.records import Pending, Recorder, StepRecord
 from blip3o_fast.training.signals import StopSignals, TrainingInterrupted
 from blip3o_fast.training.state import Progress, TrainingState
-from blip3o_fast.training.tracking import MetricsFile, open_trackers, numbers
+from blip3o_fast.training.tracking import MetricsFile, numbers, open_trackers
 from blip3o_fast.training.validation import Validator
 
 OnStep = Callable[[StepRecord], None]
@@ -299,4 +299,6 @@ class Trainer:
         """Save and stop at this step boundary, if a signal came."""
         if self.asked_to_stop():
             received = self.signals.received or signal.SIGTERM
-            raise TrainingInterrupted(received, self.save() if self.state.progress.step else self.folder)
+            raise TrainingInterrupted(
+                received, self.save() if self.state.progress.step else self.folder
+            )

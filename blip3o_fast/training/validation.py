@@ -1,8 +1,8 @@
 """How well the model does on samples that it never trains on.
 
 Every validation sees the same samples from the same noise at the same times, so two of them differ
-by the weights alone. Sampling goes through ``model.generate``. Samples are dealt to the processes in
-turn; every process makes the same number of forward passes, because sharded ones are collective.
+by the weights alone. Sampling goes through ``model.generate``. Samples are dealt to the processes
+in turn; every process makes the same number of forward passes: sharded ones are collective.
 """
 
 import time
@@ -81,7 +81,7 @@ class Validator:
     def run(
         self, model: BLIP3oDiT, step: int, stop: Callable[[], bool] = lambda: False
     ) -> Validation | None:
-        """Validate ``model``, or return None as soon as ``stop()``, which all processes agree on."""
+        """Validate ``model``, or return None once ``stop()``, which all processes agree on."""
         started = time.perf_counter()
         count, ranks = len(self.indices), self.world.size
         rows = -(-count // ranks)
@@ -151,7 +151,9 @@ class Validator:
         model.train(training)
         assert isinstance(velocity, Tensor)
         each = (
-            loss(velocity[i : i + 1], x_t[i : i + 1], x_1[i : i + 1], noise[i : i + 1], t[i : i + 1])
+            loss(
+                velocity[i : i + 1], x_t[i : i + 1], x_1[i : i + 1], noise[i : i + 1], t[i : i + 1]
+            )
             for i in range(len(t))
         )
         return torch.stack([terms.total for terms in each]).double()
