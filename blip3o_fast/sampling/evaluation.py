@@ -10,7 +10,8 @@ from torch import Tensor
 
 from blip3o_fast import ops
 from blip3o_fast.config import DiTConfig
-from blip3o_fast.ops import ImplTable
+from blip3o_fast.ops import ImplTable, Modulation
+from blip3o_fast.sampling.conditioning import Context
 from blip3o_fast.sampling.modulation import Sites
 from blip3o_fast.sampling.weights import BlockWeights, PackedWeights
 
@@ -20,7 +21,7 @@ def evaluate(
     config: DiTConfig,
     impls: ImplTable,
     state: Tensor,
-    context: Tensor,
+    context: Context,
     sites: Sites,
 ) -> Tensor:
     """The velocity at ``state``.
@@ -30,33 +31,49 @@ def evaluate(
         config: of the model.
         impls: implementation of each op.
         state: ``[B, N, C]``, any floating dtype.
-        context: keys and values ``[L, 2, B', M, K, d]``; B' = 2B evaluates both halves of guidance.
+        context: of a batch of B' samples; B' = 2B evaluates both halves of guidance.
         sites: modulations at the time of this evaluation, for a batch of B'.
 
     Returns:
-        ``[B', N, C]`` in the dtype of the weights.
+        ``[B', N, C]`` in the dtype of the weights, or in the state's where the state is part of it.
     """
     x = F.linear(state.to(weights.dtype), weights.input_weight, weights.input_bias)
-    if weights.positions is not None:
-        x = x + weights.positions
-    if context.shape[2] != x.shape[0]:
-        x = torch.cat((x, x))
+    halves = context.keys_values.shape[0] // x.shape[0]
+    if halves > 1:
+        x = torch.cat([x] * halves)
     eps = config.rms_norm_eps
-    h = ops.sandwich_norm(x, *sites.openings[0], eps=eps, impl=impls.sandwich_norm)
-    closings, openings = iter(sites.closings), iter(sites.openings[1:])
+    closings, openings = iter(sites.closings), iter(sites.openings)
 
-    def join(x: Tensor, y: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def join(
+        x: Tensor, y: Tensor, scale: Tensor | None, post: Modulation | None
+    ) -> tuple[Tensor, Tensor]:
         x, h = ops.sandwich_join(
-            x, y, scale, next(closings), next(openings), eps=eps, impl=impls.sandwich_join
+            x, y, scale, post, next(openings), eps=eps, impl=impls.sandwich_join
         )
         assert h is not None
         return x, h
 
-    for block, (keys, values) in zip(weights.blocks, context, strict=True):
-        x, h = join(x, _self_attention(weights, block, config, impls, h), block.scales[0])
-        x, h = join(x, _cross_attention(weights, block, config, impls, h, keys, values), block.scales[1])
-        x, h = join(x, F.linear(_mlp(block, impls, h), block.down), block.scales[2])
-    return F.linear(h, weights.output_weight, weights.output_bias)
+    if context.stream is None:
+        h = ops.sandwich_norm(x, *next(openings), eps=eps, impl=impls.sandwich_norm)
+    else:
+        x, h = join(context.stream, x, None, None)
+    layers = context.keys_values.unbind(1)
+    for block, kept in zip(weights.blocks, layers, strict=True):
+        x, h = join(
+            x, _self_attention(weights, block, config, impls, h), block.scales[0], next(closings)
+        )
+        x, h = join(
+            x,
+            _cross_attention(weights, block, config, impls, h, *kept.unbind(1)),
+            block.scales[1],
+            next(closings),
+        )
+        x, h = join(x, F.linear(_mlp(block, impls, h), block.down), block.scales[2], next(closings))
+    velocity = F.linear(h, weights.output_weight, weights.output_bias)
+    if sites.skip is None:
+        return velocity
+    both = velocity.unflatten(0, (halves, -1))
+    return torch.addcmul(both, state, sites.skip).flatten(0, 1)
 
 
 def _self_attention(

@@ -1,7 +1,8 @@
 """Whether a model's weights are still those that something was built from.
 
-Every parameter is compared by address, version counter, dtype, device and shape: an optimizer step,
-an EMA swap or ``load_state_dict`` raises the counter; ``.to`` and ``assign=True`` change the address.
+Every parameter is compared by address, version counter, dtype, device and shape: an optimizer
+step, an EMA swap or ``load_state_dict`` raises the counter; ``.to`` and ``assign=True`` change the
+address.
 
 Writes through ``parameter.data`` raise no counter, so the middle element of every parameter is
 compared too. Inference tensors have no counter at all; for them the norm of every parameter is

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_fast.sampling.conditioning import Context
 from blip3o_fast.sampling.stepper import Stepper, StepTable
 
 WINDOW = 64
@@ -86,7 +87,7 @@ class GraphStore:
                 self.pool = torch.cuda.graph_pool_handle()
             while len(self.steps) >= GRAPHS:
                 self.steps.popitem(last=False)
-            form = (table.rows.shape[1], table.dt.dtype)
+            form = (table.rows.shape[1], table.scalars.dtype)
             window = self.windows.get(form)
             if window is None:
                 window = self.windows[form] = WindowBuffers(table)
@@ -111,8 +112,7 @@ class WindowBuffers:
         self.buffers = StepTable(
             table.modulations.new_zeros(times, *table.modulations.shape[1:]),
             table.rows.new_zeros(WINDOW, evaluations),
-            table.dt.new_zeros(WINDOW),
-            table.ratio.new_zeros(WINDOW),
+            table.scalars.new_zeros(WINDOW, table.scalars.shape[1]),
         )
         self._loaded: tuple[StepTable, int] | None = None
 
@@ -128,12 +128,8 @@ class WindowBuffers:
         rows = table.rows[first : first + WINDOW]
         used, local = torch.unique(rows, return_inverse=True)
         self.buffers.modulations[: used.shape[0]] = table.modulations.index_select(0, used)
-        for buffer, values in (
-            (self.buffers.rows, local),
-            (self.buffers.dt, table.dt[first : first + WINDOW]),
-            (self.buffers.ratio, table.ratio[first : first + WINDOW]),
-        ):
-            buffer[: values.shape[0]] = values
+        self.buffers.rows[: local.shape[0]] = local
+        self.buffers.scalars[: local.shape[0]] = table.scalars[first : first + WINDOW]
 
 
 class CapturedStep:
@@ -144,17 +140,16 @@ class CapturedStep:
         self.graph = _capture(stepper, pool)
         self._verified = False
 
-    def load(self, state: Tensor, context: Tensor, past: Tensor | None) -> None:
+    def load(self, state: Tensor, context: Context, past: Tensor | None) -> None:
         """Copy a batch in and clear the rows beyond it."""
         own, batch, held = self.stepper, state.shape[0], self.stepper.state.shape[0]
         _fill(own.state, state)
-        halves = context.shape[2] // batch
-        for half in range(halves):
+        for half in range(context.keys_values.shape[0] // batch):
             given = slice(half * batch, (half + 1) * batch)
             kept = slice(half * held, (half + 1) * held)
-            _fill(own.context[:, :, kept].transpose(0, 2), context[:, :, given].transpose(0, 2))
-            if own.past is not None and past is not None:
-                _fill(own.past[kept], past[given])
+            for buffer, rows in zip((*own.context, own.past), (*context, past), strict=True):
+                if buffer is not None and rows is not None:
+                    _fill(buffer[kept], rows[given])
 
     def unload(self, state: Tensor, past: Tensor | None) -> None:
         """Copy the batch out into ``state`` (and ``past``)."""
@@ -194,9 +189,7 @@ def _capture(stepper: Stepper, pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with _CAPTURE, _no_collection():
         try:
-            with torch.cuda.graph(
-                graph, pool=pool, stream=side, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 stepper.advance()
         except torch.OutOfMemoryError:
             raise

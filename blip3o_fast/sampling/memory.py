@@ -13,7 +13,7 @@ from blip3o_fast.config import DiTConfig
 CPU_WORKING_MEMORY = 1 << 30
 LARGEST_MICRO_BATCH = 128
 SMALLEST_ON_CUDA = 8
-"""A weight matrix is read once a micro-batch: 8 samples (2,048 rows) give every byte work enough."""
+"""A micro-batch reads every weight once: 8 samples (2,048 rows) give each byte work enough."""
 
 
 def micro_batch(
@@ -56,8 +56,9 @@ def conditioning_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
 
 
 def context_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one sample in every layer."""
+    """Keys and values of one sample in every layer, and its part of the stream."""
     width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    width += config.hidden_size
     return config.num_tokens * width * dtype.itemsize
 
 

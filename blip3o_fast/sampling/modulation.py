@@ -16,17 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_fast.model import DiT
+from blip3o_fast.model import DiT, skip_coefficient
 from blip3o_fast.model.layers import TimestepEmbedder
 from blip3o_fast.ops import Modulation
 from blip3o_fast.sampling.weights import norm_sites, twin, whole
 
 
 class Sites(NamedTuple):
-    """Modulations of one evaluation: what opens each sub-layer and the output, and what closes."""
+    """What the time decides in one evaluation.
+
+    ``openings`` modulate what opens each sub-layer and the output, ``closings`` what closes each
+    sub-layer. ``skip`` (0-d) is the weight of the state in the velocity, None where it has none.
+    """
 
     openings: list[Modulation]
     closings: list[Modulation | None]
+    skip: Tensor | None
 
 
 def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -46,7 +51,19 @@ def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> 
     return torch.stack((inner * (1 + scale), shift), dim=2)
 
 
-def site_modulations(norms: tuple[Tensor, ...], row: Tensor, sublayers: int, batch: int) -> Sites:
+def skip_weights(model: DiT, times: Sequence[float]) -> Tensor | None:
+    """The weight of the state in the velocity at each time, ``[T]`` fp32, or None.
+
+    The times are rounded to fp32 first, as the plain model is told them.
+    """
+    if model.config.conventions != "consistent":
+        return None
+    return skip_coefficient(torch.tensor(times, device=model.input_proj.weight.device))
+
+
+def site_modulations(
+    norms: tuple[Tensor, ...], row: Tensor, skip: Tensor | None, sublayers: int, batch: int
+) -> Sites:
     """Views of one row ``[sites, 2, D]`` of the table, in the form that the norm ops take.
 
     The scale is folded into w2 already, so what the ops see as scale is zero.
@@ -57,4 +74,4 @@ def site_modulations(norms: tuple[Tensor, ...], row: Tensor, sublayers: int, bat
         for w1, (folded, shift) in zip(norms, row, strict=True)
     ]
     openings, closings = modulations[: sublayers + 1], modulations[sublayers + 1 :]
-    return Sites(openings, [*closings] or [None] * sublayers)
+    return Sites(openings, [*closings] or [None] * sublayers, skip)

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blip3o_fast.flow import Callback, find_solver
 from blip3o_fast.flow import time_grid as make_grid
@@ -22,7 +21,7 @@ from blip3o_fast.flow.schedule import GridName
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl
-from blip3o_fast.sampling.conditioning import condition
+from blip3o_fast.sampling.conditioning import Context, condition
 from blip3o_fast.sampling.engine import Engine, engine_key, find_engine
 from blip3o_fast.sampling.graph import bucket, refuse_outer_capture
 from blip3o_fast.sampling.inputs import check_features, starting_noise, warn_of_guidance
@@ -181,7 +180,7 @@ class SamplingPlan:
         context = condition(weights, engine.config, eva, guided=method.guided, impls=impls)
         state = noise.clone()
 
-        def stepper(table: StepTable, state: Tensor, context: Tensor) -> Stepper:
+        def stepper(table: StepTable, state: Tensor, context: Context) -> Stepper:
             return Stepper(
                 engine.evaluate, weights.norms, method, table, state, context, impls.solver_update
             )
@@ -191,10 +190,8 @@ class SamplingPlan:
         size = bucket(eva.shape[0])
 
         def blank(table: StepTable) -> Stepper:
-            halves = context.shape[2] // state.shape[0]
-            shape = (*context.shape[:2], halves * size, *context.shape[3:])
             zeros = state.new_zeros(size, *state.shape[1:])
-            return stepper(table, zeros, context.new_zeros(shape))
+            return stepper(table, zeros, context.blank(size * (2 if method.guided else 1)))
 
         captured = engine.graphs.find((size, method, state.dtype), table, blank)
         return GraphRun(captured, table, state, context, shared=shared)

@@ -1,6 +1,7 @@
 """Micro-batches under way, and the walk that carries all of a batch from noise to data."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blip3o_fast.flow import Callback
+from blip3o_fast.sampling.conditioning import Context
 from blip3o_fast.sampling.graph import CapturedStep
 from blip3o_fast.sampling.stepper import Stepper, StepTable
 
@@ -49,7 +51,7 @@ class GraphRun:
         captured: of a bucket that holds the micro-batch.
         table: of the grid.
         state: noise ``[b, N, C]``, overwritten.
-        context: keys and values of the micro-batch.
+        context: of the micro-batch.
         shared: whether others replay ``captured`` between two steps of this run; the graph's
             buffers are then copied in and out around every step.
     """
@@ -59,13 +61,13 @@ class GraphRun:
         captured: CapturedStep,
         table: StepTable,
         state: Tensor,
-        context: Tensor,
+        context: Context,
         *,
         shared: bool,
     ) -> None:
         self.captured, self.table, self.shared = captured, table, shared
         self.kept, self.context = state, context
-        slopes = state.new_zeros(context.shape[2], *state.shape[1:])
+        slopes = state.new_zeros(context.keys_values.shape[0], *state.shape[1:])
         self.past = slopes if captured.stepper.past is not None else None
 
     @property
@@ -145,4 +147,4 @@ def split(first: int, last: int, limit: int) -> list[slice]:
     """Even parts of ``first .. last``, as few as ``limit`` samples a part allow."""
     count = -(-(last - first) // limit)
     edges = [first + (last - first) * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]

@@ -1,8 +1,9 @@
 """One step of a solver as a function of buffers alone.
 
-Which step it is stands in a counter on the device; the step's length and the rows of the modulation
-table that its evaluations use are read there. The function therefore takes no argument that
-changes from step to step, and one CUDA graph of it serves any number of steps.
+Which step it is stands in a counter on the device; the step's length, the weights of the state in
+its velocities and the rows of the modulation table that its evaluations use are read there. The
+function therefore takes no argument that changes from step to step, and one CUDA graph of it serves
+any number of steps.
 """
 
 from collections.abc import Callable
@@ -15,23 +16,24 @@ from torch import Tensor
 from blip3o_fast import ops
 from blip3o_fast.flow.schedule import TimeGrid
 from blip3o_fast.flow.solvers import AdamsBashforth2, Solver, Step
+from blip3o_fast.sampling.conditioning import Context
 from blip3o_fast.sampling.modulation import Sites, site_modulations
 
-Evaluate = Callable[[Tensor, Tensor, Sites], Tensor]
+Evaluate = Callable[[Tensor, Context, Sites], Tensor]
 """``(state, context, sites) -> velocity`` with weights and implementations already chosen."""
 
 
 class StepTable(NamedTuple):
     """What the steps of a grid read, indexed by step.
 
-    ``modulations`` is ``[T, sites, 2, D]``; ``rows`` ``[S, evaluations]`` (int64) indexes it; ``dt``
-    ``[S]`` is a step's length and ``ratio`` ``[S]`` that length over the one before (0 at first).
+    ``modulations`` is ``[T, sites, 2, D]``; ``rows`` ``[S, evaluations]`` (int64) indexes it.
+    ``scalars`` is ``[S, 2]`` or ``[S, 2 + evaluations]``: a step's length dt, that length over the
+    one before (0 at first), and the weight of the state in each of its velocities.
     """
 
     modulations: Tensor
     rows: Tensor
-    dt: Tensor
-    ratio: Tensor
+    scalars: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,20 @@ def grid_times(grid: TimeGrid, solver: Solver) -> tuple[tuple[float, ...], list[
 
 
 def step_table(
-    modulations: Tensor, grid: TimeGrid, rows: list[list[int]], dtype: torch.dtype
+    modulations: Tensor,
+    skips: Tensor | None,
+    grid: TimeGrid,
+    rows: list[list[int]],
+    dtype: torch.dtype,
 ) -> StepTable:
-    """The table of a whole grid; lengths in ``dtype``, that of the state."""
+    """The table of a whole grid; ``skips`` ``[T]``; scalars in ``dtype``, that of the state."""
     device = modulations.device
+    index = torch.tensor(rows, device=device)
     ratios = [0.0] + [grid.step(i, ()).ratio for i in range(1, len(grid))]
-    return StepTable(
-        modulations,
-        torch.tensor(rows, device=device),
-        torch.tensor(grid.lengths, device=device, dtype=dtype),
-        torch.tensor(ratios, device=device, dtype=dtype),
-    )
+    scalars = torch.tensor((grid.lengths, ratios), device=device, dtype=dtype).T
+    if skips is not None:
+        scalars = torch.cat((scalars, skips.to(dtype)[index]), dim=1)
+    return StepTable(modulations, index, scalars.contiguous())
 
 
 class Stepper:
@@ -86,7 +91,7 @@ class Stepper:
         method: solver, guidance and clamp.
         table: of the grid.
         state: noise ``[B, N, C]``, fp32 or fp64; overwritten step by step.
-        context: keys and values ``[L, 2, B', M, K, d]``.
+        context: of a batch B' (2B with guidance).
         impl: of ``ops.solver_update``.
     """
 
@@ -97,29 +102,34 @@ class Stepper:
         method: Method,
         table: StepTable,
         state: Tensor,
-        context: Tensor,
+        context: Context,
         impl: ops.Impl | None,
     ) -> None:
-        L, _, batch = context.shape[:3]
+        batch, L = context.keys_values.shape[:2]
         self.evaluate, self.method, self.table, self.impl = evaluate, method, table, impl
         self.state, self.context = state, context
         self.counter = torch.zeros(1, dtype=torch.int64, device=state.device)
         past = state.new_zeros(batch, *state.shape[1:]) if method.multistep else None
         self.past = past
-        evaluations = table.rows.shape[1]
+        evaluations, numbers = table.rows.shape[1], table.scalars.shape[1]
         self.rows = table.modulations.new_empty(evaluations, *table.modulations.shape[1:])
-        self.sites = [site_modulations(norms, row, 3 * L, batch) for row in self.rows]
+        self.scalars = table.scalars.new_empty(1, numbers)
+        self.dt, self.ratio, *skips = self.scalars[0]
+        self.sites = [
+            site_modulations(norms, row, skip, 3 * L, batch)
+            for row, skip in zip(self.rows, skips or [None] * evaluations, strict=True)
+        ]
 
     def advance(self) -> None:
         """Take the step that ``counter`` names, and count it."""
         table, counter = self.table, self.counter
         row = table.rows.index_select(0, counter)[0]
         torch.index_select(table.modulations, 0, row, out=self.rows)
-        dt = table.dt.index_select(0, counter)[0]
+        torch.index_select(table.scalars, 0, counter, out=self.scalars)
         # The solver passes on what it is told are times: here, which evaluation of the step it is.
         stages = tuple(range(len(self.sites)))
         x, past = self.method.solver.step(
-            self._velocity, self._update, self.state, Step(stages, dt), self.past
+            self._velocity, self._update, self.state, Step(stages, self.dt), self.past
         )
         self.state.copy_(x)
         if self.past is not None and past is not None:
@@ -144,9 +154,8 @@ class Stepper:
             # Two-step coefficients change with the ratio r of step lengths. Those of an even grid
             # serve all steps if the slope before is moved to where an even grid would have it:
             # r = 1 leaves it, r = 0 (the first step) makes it the present slope, hence Euler.
-            ratio = self.table.ratio.index_select(0, self.counter)[0]
             velocity = velocity.to(previous.dtype)
-            previous = torch.lerp(velocity, previous, ratio)
+            previous = torch.lerp(velocity, previous, self.ratio)
         return ops.solver_update(
             x,
             velocity,
