@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and print what came out.
 
-    python kernels/inspect_kernels.py [--arch 80 90 100] [--dtype bf16 ...] [--op swiglu ...] [--json FILE]
+    python kernels/inspect_kernels.py [--arch 80 90 100] [--dtype bf16 ...] [--op swiglu ...]
 
 Each launcher is called as the library calls it, on CPU tensors, with a driver that names a target
 instead of a device; compilation is real, the launch is left out. The table shows registers, stack
@@ -24,13 +24,12 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from blip3o_kernels import rope, sandwich_join, sandwich_norm, swiglu
+from blip3o_kernels.double_norm import Norm
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-
-from blip3o_kernels import rope, sandwich_join, sandwich_norm, swiglu
-from blip3o_kernels.double_norm import Norm
 
 ARCHS = (80, 90, 100)
 TOKENS = 256
@@ -117,9 +116,7 @@ def _sandwich_join(p: Precision) -> None:
     for faithful in (False, True):
         sandwich_join.forward(x, x, ls, _norm(p), _norm(p), eps=EPS, faithful=faithful)
     for parameters in (False, True):
-        sandwich_join.backward(
-            x, x, x, x, ls, _norm(p), _norm(p), eps=EPS, parameters=parameters
-        )
+        sandwich_join.backward(x, x, x, x, ls, _norm(p), _norm(p), eps=EPS, parameters=parameters)
     sandwich_join.forward(x, x, ls, None, _norm(p), eps=EPS, faithful=False)
     sandwich_join.backward(x, x, x, x, ls, None, _norm(p), eps=EPS, parameters=True)
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
+from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
@@ -30,8 +30,8 @@ def rope(
 ) -> Tensor:
     """Rotate the query and key heads of a packed projection; value heads pass through.
 
-    With j = i + d/2: ``q[i] cos[i] - q[j] sin[i]`` and ``q[j] cos[j] + q[i] sin[j]``. The halves of a
-    table may differ (the published layout is a shear), so the adjoint is not "negate sin".
+    With j = i + d/2: ``q[i] cos[i] - q[j] sin[i]`` and ``q[j] cos[j] + q[i] sin[j]``. The halves
+    of a table may differ (the published layout is a shear), so the adjoint is not "negate sin".
 
     Args:
         qkv: ``[B, N, (H + 2K) d]``: H query heads, K key heads, K value heads; any strides.
@@ -52,7 +52,9 @@ def rope(
     if d % 2:
         raise ValueError(f"cos: expected an even head width d, got {d}")
     if num_heads < 0 or num_kv_heads < 0 or num_heads + num_kv_heads < 1:
-        raise ValueError(f"num_heads, num_kv_heads: expected heads, got {num_heads}, {num_kv_heads}")
+        raise ValueError(
+            f"num_heads, num_kv_heads: expected heads, got {num_heads}, {num_kv_heads}"
+        )
     check_shape("sin", sin, "N d", N=N, d=d)
     check_shape("qkv", qkv, "B N W", N=N, W=(num_heads + 2 * num_kv_heads) * d)
     check_tensors(qkv=qkv, cos=cos, sin=sin)

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
+from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
@@ -84,9 +84,7 @@ class _SandwichJoin(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dx_out: Tensor | None, dh: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx_out: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x_out, y, layer_scale, *norms = ctx.saved_tensors
         post, pre = norms[:4], norms[4:]
         if pre[0] is None or dh is None:

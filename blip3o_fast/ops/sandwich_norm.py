@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
+from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
@@ -88,7 +88,8 @@ class _SandwichNorm(torch.autograd.Function):
 
 torch.library.define(
     "blip3o_fast::sandwich_norm",
-    "(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, bool faithful) -> Tensor",
+    "(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, bool faithful) "
+    "-> Tensor",
 )
 torch.library.define(
     "blip3o_fast::sandwich_norm_backward",
@@ -121,13 +122,15 @@ def _backward(
 
     norm = kernels.Norm(w1, w2, shift, scale)
     dx, gradients = kernels.backward(grad, x, norm, eps=eps, parameters=parameters)
-    return dx, *(gradients or (u.new_empty(0) for u in norm))
+    dw1, dw2, dshift, dscale = gradients or (u.new_empty(0) for u in norm)
+    return dx, dw1, dw2, dshift, dscale
 
 
 @torch.library.register_fake("blip3o_fast::sandwich_norm")
 def _forward_fake(
     x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float, faithful: bool
 ) -> Tensor:
+    del w1, w2, shift, scale, eps, faithful
     return x.new_empty(x.shape)
 
 
@@ -142,6 +145,7 @@ def _backward_fake(
     eps: float,
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del grad, eps
     dw1, dw2, dshift, dscale = (
         u.new_empty(u.shape if parameters else (0,)) for u in (w1, w2, shift, scale)
     )

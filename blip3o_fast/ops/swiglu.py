@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from blip3o_fast import reference
+from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
@@ -73,9 +73,11 @@ def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 @torch.library.register_fake("blip3o_fast::swiglu")
 def _forward_fake(gate_up: Tensor, faithful: bool) -> Tensor:
+    del faithful
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @torch.library.register_fake("blip3o_fast::swiglu_backward")
 def _backward_fake(grad: Tensor, gate_up: Tensor) -> Tensor:
+    del grad
     return gate_up.new_empty(gate_up.shape)

@@ -6,16 +6,16 @@ Nothing but the inputs is saved. Computes in fp32 (fp64 for fp64). ``faithful`` 
 both products to the dtype.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.arithmetic import promoted, rounded, sigmoid
 from blip3o_kernels.launch import accumulator, elementwise_launch, merged, on_device
 from blip3o_kernels.tiles import load_tile, tile
+from blip3o_kernels.typed import jit
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@jit(do_not_specialize=["rows", "tokens"])
 def _forward_kernel(
     gate,
     adapted,
@@ -54,7 +54,7 @@ def _forward_kernel(
     tl.store(out + row.to(tl.int64) * width + col, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@jit(do_not_specialize=["rows", "tokens"])
 def _backward_kernel(
     dout,
     gate,

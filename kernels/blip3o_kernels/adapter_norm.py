@@ -1,18 +1,18 @@
-"""``out = gelu(layer_norm(x[:W]) * w + b)`` on rows padded to P >= W columns, the padding written as 0.
+"""``out = gelu(layer_norm(x[:W]) * w + b)`` on rows padded to P >= W columns, the rest set to 0.
 
-    xhat = (x - mean) rstd        u = w xhat + b        out = u Phi(u)        Phi(u) = (1 + erf(u / sqrt 2)) / 2
+    xhat = (x - mean) rstd        u = w xhat + b
+    out = u Phi(u)                Phi(u) = (1 + erf(u / sqrt 2)) / 2
 
 (arXiv:1607.06450, arXiv:1606.08415, exact form). Mean and variance run over the W true columns.
 Backward, with du = dout (Phi(u) + u phi(u)) and g = w du:
 
     dx = rstd (g - mean(g) - xhat mean(g xhat))        dw = sum du xhat        db = sum du
 
-Forward, per row: reads W elements, writes P. Backward: reads 2 W, writes P, and 2 W fp32 partial sums
-per program. Nothing but the inputs is saved. Accumulates in fp32 (fp64 for fp64). ``faithful`` rounds
-u to the dtype before the GELU.
+Forward, per row: reads W elements, writes P. Backward: reads 2 W, writes P, and 2 W fp32 partial
+sums per program. Nothing but the inputs is saved. Accumulates in fp32 (fp64 for fp64).
+``faithful`` rounds u to the dtype before the GELU.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -29,9 +29,10 @@ from blip3o_kernels.launch import (
 )
 from blip3o_kernels.reduction import column_sum, sum2
 from blip3o_kernels.tiles import load_row, load_vector, token_range
+from blip3o_kernels.typed import cdiv, jit
 
 
-@triton.jit
+@jit
 def _standardised(x, inside, EPS: tl.constexpr, WIDTH: tl.constexpr):
     """``xhat``, 0 outside the true columns, and ``rstd``."""
     centred = tl.where(inside, x - tl.sum(x, axis=0) / WIDTH, 0.0)
@@ -39,17 +40,17 @@ def _standardised(x, inside, EPS: tl.constexpr, WIDTH: tl.constexpr):
     return centred * rstd, rstd
 
 
-@triton.jit
+@jit
 def _normal_cdf(u):
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
 
 
-@triton.jit
+@jit
 def _normal_pdf(u):
     return 0.3989422804014327 * tl.exp(-0.5 * u * u)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+@jit(do_not_specialize=["tokens", "rows", "chunks"])
 def _forward_kernel(
     x,
     weight,
@@ -84,7 +85,7 @@ def _forward_kernel(
         tl.store(target + cols, h.to(out.dtype.element_ty), mask=cols < PADDED)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+@jit(do_not_specialize=["tokens", "rows", "chunks"])
 def _backward_kernel(
     dout,
     x,
@@ -145,7 +146,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, faithful: bo
     launch = forward_launch(padded, samples * tokens)
 
     def run(launch: RowLaunch) -> None:
-        chunks = triton.cdiv(tokens, launch.rows)
+        chunks = cdiv(tokens, launch.rows)
         _forward_kernel[(samples * chunks,)](
             source,
             weight,
@@ -183,7 +184,7 @@ def backward(
     launch = backward_launch(padded, samples * tokens)
 
     def run(launch: RowLaunch) -> Tensor | None:
-        chunks = triton.cdiv(tokens, launch.rows)
+        chunks = cdiv(tokens, launch.rows)
         partial = None
         if parameters:
             partial = x.new_empty((samples * chunks, 2, width), dtype=torch_accumulator(acc))

@@ -11,6 +11,8 @@ import struct
 import triton
 import triton.language as tl
 
+from blip3o_kernels.typed import jit
+
 
 def split(value: float) -> tuple[float, float]:
     """``value`` as the sum of two fp32 numbers, the first being ``value`` rounded."""
@@ -22,12 +24,12 @@ def _fp32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-@triton.jit
+@jit
 def joined(high, low, ACC: tl.constexpr):
     """The number that ``split`` divided."""
-    value = tl.cast(high, ACC)
-    if ACC == tl.float64:
-        value += tl.cast(low, ACC)
+    value = tl.cast(high, ACC)  # pyright: ignore[reportArgumentType]
+    if tl.float64 == ACC:
+        value += tl.cast(low, ACC)  # pyright: ignore[reportArgumentType]
     return value
 
 
@@ -39,13 +41,13 @@ def promoted(first, second):
     return tl.float64 if tl.float64 in (first, second) else tl.float32
 
 
-@triton.jit
+@jit
 def rounded(x, dtype: tl.constexpr):
     """``x`` rounded to ``dtype``, in its own dtype."""
     return x.to(dtype).to(x.dtype)
 
 
-@triton.jit
+@jit
 def sigmoid(x):
     """``1 / (1 + exp(-x))``; exp overflows to inf, and the quotient to its limit 0."""
     return 1.0 / (1.0 + tl.exp(-x))

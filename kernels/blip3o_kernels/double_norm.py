@@ -1,8 +1,8 @@
-"""The double norm ``rms(rms(x; w1); w2) * (1 + scale) + shift`` as one norm, for one row in registers.
+"""The double norm ``rms(rms(x; w1); w2) * (1 + scale) + shift`` as one, for one row in registers.
 
 With a = w1 x, exactly (both norms add the same eps to their mean square):
 
-    u = w2 a r        r = rsqrt(mean(a^2) + eps (mean(x^2) + eps))        out = u (1 + scale) + shift
+    u = w2 a r      r = rsqrt(mean(a^2) + eps (mean(x^2) + eps))      out = u (1 + scale) + shift
 
 so one reduction round, over x^2 and a^2 together, replaces two. Backward, with g = dout (1 + scale)
 w2 w1, xhat = x r and m = mean(g xhat):
@@ -27,7 +27,6 @@ square is that of rounded numbers and needs a second round. Backward is the same
 
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -35,11 +34,11 @@ from blip3o_kernels.arithmetic import promoted, rounded
 from blip3o_kernels.launch import torch_accumulator, unit_stride
 from blip3o_kernels.reduction import STAGE_COLUMNS, STAGE_ROWS, column_sums, sum2
 from blip3o_kernels.tiles import load_vector
+from blip3o_kernels.typed import cdiv, jit
 
-@triton.jit
-def load_norm(
-    w1, w2, shift, scale, sample, shift_b, scale_b, cols, inside, ACC: tl.constexpr
-):
+
+@jit
+def load_norm(w1, w2, shift, scale, sample, shift_b, scale_b, cols, inside, ACC: tl.constexpr):
     """w1, w2, shift and ``1 + scale`` of one sample."""
     return (
         load_vector(w1, cols, inside, ACC),
@@ -49,7 +48,7 @@ def load_norm(
     )
 
 
-@triton.jit
+@jit
 def double_norm(
     x,
     w1,
@@ -83,7 +82,7 @@ def double_norm(
     return h
 
 
-@triton.jit
+@jit
 def double_norm_gradient(dout, x, w1, gain, EPS: tl.constexpr, WIDTH: tl.constexpr):
     """``dx``, ``r`` and ``m`` of one row, with ``gain = w1 w2 (1 + scale)``."""
     a = w1 * x
@@ -95,7 +94,7 @@ def double_norm_gradient(dout, x, w1, gain, EPS: tl.constexpr, WIDTH: tl.constex
     return r * (g - (w1 * w1 + EPS) * (x * r) * m), r, m
 
 
-@triton.jit
+@jit
 def store_partial_sums(partial, p, q, r, cols, inside, WIDTH: tl.constexpr):
     """Leave the three sums of this program for the second stage."""
     target = partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH) + cols
@@ -104,7 +103,7 @@ def store_partial_sums(partial, p, q, r, cols, inside, WIDTH: tl.constexpr):
     tl.store(target + 2 * WIDTH, r, mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@jit(do_not_specialize=["chunks"])
 def _sample_sums_kernel(
     partial,
     w1,
@@ -143,7 +142,7 @@ def _sample_sums_kernel(
     tl.store(sums + sample * (2 * width) + width + cols, r, mask=inside)
 
 
-@triton.jit(do_not_specialize=["samples"])
+@jit(do_not_specialize=["samples"])
 def _weight_gradient_kernel(
     sums,
     w1,
@@ -203,7 +202,7 @@ def parameter_gradients(
     gradient = Norm(*(u.new_empty(u.shape) for u in norm))
     dls = None if layer_scale is None else layer_scale.new_empty(width)
     sums = partial.new_empty(samples, 2, width)
-    blocks = triton.cdiv(width, STAGE_COLUMNS)
+    blocks = cdiv(width, STAGE_COLUMNS)
     fixed = {"ROWS": STAGE_ROWS, "COLS": STAGE_COLUMNS, "ACC": acc, "SCALED": dls is not None}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     if samples:

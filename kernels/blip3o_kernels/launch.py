@@ -4,9 +4,10 @@ The arithmetic behind the table, for an H100 (132 multiprocessors, 64 warps and 
 each, 3.0 TB/s measured, about 0.7 us from request to data): 3.0 TB/s * 0.7 us / 132 = 16 KB must be
 in flight on a multiprocessor.
 
-* A row of a 16-bit dtype gives each thread 8 columns, one 16-byte load: ``num_warps = block / 256``.
-  A forward row kernel of 4 warps takes 40 to 60 registers a thread, so at least 8 programs are
-  resident and 8 * 4 * 32 * 16 B = 16 KB are in flight for one input, 32 KB for the two of a join.
+* A row of a 16-bit dtype gives each thread 8 columns, one 16-byte load: ``num_warps`` is
+  ``block / 256``. A forward row kernel of 4 warps takes 40 to 60 registers a thread, so at least 8
+  programs are resident and 8 * 4 * 32 * 16 B = 16 KB are in flight for one input, 32 KB for the two
+  of a join.
 * A backward kernel keeps parameters and three sums a column in registers, 130 to 170 a thread, so 3
   programs are resident; its four inputs still put 3 * 4 * 32 * 16 B * 4 = 24 KB in flight.
 * A forward program walks several rows once there are rows enough to fill the card 16 programs deep
@@ -24,11 +25,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels import tuning
+from blip3o_kernels.typed import cdiv, next_power_of_2
 
 MAX_WIDTH = 8192
 """Widest row that one program holds: 16 columns a thread at 16 warps, 128 registers each."""
@@ -80,7 +81,7 @@ def backward_launch(width: int, rows: int) -> RowLaunch:
 
 
 def register_limit(launch: RowLaunch, programs: int) -> int:
-    """Registers a thread that let ``programs`` programs of 4 warps, or as many threads, be resident."""
+    """Registers a thread that let ``programs`` programs of 4 warps, or as many threads, reside."""
     warps = max(4 * programs, launch.num_warps)
     return min(255, REGISTERS // (32 * warps) // 8 * 8)
 
@@ -96,7 +97,7 @@ def row_block(width: int) -> int:
             f"impl=TRITON: expected a width from 1 to {MAX_WIDTH}, what one program holds, "
             f"got {width}; pass impl=Impl.REFERENCE"
         )
-    return triton.next_power_of_2(width)
+    return next_power_of_2(width)
 
 
 def run_rows(
@@ -127,9 +128,9 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 def elementwise_launch(rows: int, width: int) -> ElementwiseLaunch:
     """Tile and grid of a kernel that maps elements, in one grid axis: the others end at 65,535."""
     most = ELEMENTWISE_ELEMENTS if rows == 1 else ELEMENTWISE_COLUMNS
-    columns = min(triton.next_power_of_2(width), most)
-    tile_rows = min(triton.next_power_of_2(rows), ELEMENTWISE_ELEMENTS // columns)
-    grid = triton.cdiv(rows, tile_rows) * triton.cdiv(width, columns)
+    columns = min(next_power_of_2(width), most)
+    tile_rows = min(next_power_of_2(rows), ELEMENTWISE_ELEMENTS // columns)
+    grid = cdiv(rows, tile_rows) * cdiv(width, columns)
     return ElementwiseLaunch(tile_rows, columns, (grid,))
 
 

@@ -5,23 +5,23 @@ order, and writes its partial sums; a second kernel, one program per block of co
 partial sums in the order of the programs.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.launch import on_device
+from blip3o_kernels.typed import cdiv, jit
 
 STAGE_ROWS = 16
 STAGE_COLUMNS = 64
 
 
-@triton.jit
+@jit
 def sum2(a, b):
     """The sums of two vectors in one reduction round."""
     return tl.split(tl.sum(tl.join(a, b), axis=0))
 
 
-@triton.jit
+@jit
 def column_sums(
     base, cols, inside, count, stride, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
 ):
@@ -39,7 +39,7 @@ def column_sums(
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def _column_sum_kernel(
     partial,
     out,
@@ -60,7 +60,7 @@ def column_sum(partial: Tensor, out: Tensor, accumulator: tl.dtype) -> None:
     """``out[:] = partial.sum(0)`` for ``[count, width]`` partial sums with contiguous columns."""
     count, width = partial.shape
     with on_device(out):
-        _column_sum_kernel[(triton.cdiv(width, STAGE_COLUMNS),)](
+        _column_sum_kernel[(cdiv(width, STAGE_COLUMNS),)](
             partial,
             out,
             count,

@@ -14,15 +14,15 @@ table entries serve every head and come from cache. Computes in fp32 (fp64 for f
 rounds the tables, both products and the sum to the dtype. One program turns one token.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.arithmetic import rounded
 from blip3o_kernels.launch import accumulator, on_device, unit_stride
+from blip3o_kernels.typed import jit, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens"])
 def _rotate_kernel(
     qkv,
     cos,
@@ -100,7 +100,7 @@ def _rotate(
     width = cos.shape[1]
     cos, sin = unit_stride(cos), unit_stride(sin)
     passed = 0 if out is qkv else columns - heads * width
-    heads_block, half_block = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
+    heads_block, half_block = next_power_of_2(heads), next_power_of_2(width // 2)
     with on_device(qkv):
         _rotate_kernel[(samples * tokens,)](
             qkv,
@@ -117,7 +117,7 @@ def _rotate(
             PASSED=passed,
             HEADS_BLOCK=heads_block,
             HALF_BLOCK=half_block,
-            PASSED_BLOCK=triton.next_power_of_2(max(passed, 1)),
+            PASSED_BLOCK=next_power_of_2(max(passed, 1)),
             ACC=accumulator(qkv, cos, sin),
             ADJOINT=adjoint,
             FAITHFUL=faithful,

@@ -1,10 +1,10 @@
-"""``x_out = x + norm(ls y; post)`` and ``h = norm(x_out; pre)``: close one sub-layer, open the next.
+"""``x_out = x + norm(ls y; post)``, ``h = norm(x_out; pre)``: close one sub-layer, open the next.
 
-``norm`` is the double norm of ``blip3o_kernels.double_norm``; ls is a layer scale ``[D]``. Each of ls,
-post and pre may be absent. h is computed from x_out as stored, so that backward, which saves x_out
-and y alone, sees the same numbers.
+``norm`` is the double norm of ``blip3o_kernels.double_norm``; ls is a layer scale ``[D]``. Each of
+ls, post and pre may be absent. h is computed from x_out as stored, so that backward, which saves
+x_out and y alone, sees the same numbers.
 
-Forward, per row: reads 2 D elements (x, y), writes 2 D (x_out, h), where separate ops would move 13 D.
+Forward, per row: reads 2 D elements (x, y), writes 2 D (x_out, h); separate ops would move 13 D.
 Backward, per row: reads 4 D (dx_out, dh, x_out, y), writes 2 D (dx, dy), and 6 D fp32 partial sums
 per program; dx = dx_out + the gradient through pre, and dx drives the gradient through post.
 Accumulates in fp32 (fp64 for fp64).
@@ -12,7 +12,6 @@ Accumulates in fp32 (fp64 for fp64).
 
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -38,13 +37,13 @@ from blip3o_kernels.launch import (
 )
 from blip3o_kernels.reduction import column_sum
 from blip3o_kernels.tiles import load_row, load_vector, token_range
-
+from blip3o_kernels.typed import cdiv, jit
 
 BACKWARD_PROGRAMS = 3
 """Resident on a multiprocessor at 4 warps: 168 registers a thread, where free choice takes 198."""
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+@jit(do_not_specialize=["tokens", "rows", "chunks"])
 def _forward_kernel(
     x,
     y,
@@ -142,7 +141,7 @@ def _forward_kernel(
             tl.store(h_out + target, h.to(h_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+@jit(do_not_specialize=["tokens", "rows", "chunks"])
 def _backward_kernel(
     dx_out,
     dh,
@@ -275,7 +274,7 @@ def forward(
     launch = forward_launch(width, samples * tokens)
 
     def run(launch: RowLaunch) -> None:
-        chunks = triton.cdiv(tokens, launch.rows)
+        chunks = cdiv(tokens, launch.rows)
         _forward_kernel[(samples * chunks,)](
             x,
             y,
@@ -330,7 +329,7 @@ def backward(
     eps: float,
     parameters: bool,
 ) -> Gradients:
-    """``dh`` belongs to ``pre``: both or neither. The gradient of y is None where it is that of x."""
+    """``dh`` belongs to ``pre``: both or neither. y's gradient is None where it equals x's."""
     samples, tokens, width = x_out.shape
     layer_scale, post, pre = _unit_strides(layer_scale, post, pre)
     dx = x_out.new_empty(x_out.shape)
@@ -339,7 +338,7 @@ def backward(
     launch = backward_launch(width, samples * tokens)
 
     def run(launch: RowLaunch) -> tuple[Tensor | None, Tensor | None]:
-        chunks = triton.cdiv(tokens, launch.rows)
+        chunks = cdiv(tokens, launch.rows)
         post_partial = pre_partial = None
         if parameters and dy is not None:
             post_partial = partial_sums(x_out, acc, (samples, chunks), 1 if post is None else 3)

@@ -1,14 +1,13 @@
 """``h = rms(rms(x; w1); w2) * (1 + scale) + shift``: pre-norm and AdaLN (arXiv:2212.09748) as one.
 
-The mathematics stands in ``blip3o_kernels.double_norm``. x is ``[B, N, D]``, w1 and w2 ``[D]``, shift
-and scale ``[B, D]``, constant over the tokens of a sample.
+The mathematics stands in ``blip3o_kernels.double_norm``. x is ``[B, N, D]``, w1 and w2 ``[D]``,
+shift and scale ``[B, D]``, constant over the tokens of a sample.
 
 Forward, per row: reads D elements, writes D; parameters are read once for the rows that a program
 walks. Backward, per row: reads 2 D (dout, x), writes D, and 3 D fp32 partial sums per program.
 Nothing but the inputs is saved. Accumulates in fp32 (fp64 for fp64).
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,13 +29,13 @@ from blip3o_kernels.launch import (
     run_rows,
 )
 from blip3o_kernels.tiles import load_row, load_vector, token_range
-
+from blip3o_kernels.typed import cdiv, jit
 
 BACKWARD_PROGRAMS = 5
 """Resident on a multiprocessor at 4 warps: 96 registers a thread, where free choice takes 109."""
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+@jit(do_not_specialize=["tokens", "rows", "chunks"])
 def _forward_kernel(
     x,
     w1,
@@ -85,7 +84,7 @@ def _forward_kernel(
         tl.store(target + cols, h.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "chunks"])
+@jit(do_not_specialize=["tokens", "rows", "chunks"])
 def _backward_kernel(
     dout,
     x,
@@ -142,7 +141,7 @@ def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
     launch = forward_launch(width, samples * tokens)
 
     def run(launch: RowLaunch) -> None:
-        chunks = triton.cdiv(tokens, launch.rows)
+        chunks = cdiv(tokens, launch.rows)
         _forward_kernel[(samples * chunks,)](
             x,
             *norm,
@@ -178,7 +177,7 @@ def backward(
     launch = backward_launch(width, samples * tokens)
 
     def run(launch: RowLaunch) -> Norm | None:
-        chunks = triton.cdiv(tokens, launch.rows)
+        chunks = cdiv(tokens, launch.rows)
         partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
         if dx.numel():
             _backward_kernel[(samples * chunks,)](

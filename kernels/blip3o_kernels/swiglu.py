@@ -3,19 +3,20 @@
 Forward, per column of the output: reads 2 elements, writes 1.
 Backward: with s = sigmoid(gate), ``d_up = g gate s`` and ``d_gate = g up s (1 + gate (1 - s))``;
 reads 3 elements, writes 2. Nothing but ``gate_up`` is saved.
-Accumulates in fp32 (fp64 for fp64). ``faithful`` rounds ``silu(gate)`` to the dtype before the product.
+Accumulates in fp32 (fp64 for fp64). ``faithful`` rounds ``silu(gate)`` to the dtype before the
+product.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.arithmetic import rounded, sigmoid
 from blip3o_kernels.launch import accumulator, batched_rows, elementwise_launch, on_device
 from blip3o_kernels.tiles import load_tile, offsets, tile
+from blip3o_kernels.typed import jit
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@jit(do_not_specialize=["rows", "tokens"])
 def _forward_kernel(
     gate_up,
     out,
@@ -42,7 +43,7 @@ def _forward_kernel(
     tl.store(out + row.to(tl.int64) * width + col, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@jit(do_not_specialize=["rows", "tokens"])
 def _backward_kernel(
     grad,
     gate_up,

@@ -1,14 +1,16 @@
 """Index arithmetic of kernels over strided ``[B, N, W]`` tensors.
 
 Every tensor is read where it lies: batch, token and column strides are arguments. A stride of 1 is
-specialised by Triton to a constant, so ordinary rows keep their 16-byte accesses. Offsets are int64.
+specialised by Triton to a constant, so ordinary rows keep their 16-byte accesses. Offsets are
+int64.
 """
 
-import triton
 import triton.language as tl
 
+from blip3o_kernels.typed import jit
 
-@triton.jit
+
+@jit
 def tile(rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Row ``[ROWS, 1]`` and column ``[1, COLS]`` indices of this program, and which exist."""
     blocks = tl.cdiv(width, COLS)
@@ -19,7 +21,7 @@ def tile(rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
     return row, col, (row < rows) & (col < width)
 
 
-@triton.jit
+@jit
 def offsets(row, col, tokens, stride_b, stride_n, stride_d):
     """Where the elements of a tile lie; ``row`` counts tokens through the batch."""
     batch = (row // tokens).to(tl.int64)
@@ -27,16 +29,14 @@ def offsets(row, col, tokens, stride_b, stride_n, stride_d):
     return batch * stride_b + token * stride_n + col.to(tl.int64) * stride_d
 
 
-@triton.jit
-def load_tile(
-    base, row, col, tokens, stride_b, stride_n, stride_d, inside, ACC: tl.constexpr
-):
+@jit
+def load_tile(base, row, col, tokens, stride_b, stride_n, stride_d, inside, ACC: tl.constexpr):
     """A tile of a strided tensor, in ``ACC``; elements outside are 0."""
     source = base + offsets(row, col, tokens, stride_b, stride_n, stride_d)
     return tl.load(source, mask=inside, other=0.0).to(ACC)
 
 
-@triton.jit
+@jit
 def token_range(tokens, rows, chunks):
     """The sample of this program, and the first and last token that it walks."""
     program = tl.program_id(0)
@@ -44,14 +44,14 @@ def token_range(tokens, rows, chunks):
     return (program // chunks).to(tl.int64), first, tl.minimum(first + rows, tokens)
 
 
-@triton.jit
+@jit
 def load_row(base, token, cols, stride_n, stride_d, inside, ACC: tl.constexpr):
     """One row of one sample, in ``ACC``; columns outside the width are 0."""
     offset = tl.cast(token, tl.int64) * stride_n + cols.to(tl.int64) * stride_d
     return tl.load(base + offset, mask=inside, other=0.0).to(ACC)
 
 
-@triton.jit
+@jit
 def load_vector(base, cols, inside, ACC: tl.constexpr):
     """A contiguous parameter row, in ``ACC``; columns outside the width are 0."""
     return tl.load(base + cols, mask=inside, other=0.0).to(ACC)

@@ -129,7 +129,9 @@ def _read(path: Path) -> dict[str, list[int]]:
         for value in choices.values()
     )
     if not fits:
-        raise ValueError(f"{path}: expected a JSON table of launches; remove the file to start over")
+        raise ValueError(
+            f"{path}: expected a JSON table of launches; remove the file to start over"
+        )
     return choices
 
 

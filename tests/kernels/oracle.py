@@ -84,8 +84,8 @@ def check(
 ) -> None:
     """Judge every output and every gradient of ``ours``.
 
-    ``cotangent`` is the layout of the incoming gradients; ``differentiable`` limits the inputs whose
-    gradients are compared.
+    ``cotangent`` is the layout of the incoming gradients; ``differentiable`` limits the inputs
+    whose gradients are compared.
     """
     chosen = range(len(inputs)) if differentiable is None else differentiable
     wide = [None if x is None else x.detach().double() for x in inputs]

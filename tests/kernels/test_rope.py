@@ -41,7 +41,9 @@ def test_widths(device, dtype, width):
     compare(3, 1, inputs(2, 3, 3, 1, width, dtype, device))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(12, 4), (6, 2), (4, 4), (3, 0), (0, 2), (1, 1), (5, 5)])
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(12, 4), (6, 2), (4, 4), (3, 0), (0, 2), (1, 1), (5, 5)]
+)
 def test_heads(device, heads, kv_heads):
     compare(heads, kv_heads, inputs(2, 3, heads, kv_heads, 8, torch.bfloat16, device))
 

@@ -87,9 +87,7 @@ def test_model_widths(device, width):
 @pytest.mark.parametrize("branch", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_mixed_dtypes(device, dtype, branch):
-    check(
-        fused, expected, inputs(2, 5, 24, dtype, device, parameters=torch.float32, branch=branch)
-    )
+    check(fused, expected, inputs(2, 5, 24, dtype, device, parameters=torch.float32, branch=branch))
 
 
 def test_small_branch(device):
@@ -105,7 +103,12 @@ def test_layouts(device, layout, cotangent):
     values = inputs(3, 4, 14, device=device)
     x, y, scale, *norms = values
     norms = [laid_out(u, "halves") if u.dim() == 2 else u for u in norms]
-    check(fused, expected, [laid_out(x, layout), laid_out(y, layout), scale, *norms], cotangent=cotangent)
+    check(
+        fused,
+        expected,
+        [laid_out(x, layout), laid_out(y, layout), scale, *norms],
+        cotangent=cotangent,
+    )
 
 
 @pytest.mark.parametrize("batch, tokens", [(0, 5), (2, 0)])
@@ -169,5 +172,5 @@ def test_batch_invariant(device):
 
 
 def test_width_beyond_one_program(device):
-    with pytest.raises(ValueError, match="width from 1 to 8192.*got 8193"):
+    with pytest.raises(ValueError, match=r"width from 1 to 8192.*got 8193"):
         fused(*inputs(1, 1, 8193, device=device))

@@ -66,7 +66,9 @@ def test_magnitudes(device, scale):
 @pytest.mark.parametrize("cotangent", ["contiguous", "expanded", "spread"])
 def test_layouts(device, layout, cotangent):
     x, w1, w2, shift, scale = inputs(3, 5, 14, device=device)
-    shift, scale = (laid_out(u, "sliced" if layout == "transposed" else layout) for u in (shift, scale))
+    shift, scale = (
+        laid_out(u, "sliced" if layout == "transposed" else layout) for u in (shift, scale)
+    )
     w1 = laid_out(w1[None], "spread")[0]
     check(fused, expected, [laid_out(x, layout), w1, w2, shift, scale], cotangent=cotangent)
 
@@ -123,5 +125,5 @@ def test_batch_invariant(device):
 
 
 def test_width_beyond_one_program(device):
-    with pytest.raises(ValueError, match="width from 1 to 8192.*got 8193"):
+    with pytest.raises(ValueError, match=r"width from 1 to 8192.*got 8193"):
         fused(*inputs(1, 1, 8193, device=device))
