@@ -8,7 +8,14 @@ from torch import Tensor
 
 from blip3o_fast.data.manifest import ShardEntry
 from blip3o_fast.data.records import RecordFile
-from blip3o_fast.data.tensorfile import MappedFile, bits, empty, file_sha256, is_finite
+from blip3o_fast.data.tensorfile import (
+    CHECK_ELEMENTS,
+    MappedFile,
+    bits,
+    empty,
+    file_sha256,
+    is_finite,
+)
 
 TOWERS = ("eva", "clip")
 """Tensors of a shard, in file order."""
@@ -92,12 +99,16 @@ class Shard:
         for name, out in zip(TOWERS, (eva, clip), strict=True):
             if not out.size:
                 continue
-            np.copyto(out, self._file.arrays[name][row, first:])
-            if check and not is_finite(out, self.dtype):
-                raise ValueError(
-                    f"{self.path.name}: row {row} (key {self.records[row].key!r}): {name} holds "
-                    "NaN or Inf"
-                )
+            stored = self._file.arrays[name][row, first:]
+            step = max(1, CHECK_ELEMENTS // out.shape[1]) if check else len(out)
+            for start in range(0, len(out), step):
+                block = out[start : start + step]
+                np.copyto(block, stored[start : start + step])
+                if check and not is_finite(block, self.dtype):
+                    raise ValueError(
+                        f"{self.path.name}: row {row} (key {self.records[row].key!r}): {name} "
+                        "holds NaN or Inf"
+                    )
 
     def fingerprints(self) -> list[bytes]:
         """The first token of each row, all towers: equal for two samples only of equal images."""

@@ -27,7 +27,9 @@ _CODES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LARGEST_HEADER = 100 * 1024 * 1024  # the limit of the safetensors library
 _HEADER_BYTES = 512  # of the files written here: length and padded JSON, for a fixed start of data
 _BLOCK_BYTES = 1 << 24  # of a move within a file
-_CHECK_ELEMENTS = 1 << 17  # a block of bit patterns that stays in the L2 cache
+CHECK_ELEMENTS = 1 << 17
+"""A block of bit patterns that stays in the L2 cache between its copy and its check."""
+
 
 _BITS = {
     torch.bfloat16: (torch.int16, np.uint16),
@@ -65,14 +67,16 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def is_finite(patterns: np.ndarray, dtype: torch.dtype) -> bool:
     """Whether no bit pattern is a NaN or an infinity of ``dtype``.
 
-    Integer comparison, block by block: 15 to 20 GB/s where ``torch.isfinite`` reaches 0.4.
+    Two integer maxima, block by block: as unsigned numbers, the negative ones are the largest and
+    grow with their magnitude; as signed numbers, the positive ones do. Tens of times faster than
+    ``torch.isfinite``.
     """
-    magnitude = patterns.dtype.type(np.iinfo(patterns.dtype).max >> 1)
+    infinity, sign = _INFINITY[dtype], 1 << (8 * patterns.itemsize - 1)
+    signed = np.dtype(f"i{patterns.itemsize}")
     flat = patterns.reshape(-1)
-    scratch = np.empty(min(flat.size, _CHECK_ELEMENTS), patterns.dtype)
-    for start in range(0, flat.size, _CHECK_ELEMENTS):
-        block = flat[start : start + _CHECK_ELEMENTS]
-        if np.bitwise_and(block, magnitude, out=scratch[: block.size]).max() >= _INFINITY[dtype]:
+    for start in range(0, flat.size, CHECK_ELEMENTS):
+        block = flat[start : start + CHECK_ELEMENTS]
+        if block.max() >= sign + infinity or block.view(signed).max() >= infinity:
             return False
     return True
 

@@ -38,7 +38,9 @@ def _features(facts: Manifest, start: int, stop: int) -> tuple[Tensor, Tensor, l
             ]
         )
     eva, clip = (torch.stack(tower).to(DTYPES[facts.dtype]) for tower in zip(*pairs, strict=True))
-    records = [SampleRecord(f"key{i}", f"caption {i}", f"photo{i // 2}") for i in range(start, stop)]
+    records = [
+        SampleRecord(f"key{i}", f"caption {i}", f"photo{i // 2}") for i in range(start, stop)
+    ]
     return eva, clip, records
 
 

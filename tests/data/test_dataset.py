@@ -126,7 +126,9 @@ class TestTokens:
         assert torch.equal(batch.eva, eva[[3, 9], 1:]) and torch.equal(batch.clip, clip[[3, 9], 1:])
 
     @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-    def test_the_token_mean_stands_in_for_cls_on_request(self, make_dataset, facts, features, dtype):
+    def test_the_token_mean_stands_in_for_cls_on_request(
+        self, make_dataset, facts, features, dtype
+    ):
         folder = make_dataset(dtype=dtype)
         eva, clip, _ = features(facts.replace(dtype=dtype), 0, 20)
         dataset = EmbeddingDataset(folder, tokens=5)

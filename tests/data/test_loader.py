@@ -184,7 +184,10 @@ def test_a_bad_row_stops_the_stream_at_its_batch_and_no_earlier(make_dataset):
     data[512 + 9 * 96 : 512 + 9 * 96 + 4] = b"\0\0\x80\x7f"  # Inf in row 9 of eva
     path.write_bytes(data)
     with loader_of(EmbeddingDataset(folder), shuffle=False, prefetch=4) as loader:
-        assert keys(loader, 2) == [("key0", "key1", "key2", "key3"), ("key4", "key5", "key6", "key7")]
+        assert keys(loader, 2) == [
+            ("key0", "key1", "key2", "key3"),
+            ("key4", "key5", "key6", "key7"),
+        ]
         for _ in range(2):
             with pytest.raises(ValueError, match=r"row 9 \(key 'key9'\): eva holds NaN or Inf"):
                 next(loader)
@@ -228,7 +231,6 @@ def test_a_batch_belongs_to_its_consumer(dataset):
         assert torch.equal(batch.eva, before)
 
 
-@pytest.mark.slow
 def test_speed_against_one_large_copy(tmp_path):
     """At least 0.7 of one numpy.memmap copy of the same bytes, first epoch, checks included."""
     facts = Manifest(
@@ -240,32 +242,32 @@ def test_speed_against_one_large_copy(tmp_path):
             records = [SampleRecord(f"key{i + j}") for j in range(8)]
             rows = x.expand(8, -1, -1)
             writer.add(rows[..., :4096], rows[..., 4096:], records)
-    size = 96 * facts.sample_bytes
-    np.ones(size, np.uint8).tofile(tmp_path / "plain.bin")
+    np.ones(96 * facts.sample_bytes, np.uint8).tofile(tmp_path / "plain.bin")
 
     def copy():
         return np.array(np.memmap(tmp_path / "plain.bin", np.uint8, "r"))
 
     def load():
-        with Loader(EmbeddingDataset(tmp_path), batch_size=16, seed=0) as loader:
+        # Few batches ahead: those of the next epoch are work that this one does not show.
+        dataset = EmbeddingDataset(tmp_path)
+        with Loader(dataset, batch_size=8, seed=0, prefetch=2) as loader:
             assert sum(len(batch.keys) for batch in loader.epoch()) == 96
 
-    def best(run, times=4):
-        seconds = []
-        for _ in range(times):
-            started = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+    def seconds(run):
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
 
     copy(), load()  # both files into the page cache
-    # A machine shared with others stalls either side now and then; what it can do shows in the best.
-    ratios = []
-    for _ in range(5):
-        ratios.append(best(copy) / best(load))
-        if ratios[-1] >= 0.7:
+    # Others on the machine stall either side now and then. The two take turns, so that they meet
+    # the same conditions, and what each can do shows in its best.
+    copies, loads = [], []
+    for _ in range(40):
+        copies.append(seconds(copy))
+        loads.append(seconds(load))
+        if len(loads) >= 5 and min(copies) / min(loads) >= 0.7:
             break
-    assert ratios[-1] >= 0.7, ratios
+    assert min(copies) / min(loads) >= 0.7, (sorted(copies)[:3], sorted(loads)[:3])
 
 
 @pytest.mark.gpu

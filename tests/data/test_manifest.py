@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 
@@ -28,7 +27,7 @@ def manifest(**changes):
 def test_saving_and_loading_keep_every_field(tmp_path):
     manifest().save(tmp_path)
     assert Manifest.load(tmp_path) == manifest()
-    assert os.listdir(tmp_path) == ["manifest.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     assert json.loads((tmp_path / "manifest.json").read_text())["samples"] == 2
 
 

@@ -21,7 +21,7 @@ def test_every_epoch_is_a_permutation(samples, seed, epoch):
 
 
 def test_orders_are_uniform():
-    # Where sample 0 comes in 4,000 epochs: chi-square with 9 degrees of freedom, 0.1 % quantile 27.9.
+    # Where sample 0 comes in 4,000 epochs: chi-square, 9 degrees of freedom, 0.1 % quantile 27.9.
     places = [int(np.flatnonzero(epoch_order(10, 3, epoch) == 0)[0]) for epoch in range(4000)]
     counts = np.bincount(places, minlength=10)
     assert ((counts - 400) ** 2 / 400).sum() < 27.9

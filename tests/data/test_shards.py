@@ -40,7 +40,9 @@ def test_what_was_written_is_read_back(tmp_path, facts, features, dtype, batch):
         got = shard.read(slice(None))
         assert torch.equal(got[0], eva[row : row + shard.samples])
         assert torch.equal(got[1], clip[row : row + shard.samples])
-        assert [shard.records[i] for i in range(shard.samples)] == records[row : row + shard.samples]
+        assert [shard.records[i] for i in range(shard.samples)] == records[
+            row : row + shard.samples
+        ]
         row += shard.samples
 
 
@@ -106,7 +108,7 @@ def test_a_bad_batch_is_refused_and_loses_nothing(tmp_path, facts, features, cha
         writer.add(*features(facts, 7, 20))
     write(tmp_path / "clean", facts, features)
     clean = contents(tmp_path / "clean")
-    assert {name: data for name, data in contents_of_files(tmp_path).items()} == clean
+    assert contents_of_files(tmp_path) == clean
 
 
 def contents_of_files(folder):
@@ -162,7 +164,9 @@ def test_a_folder_in_use_is_refused_without_resume(make_dataset, facts):
     before = contents(folder)
     with pytest.raises(ValueError, match="already holds 20 samples"):
         ShardWriter(folder, facts=facts)
-    with pytest.raises(ValueError, match="another data set: differs in dtype: expected fp16, got fp32"):
+    with pytest.raises(
+        ValueError, match="another data set: differs in dtype: expected fp16, got fp32"
+    ):
         ShardWriter(folder, facts=facts.replace(dtype="fp16"), resume=True)
     assert contents(folder) == before
 
@@ -261,7 +265,9 @@ class TestDamage:
 
     def test_truncated(self, make_dataset):
         folder = self.damaged(make_dataset(), lambda data: data.__delitem__(slice(700, None)))
-        with pytest.raises(ValueError, match=r"shard_00001.safetensors: expected 1568 bytes, got 700"):
+        with pytest.raises(
+            ValueError, match=r"shard_00001.safetensors: expected 1568 bytes, got 700"
+        ):
             EmbeddingDataset(folder)
         with pytest.raises(ValueError, match="expected 1568 bytes, got 700: truncated"):
             Shard(folder / "shard_00001.safetensors")
@@ -269,12 +275,16 @@ class TestDamage:
     def test_one_flipped_bit_is_seen_when_asked_for(self, make_dataset):
         folder = self.damaged(make_dataset(), lambda data: data.__setitem__(900, data[900] ^ 1))
         EmbeddingDataset(folder)
-        with pytest.raises(ValueError, match=r"shard_00001.safetensors: corrupted: expected SHA-256"):
+        with pytest.raises(
+            ValueError, match=r"shard_00001.safetensors: corrupted: expected SHA-256"
+        ):
             EmbeddingDataset(folder, verify=True)
 
     def test_a_nan_on_disk_is_named_with_shard_row_and_key(self, make_dataset):
         # Row 2 of eva: 512 bytes of header, 96 bytes a row.
-        folder = self.damaged(make_dataset(), lambda d: d.__setitem__(slice(704, 708), b"\0\0\xc0\x7f"))
+        folder = self.damaged(
+            make_dataset(), lambda d: d.__setitem__(slice(704, 708), b"\0\0\xc0\x7f")
+        )
         dataset = EmbeddingDataset(folder)
         with pytest.raises(ValueError, match=r"shard_00001.*: row 2 \(key 'key8'\): eva holds NaN"):
             dataset.read([7, 8])
@@ -293,7 +303,7 @@ class TestDamage:
     def test_missing(self, make_dataset):
         folder = make_dataset()
         (folder / "shard_00002.safetensors").unlink()
-        with pytest.raises(FileNotFoundError, match="shard_00002.*the data set is incomplete"):
+        with pytest.raises(FileNotFoundError, match=r"shard_00002.*the data set is incomplete"):
             EmbeddingDataset(folder)
 
     def test_sidecar_missing(self, make_dataset):
