@@ -17,7 +17,7 @@ from blip3o_fast.training import TrainingInterrupted, TrainingOptions, train
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.option_types import alternatives
 from blip3o_fast.training.options import help_of, option_fields, read_options_file
-from blip3o_fast.training.plan import make_plan
+from blip3o_fast.training.run import prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(options.to_dict(), indent=2))
         return 0
     if args.dry_run:
-        print(json.dumps(make_plan(options, World()).describe(), indent=2))
+        print(json.dumps(prepare(options, World()).describe(), indent=2))
         return 0
     try:
         result = train(options)

@@ -15,6 +15,9 @@ def build_model(plan: Plan) -> BLIP3oDiT:
     """
     seed_everything(plan.options.seed)
     model = BLIP3oDiT(plan.config)
+    # The published layout has learned positions even where rotary ones replace them. Processes that
+    # average gradients would wait for theirs.
+    model.pos_embed.requires_grad_(not plan.config.use_3d_rope)
     if plan.initial is not None:
         check_tensors(plan.config, model.state_dict(), plan.initial.tensors)
         model.load_state_dict(plan.initial.tensors)

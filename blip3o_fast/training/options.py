@@ -170,9 +170,7 @@ class TrainingOptions:
     resume: bool = option(True, "go on from the newest checkpoint in output_dir", free=True)
     log_every_n_steps: int = option(10, "steps between records on CUDA, between lines", free=True)
     progress: bool = option(True, "progress bar, or plain lines when not on a terminal", free=True)
-    report: bool | None = option(
-        None, "draw report.html at the end; None: if matplotlib is installed", free=True
-    )
+    report: bool = option(True, "write report.html when training ends or stops", free=True)
     use_tensorboard: bool = option(False, "also log to TensorBoard, in output_dir", free=True)
     use_wandb: bool = option(False, "also log to Weights & Biases", free=True)
     wandb_project: str = option("blip3o-fast", "project of Weights & Biases", free=True)

@@ -182,6 +182,11 @@ def resolve_config(
     Raises:
         OptionError: if an option or the initial checkpoint disagrees with the data.
     """
+    if initial is not None:
+        for name in _MODEL_OPTIONS:
+            given, brought = getattr(options, name), getattr(initial, name)
+            if given is not None and given != brought:
+                raise OptionError(f"{name}: expected {brought}, that of init_from, got {given}")
     facts: dict[str, Any] = {
         "eva_embedding_size": data.eva_width,
         "clip_embedding_size": data.clip_width,

@@ -4,7 +4,10 @@ Times, noise and the order of samples need no state (``draws``, ``blip3o_fast.da
 draws from torch's global generator of the device.
 """
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,3 +48,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**63)
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Inside the block torch refuses operations that vary from run to run, if that is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        # cuBLAS reads it when its handle is made, and is not deterministic without.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,17 +1,21 @@
 """From options to a trained model in a folder."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.data.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically
 from blip3o_fast.errors import OptionError
-from blip3o_fast.training.checkpoints import damaged_checkpoints
+from blip3o_fast.training.checkpoints import BEST, LATEST, damaged_checkpoints
 from blip3o_fast.training.distributed import World, join_world
 from blip3o_fast.training.options import TrainingOptions
+from blip3o_fast.training.page import REPORT_NAME, render_page
 from blip3o_fast.training.plan import Plan, choose_device, make_plan
-from blip3o_fast.training.tracking import METRICS_NAME, read_metrics
+from blip3o_fast.training.randomness import determinism
+from blip3o_fast.training.summary import summarise
+from blip3o_fast.training.tracking import METRICS_NAME, read_metrics, require_trackers
 from blip3o_fast.training.trainer import OnStep, Trainer
 from blip3o_fast.training.validation import Validation
 
@@ -40,6 +44,18 @@ class TrainingResult:
     seconds: float
 
 
+def prepare(options: TrainingOptions, world: World) -> Plan:
+    """Check everything that can be checked before the first step, without writing anything.
+
+    Raises:
+        OptionError: naming what cannot work.
+    """
+    require_trackers(options)
+    plan = make_plan(options, world)
+    check_folder(plan)
+    return plan
+
+
 def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> TrainingResult:
     """Train, or go on with the run in ``options.output_dir``.
 
@@ -51,20 +67,44 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         OptionError: before any step, naming what cannot work.
         TrainingInterrupted: after saving, on a signal.
         NonFiniteGradients: if training has broken down.
+        ValueError: naming the shard, the row and the key, if a sample holds NaN or Inf.
         OSError: if something cannot be written.
     """
-    with join_world(options.parallel, choose_device(options)) as world:
-        plan = make_plan(options, world)
+    with (
+        join_world(options.parallel, choose_device(options)) as world,
+        determinism(options.deterministic),
+    ):
+        plan = prepare(options, world)
+        world.barrier()  # nobody looks at the folder after it has been claimed
         if world.is_main:
             claim_folder(plan)
         world.barrier()
         trainer = Trainer(plan, world, on_step)
-        trainer.run()
-        return _summarise(plan, trainer, world)
+        try:
+            trainer.run()
+        except BaseException:
+            if world.is_main:
+                with suppress(OSError):  # whatever stopped the run says more
+                    write_summary(plan, trainer)
+            raise
+        if world.is_main:
+            write_summary(plan, trainer)
+        world.barrier()
+        progress = trainer.state.progress
+        records = read_metrics(Path(options.output_dir))
+        steps = (record for record in records if record["kind"] == "step")
+        return TrainingResult(
+            Path(options.output_dir),
+            progress.step,
+            progress.best,
+            tuple((r["step"], r["loss"]) for r in steps if r["loss"] is not None),
+            tuple(record for record in records if record["kind"] == "validation"),
+            progress.seconds,
+        )
 
 
-def claim_folder(plan: Plan) -> None:
-    """Make the run's folder, or check that it holds this very run.
+def check_folder(plan: Plan) -> None:
+    """Check that the run's folder is free, or holds this very run.
 
     Raises:
         OptionError: if it holds another run, naming the options that differ; if ``resume`` is off
@@ -73,61 +113,74 @@ def claim_folder(plan: Plan) -> None:
     options = plan.options
     folder = Path(options.output_dir)
     path = folder / OPTIONS_NAME
-    saved: dict[str, Any] = {}
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if not options.resume:
-            raise OptionError(f"output_dir: {folder} holds a run; expected a new folder, or resume")
-        changed = options.changes(saved["options"])
-        changed.pop("chunked_embeddings_dir", None)
-        if changed:
-            listed = ", ".join(f"{n} was {a!r}, is {b!r}" for n, (a, b) in changed.items())
-            raise OptionError(f"output_dir: {folder} holds another run: {listed}")
-        if saved["data"] != plan.data_digest:
-            raise OptionError(f"output_dir: {folder} holds a run on other data or another split")
-        damaged = damaged_checkpoints(folder)
-        if damaged:
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"output_dir: expected a folder, got the file {folder}")
+    if not path.is_file():
+        if folder.exists() and not all(is_leftover(entry) for entry in folder.iterdir()):
             raise OptionError(
-                f"output_dir: {folder}: damaged {', '.join(damaged)}; delete them to go on before"
+                f"output_dir: expected an empty folder or a run, got files in {folder}"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise OptionError(f"output_dir: expected an empty folder or a run, got files in {folder}")
+        return
+    if not options.resume:
+        raise OptionError(f"output_dir: {folder} holds a run; expected a new folder, or resume")
+    saved = _read_saved(path)
+    changed = options.changes(saved["options"])
+    changed.pop("chunked_embeddings_dir", None)
+    if changed:
+        listed = ", ".join(f"{n} was {a!r}, is {b!r}" for n, (a, b) in changed.items())
+        raise OptionError(f"output_dir: {folder} holds another run: {listed}")
+    if saved["data"] != plan.data_digest:
+        raise OptionError(f"output_dir: {folder} holds a run on other data or another split")
+    damaged = damaged_checkpoints(folder)
+    if damaged:
+        raise OptionError(
+            f"output_dir: {folder}: damaged {', '.join(damaged)}; delete them to go on before"
+        )
+
+
+def claim_folder(plan: Plan) -> None:
+    """Make the run's folder and say in it what the run is."""
+    folder = Path(plan.options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"options": options.to_dict(), "data": plan.data_digest, "plan": plan.describe()}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    for name in (OPTIONS_NAME, METRICS_NAME, SUMMARY_NAME, REPORT_NAME, LATEST, BEST):
+        remove_leftovers(folder, name)
+    content = {
+        "options": plan.options.to_dict(),
+        "data": plan.data_digest,
+        "plan": plan.describe(),
+    }
+    write_atomically(folder / OPTIONS_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _summarise(plan: Plan, trainer: Trainer, world: World) -> TrainingResult:
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what a killed writer of ours left behind."""
+    return path.name.startswith(f".{OPTIONS_NAME}.") and path.suffix == TEMPORARY_SUFFIX
+
+
+def write_summary(plan: Plan, trainer: Trainer) -> None:
+    """Write ``summary.json`` and, unless that is off, ``report.html``."""
     folder = Path(plan.options.output_dir)
     records = read_metrics(folder)
-    steps = [record for record in records if record["kind"] == "step"]
-    validations = tuple(record for record in records if record["kind"] == "validation")
     progress = trainer.state.progress
-    result = TrainingResult(
-        folder,
-        progress.step,
-        progress.best,
-        tuple((r["step"], r["loss"]) for r in steps if r["loss"] is not None),
-        validations,
-        progress.seconds,
+    summary = summarise(
+        records,
+        total_steps=plan.total_steps,
+        batch_size=plan.options.batch_size,
+        seconds=progress.seconds,
     )
-    if world.is_main:
-        summary = {
-            "steps": result.steps,
-            "best": None if result.best is None else result.best.to_dict(),
-            "seconds": result.seconds,
-            "samples_per_second": result.steps
-            * plan.options.batch_size
-            / max(result.seconds, 1e-9),
-            "data_wait_seconds": sum(record["data_wait"] for record in steps),
-            "clipped_steps": sum(_clipped(record) for record in steps),
-            "skipped_steps": sum(record["skipped"] for record in steps),
-            "metrics": METRICS_NAME,
-        }
-        write_atomically(folder / SUMMARY_NAME, (json.dumps(summary, indent=1) + "\n").encode())
-    return result
+    summary["best"] = None if progress.best is None else progress.best.to_dict()
+    write_atomically(folder / SUMMARY_NAME, (json.dumps(summary, indent=1) + "\n").encode())
+    if plan.options.report:
+        options, described = plan.options.to_dict(), plan.describe()
+        page = render_page(f"Training run {folder.name}", records, summary, options, described)
+        write_atomically(folder / REPORT_NAME, page.encode())
 
 
-def _clipped(record: dict[str, Any]) -> bool:
-    norm, bound = record["grad_norm"], record["clip_bound"]
-    return norm is not None and bound is not None and norm > bound
+def _read_saved(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(saved["options"], dict) and isinstance(saved["data"], str):
+            return saved
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise OptionError(f"output_dir: {path} is damaged; restore it, or choose another folder")

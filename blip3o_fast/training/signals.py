@@ -20,11 +20,12 @@ class TrainingInterrupted(Exception):
 
     Attributes:
         signal_number: which one.
-        checkpoint: where training will go on from.
+        checkpoint: where training will go on from; None before the first step.
     """
 
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}, saved {checkpoint}")
+    def __init__(self, signal_number: int, checkpoint: Path | None) -> None:
+        saved = "before the first step" if checkpoint is None else f"saved {checkpoint}"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, {saved}")
         self.signal_number = signal_number
         self.checkpoint = checkpoint
 

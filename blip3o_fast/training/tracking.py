@@ -5,6 +5,7 @@ A line of ``metrics.jsonl`` is ``{"kind": "step", ...}``, a ``StepRecord``, or
 taken again are removed, so the file reads as if nothing had interrupted it.
 """
 
+import importlib.util
 import json
 import secrets
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.errors import OptionError
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.records import StepRecord
 from blip3o_fast.training.validation import Validation
@@ -77,12 +79,8 @@ class TensorBoard:
     """Writes event files into the run's folder."""
 
     def __init__(self, run: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError(
-                "use_tensorboard needs tensorboard: pip install 'blip3o-fast[logging]'"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, group: str, values: Mapping[str, float]) -> None:
@@ -99,10 +97,8 @@ class WeightsAndBiases:
     """Logs to one run of Weights & Biases, the same one after a resume."""
 
     def __init__(self, run: Path, options: TrainingOptions) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise ImportError("use_wandb needs wandb: pip install 'blip3o-fast[logging]'") from None
+        import wandb  # pyright: ignore[reportMissingImports]
+
         name = run / WANDB_ID_NAME
         if not name.is_file():
             write_atomically(name, secrets.token_hex(8).encode())
@@ -124,12 +120,18 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_trackers(run: Path, options: TrainingOptions, step: int) -> list[Tracker]:
-    """The trackers that the options ask for.
+def require_trackers(options: TrainingOptions) -> None:
+    """Raise ``OptionError``, naming the extra, if a tracker that is asked for is not installed."""
+    for name, package in (("use_tensorboard", "tensorboard"), ("use_wandb", "wandb")):
+        if getattr(options, name) and importlib.util.find_spec(package) is None:
+            raise OptionError(
+                f"{name}: expected {package}, which is not installed; "
+                "pip install 'blip3o-fast[logging]'"
+            )
 
-    Raises:
-        ImportError: naming the extra, if one is not installed.
-    """
+
+def open_trackers(run: Path, options: TrainingOptions, step: int) -> list[Tracker]:
+    """The trackers that the options ask for."""
     trackers: list[Tracker] = []
     if options.use_tensorboard:
         trackers.append(TensorBoard(run, step))

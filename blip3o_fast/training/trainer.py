@@ -1,8 +1,8 @@
 """The training loop.
 
     for each step of the plan
-        take a batch, one optimizer step                   Trainer.step
-        now and then: record, validate, save               Trainer.run
+        take a batch, one optimizer step                   OptimizerStep
+        now and then: record, validate, save               Trainer.train
 
 The host never waits for the device inside a step. It does when records are fetched: every
 ``log_every_n_steps`` on CUDA, every step on a CPU, where waiting costs nothing.
@@ -14,25 +14,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from blip3o_fast.data.dataset import Batch
 from blip3o_fast.data.loader import Loader
-from blip3o_fast.flow import interpolate
 from blip3o_fast.training import checkpoints
-from blip3o_fast.training.clipping import AdaptiveClipper, global_norm
+from blip3o_fast.training.clipping import AdaptiveClipper
 from blip3o_fast.training.distributed import World, spread
-from blip3o_fast.training.draws import Draws, draw
 from blip3o_fast.training.ema import WeightAverage
-from blip3o_fast.training.memory import Pieces
 from blip3o_fast.training.model import build_model
-from blip3o_fast.training.optimizer import apply_gradients, make_optimizer, set_rate
+from blip3o_fast.training.optimizer import make_optimizer
 from blip3o_fast.training.plan import Plan
 from blip3o_fast.training.progress import ProgressDisplay
 from blip3o_fast.training.records import Pending, Recorder, StepRecord
 from blip3o_fast.training.signals import StopSignals, TrainingInterrupted
 from blip3o_fast.training.state import Progress, TrainingState
+from blip3o_fast.training.step import OptimizerStep
 from blip3o_fast.training.tracking import MetricsFile, numbers, open_trackers
 from blip3o_fast.training.validation import Validator
 
@@ -55,12 +49,6 @@ class Trainer:
         self.model = build_model(plan)
         self.parallel = spread(
             self.model, world, options.parallel, plan.precision, plan.compile_mode
-        )
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.loss = plan.loss
-        self.local_batch = options.batch_size // world.size
-        self.pieces = Pieces(
-            -(-self.local_batch // options.gradient_accumulation_steps), retry=world.size == 1
         )
         self.loader = Loader(
             plan.train,
@@ -87,64 +75,13 @@ class Trainer:
             seed=options.seed,
             sharded=self.parallel.kind == "fsdp",
         )
+        self.step = OptimizerStep(plan, world, self.parallel, self.state)
         self.recorder = Recorder(
             world,
             max_nonfinite=options.max_nonfinite_steps,
             scaled=self.state.scaler.is_enabled(),
         )
         self.validator = Validator(plan, world)
-
-    def step(self, batch: Batch) -> Tensor:
-        """One optimizer step on a global batch; returns its numbers, as ``Pending`` lists them."""
-        state, step = self.state, self.state.progress.step
-        set_rate(state.optimizer, self.plan.schedule.rate(step))
-        terms = self.gradients(batch, self.draw(step))
-        state.scaler.unscale_(state.optimizer)
-        clip = state.clipper.clip(global_norm(self.parameters))
-        scale = state.scaler.scale(torch.ones((), device=self.plan.device))
-        apply_gradients(state.optimizer, state.scaler, clip)
-        if state.average is not None:
-            state.average.update()
-        return torch.stack((*terms, clip.norm, clip.bound, clip.finite.float(), scale))
-
-    def draw(self, step: int) -> Draws:
-        """This process's times, noise and kept conditions."""
-        options, config = self.plan.options, self.plan.config
-        start = self.world.rank * self.local_batch
-        return draw(
-            options.seed,
-            step,
-            range(start, start + self.local_batch),
-            options.batch_size,
-            (config.num_tokens, config.clip_embedding_size),
-            distribution=options.time_distribution,
-            condition_dropout=options.condition_dropout,
-            device=self.plan.device,
-        )
-
-    def gradients(self, batch: Batch, draws: Draws) -> Tensor:
-        """Accumulate the scaled loss's gradients over micro-batches; returns loss terms ``[5]``."""
-        x_1 = batch.clip.float() * self.plan.config.simple_scale_factor
-        eva = batch.eva.float()
-
-        def work(piece: slice, last: bool) -> Tensor:
-            share = (piece.stop - piece.start) / self.local_batch
-            with self.parallel.synchronised(last):
-                return share * self.backward(x_1[piece], eva[piece], draws.rows(piece), share)
-
-        reset = lambda: self.state.optimizer.zero_grad(set_to_none=True)  # noqa: E731
-        reset()
-        return torch.stack(self.pieces.run(self.local_batch, work, reset)).sum(0)
-
-    def backward(self, x_1: Tensor, eva: Tensor, draws: Draws, share: float) -> Tensor:
-        """Forward and backward of one micro-batch; returns its loss terms ``[5]``."""
-        x_t = interpolate(x_1, draws.noise, draws.t)
-        eva = torch.where(draws.keep[:, None, None], eva, 0.0)
-        with self.plan.precision.autocast():
-            velocity = self.parallel.forward(x_t, draws.t, eva, return_dict=False)
-        terms = self.loss(velocity, x_t, x_1, draws.noise, draws.t)
-        self.state.scaler.scale(share * terms.total).backward()
-        return torch.stack([term.detach() for term in terms])
 
     def run(self) -> None:
         """Train to the end of the plan, from wherever the run's folder says it is.
@@ -171,7 +108,17 @@ class Trainer:
         found = checkpoints.complete_checkpoints(self.folder)
         if found:
             self.state.read(found[0])
+            self.mend_pointers(found[0])
         self.started = time.perf_counter() - self.state.progress.seconds
+
+    def mend_pointers(self, newest: Path) -> None:
+        """Point to the checkpoints that a crash left written but not pointed to."""
+        best = self.state.progress.best
+        if self.world.is_main:
+            checkpoints.point(self.folder, checkpoints.LATEST, newest)
+            folder = self.folder / checkpoints.checkpoint_name(best.step) if best else None
+            if folder is not None and checkpoints.is_complete(folder):
+                checkpoints.point(self.folder, checkpoints.BEST, folder)
 
     def open_records(self) -> None:
         """Open what the main process writes and shows."""
@@ -213,7 +160,7 @@ class Trainer:
             self.stop_if_asked()
             batch = next(self.loader)
             epoch = progress.step // self.plan.steps_per_epoch
-            numbers_ = self.step(batch)
+            step_numbers = self.step(batch, progress.step)
             progress.step += 1
             progress.validated = False
             self.recorder.pending.append(
@@ -222,7 +169,7 @@ class Trainer:
                     epoch,
                     self.plan.schedule.rate(progress.step - 1),
                     self.loader.wait_seconds,
-                    numbers_,
+                    step_numbers,
                     batch.keys,
                 )
             )
@@ -299,6 +246,4 @@ class Trainer:
         """Save and stop at this step boundary, if a signal came."""
         if self.asked_to_stop():
             received = self.signals.received or signal.SIGTERM
-            raise TrainingInterrupted(
-                received, self.save() if self.state.progress.step else self.folder
-            )
+            raise TrainingInterrupted(received, self.save() if self.state.progress.step else None)
