@@ -119,14 +119,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def adapter_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm and exact GELU over the first ``len(weight)`` columns; the padding stays zero."""
     width = weight.shape[0]
-    u = F.gelu(F.layer_norm(x[..., :width], (width,), weight, bias, eps))
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    row = x[..., :width].to(wide)
+    u = F.layer_norm(row, (width,), weight.to(wide), bias.to(wide), eps)
+    u = F.gelu(u.to(x.dtype))
     return F.pad(u, (0, x.shape[-1] - width))
 
 
 def adapter_mix(gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
     """Gated sum of the adapter's two paths, ``g * adapted + (1 - g) * residual``, g a sigmoid."""
     g = torch.sigmoid(gate)
-    return g * adapted + (1 - g) * residual
+    return (g * adapted + (1 - g) * residual).to(gate.dtype)
 
 
 def solver_update(

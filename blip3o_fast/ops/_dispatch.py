@@ -84,11 +84,12 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
+def resolve_impl(impl: Impl | None, x: Tensor, *, cuda: bool = True) -> Impl:
     """The implementation that will run on ``x``.
 
     None chooses: Triton for a CUDA tensor where Triton is installed, the reference otherwise. A
-    named implementation is never replaced by another.
+    named implementation is never replaced by another. ``cuda`` says whether the op has a CUDA C++
+    kernel at all.
 
     Raises:
         ValueError: if the named implementation cannot run here, saying why and what to do.
@@ -98,7 +99,11 @@ def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
     if impl is Impl.TRITON:
         _require_triton(x)
     if impl is Impl.CUDA:
+        if not cuda:
+            raise ValueError("impl=CUDA: this op has no CUDA C++ kernel; pass impl=Impl.TRITON")
         _require_cuda(x)
+    if not isinstance(impl, Impl):
+        raise ValueError(f"impl: expected an Impl or None, got {impl!r}")
     return impl
 
 

@@ -173,7 +173,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, faithful: bo
 
 def backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, parameters: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Gradients of x and, with ``parameters``, of weight and bias."""
     dx = x.new_empty(x.shape)
     weight, bias = unit_stride(weight), unit_stride(bias)
@@ -214,8 +214,8 @@ def backward(
 
     partial = run_rows("adapter_norm.backward", x, launch, samples * tokens, run)
     if partial is None:
-        return dx, None, None
+        return dx, None
     dw, db = weight.new_empty(width), bias.new_empty(width)
     column_sum(partial[:, 0], dw, acc)
     column_sum(partial[:, 1], db, acc)
-    return dx, dw, db
+    return dx, (dw, db)
