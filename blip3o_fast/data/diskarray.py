@@ -10,6 +10,7 @@ int64, and the elements.
 """
 
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class DType:
         """Take the byte order; the rest of a simple dtype's state is constant."""
         order = state[1]
         if order not in ("<", ">", "|", "="):
-            raise ValueError(f"numpy byte order {order!r}")
+            raise ValueError(f"numpy byte order {reprlib.repr(order)}")
         self.code = (">" if order == ">" else "<") + self.code[1:]
 
 
@@ -86,7 +87,7 @@ class DiskArray:
         if not isinstance(data, Extent) or not isinstance(dtype, DType):
             raise ValueError(f"expected an array of numbers, got {type(data).__name__}")
         if any(type(n) is not int or n < 0 for n in shape) or order not in ("C", "F"):
-            raise ValueError(f"shape {shape!r}, order {order!r}")
+            raise ValueError(f"shape {reprlib.repr(shape)}, order {reprlib.repr(order)}")
         elements, strides = 1, []
         for n in reversed(shape) if order == "C" else shape:
             strides.append(elements)
@@ -139,8 +140,8 @@ def read_pickle(path: Path) -> Any:
 def _torch_storage(m: Machine, identifier: tuple[Any, ...]) -> Storage:
     """("storage", type, key, location, elements, view): its place is known only later."""
     tag, kind, _, _, elements, *view = identifier
-    if tag != "storage" or any(part is not None for part in view):
-        raise m.refusal(f"the persistent object {tag!r}")
+    if tag != "storage" or any(part is not None for part in view) or type(elements) is not int:
+        raise m.refusal(f"the persistent object {reprlib.repr(tag)}")
     return Storage(0, elements, _STORAGES[kind.name])
 
 
@@ -173,7 +174,9 @@ def _tensor(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
         raise m.refusal("a tensor without a storage")
     sizes = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in sizes):
-        raise m.error(f"malformed tensor: shape {size}, strides {stride}")
+        raise m.error(
+            f"malformed tensor: shape {reprlib.repr(size)}, strides {reprlib.repr(stride)}"
+        )
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if 0 not in size and max(last + 1, math.prod(size)) > storage.elements:
         raise m.error(
@@ -189,14 +192,14 @@ def _dtype(m: Machine, arguments: tuple[Any, ...]) -> DType:
     """``numpy.dtype``(code, align, copy): integers, floats, booleans and text; no objects."""
     code = arguments[0]
     if not isinstance(code, str) or code[:1] not in "iufbU" or not code[1:].isdigit():
-        raise m.refusal(f"a numpy dtype {code!r}")
+        raise m.refusal(f"a numpy dtype {reprlib.repr(code)}")
     return DType("<" + code)
 
 
 def _empty_array(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
     """``numpy._core.multiarray._reconstruct``(ndarray, (0,), b"b"): its state follows."""
     if arguments[0] != Global("numpy", "ndarray"):
-        raise m.refusal(f"an array of type {arguments[0]!r}")
+        raise m.refusal(f"an array of type {reprlib.repr(arguments[0])}")
     return DiskArray(m.path)
 
 

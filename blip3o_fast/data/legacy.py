@@ -92,7 +92,7 @@ def _shard(path: Path, content: dict[Any, Any]) -> Source:
         remarks.append(f"{len(captions)} captions for {samples} samples; the rest is cut or empty")
     records = [
         SampleRecord(
-            _text(path, "keys", keys[i]) if keys else f"{path.stem}_sample_{i:05d}",
+            (_text(path, "keys", keys[i]) if keys else "") or _unnamed(path, i),
             _text(path, "captions", captions[i]) if i < len(captions) else "",
         )
         for i in range(samples)
@@ -142,9 +142,10 @@ def _distinct(metadata: Sequence[Any]) -> Sequence[Any]:
     """The first entry of each (batch_idx, sample_idx); all entries where one lacks the pair."""
     seen: dict[Any, Any] = {}
     for entry in metadata:
-        if not isinstance(entry, dict) or "batch_idx" not in entry or "sample_idx" not in entry:
+        pair = (entry.get("batch_idx"), entry.get("sample_idx")) if isinstance(entry, dict) else ()
+        if not pair or any(type(number) is not int for number in pair):
             return metadata
-        seen.setdefault((entry["batch_idx"], entry["sample_idx"]), entry)
+        seen.setdefault(pair, entry)
     return list(seen.values())
 
 
@@ -199,7 +200,7 @@ def _rows(path: Path, key: str, value: Any, samples: int) -> Rows:
         return StackedRows(value)
     try:
         return TensorRows(torch.tensor(value, dtype=torch.float32))
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: expected nested lists of numbers: {error}") from error
 
 

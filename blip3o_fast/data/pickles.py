@@ -9,9 +9,11 @@ Bytes are not read: they become an ``Extent`` of the file, so a pickle of any si
 memory. The opcodes are those of protocols 2 to 5 (PEP 307, PEP 3154, PEP 574).
 """
 
+import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 
@@ -153,6 +155,8 @@ class Machine:
 
     def push_global(self, module: Any, name: Any) -> None:
         """Push a name, if it is one of the known."""
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise self.refusal(f"a name made of {type(module).__name__} and {type(name).__name__}")
         found = Global(module, name)
         if found not in self.known:
             raise self.refusal(f"the name {module}.{name}")
@@ -164,7 +168,8 @@ class Machine:
         function = self.stack.pop()
         builder = self.known[function] if isinstance(function, Global) else None
         if builder is None or not isinstance(arguments, tuple):
-            raise self.refusal(f"a call of {function!r}")
+            called = ".".join(function) if isinstance(function, Global) else reprlib.repr(function)
+            raise self.refusal(f"a call of {called}")
         self.stack.append(builder(self, arguments))
 
     def build(self) -> None:
@@ -179,7 +184,11 @@ class Machine:
         """Put alternating keys and values into the dict on top of the stack."""
         if not isinstance(self.stack[-1], dict):
             raise self.refusal(f"items for {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            # Hashing a tuple of tuples that share their parts can take for ever.
+            if not isinstance(key, (str, int, float, NoneType)):
+                raise self.refusal(f"a {type(key).__name__} as a key of a dict")
+            self.stack[-1][key] = value
 
     def append(self, items: list[Any]) -> None:
         """Extend the list on top of the stack."""
