@@ -1,0 +1,86 @@
+"""Validation: the report's metrics on held-out samples, the same ones every time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.training.distributed import World
+from blip3o_fast.training.model import build_model
+from blip3o_fast.training.plan import make_plan
+from blip3o_fast.training.validation import Validation, Validator, heldout_sample, similarities
+
+
+@pytest.fixture
+def plan(options):
+    return make_plan(options(eval_num_samples=50), World())
+
+
+def test_metrics_equal_their_definitions():
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    scores = similarities(a, b)
+    token = F.cosine_similarity(a.double(), b.double(), dim=-1).mean(1)
+    image = F.cosine_similarity(a.double().mean(1), b.double().mean(1), dim=-1)
+    torch.testing.assert_close(scores[:, 0], token, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores[:, 1], image, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores[:, 2], (a - b).double().square().mean((1, 2)))
+    assert torch.equal(similarities(a, a)[:, 3:], torch.ones(3, 3, dtype=torch.float64))
+
+
+def test_the_perfect_sampler_scores_one(plan, monkeypatch):
+    model = build_model(plan)
+    truth = {
+        batch.eva.sum().item(): batch
+        for batch in map(plan.heldout.read, ([i] for i in range(len(plan.heldout))))
+    }
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda eva_features, **_: torch.cat([truth[e.sum().item()].clip for e in eva_features]),
+    )
+    result = Validator(plan, World()).run(model, 7)
+    assert (result.step, result.samples) == (7, len(plan.heldout))
+    assert result.token_cosine == pytest.approx(1) and result.image_cosine == pytest.approx(1)
+    assert result.mse == 0 and result.above == (1.0, 1.0, 1.0)
+
+
+def test_samples_are_held_out_and_spread(plan, shards):
+    heldout = EmbeddingDataset(shards, split="heldout")
+    training = EmbeddingDataset(shards, split="train")
+    chosen = heldout_sample(plan.heldout, 5)
+    assert len(set(chosen)) == min(5, len(heldout)) and chosen == heldout_sample(plan.heldout, 5)
+    trained = {record.photo for record in training.records(range(len(training)))}
+    assert trained.isdisjoint(record.photo for record in heldout.records(chosen))
+
+
+def test_it_repeats_itself_and_disturbs_nothing(plan):
+    model = build_model(plan)
+    validator = Validator(plan, World())
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = validator.run(model, 1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+    torch.manual_seed(2)
+    second = validator.run(model, 1)
+    assert first.to_dict() | {"seconds": 0} == second.to_dict() | {"seconds": 0}
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_cutting_the_samples_changes_nothing_but_rounding(options, size):
+    plan = make_plan(options(eval_num_samples=50, eval_batch_size=size), World())
+    result = Validator(plan, World()).run(build_model(plan), 1)
+    whole = make_plan(options(eval_num_samples=50, eval_batch_size=7), World())
+    other = Validator(whole, World()).run(build_model(whole), 1)
+    for name in ("loss", "token_cosine", "image_cosine", "mse"):
+        assert getattr(result, name) == pytest.approx(getattr(other, name), rel=1e-4)
+
+
+def test_a_signal_ends_it_early(plan):
+    assert Validator(plan, World()).run(build_model(plan), 1, lambda: True) is None
+
+
+def test_json_round_trip():
+    result = Validation(3, 4, 0.5, 0.6, 0.7, 0.8, (1.0, 0.5, 0.0), 2.0)
+    assert Validation.from_dict(result.to_dict()) == result
