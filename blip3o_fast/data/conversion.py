@@ -7,7 +7,7 @@ conversion goes on where it stopped.
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,24 +118,46 @@ def verify_conversion(plan: Plan, folder: Path, rows: int = 64) -> list[str]:
         for source, picked in zip(plan.sources, plan.samples, strict=True)
         for row, record in picked
     }
-    groups: dict[bytes, list[str]] = defaultdict(list)
     # One shard at a time: what is mapped counts as memory until it is unmapped.
     for entry in manifest.shards:
         shard = Shard(entry_path(folder, entry), entry, verify=True)
         share = math.ceil(rows * shard.samples / manifest.samples)
         for row in np.unique(np.linspace(0, shard.samples - 1, share).astype(int)):
             _compare(shard, int(row), plan.facts, *origins[shard.records[int(row)].key])
-        for row, fingerprint in enumerate(shard.fingerprints()):
-            groups[fingerprint].append(shard.records[row].key)
     identical = [
         f"{len(keys)} samples have identical features, as the published extraction gives images "
         f"that it could not read: {', '.join(keys[:_LISTED])}{' ...' * (len(keys) > _LISTED)}"
-        for keys in groups.values()
-        if len(keys) > 1
+        for keys in _identical(manifest, folder)
     ]
     if identical:
         manifest.replace(notes={**manifest.notes, "identical_features": identical}).save(folder)
     return identical
+
+
+def _identical(manifest: Manifest, folder: Path) -> list[list[str]]:
+    """Keys of samples whose features are equal, group by group.
+
+    Few share their first token, so few are read whole.
+    """
+    every = {i: range(entry.samples) for i, entry in enumerate(manifest.shards)}
+    alike = _groups(manifest, folder, every, tokens=1)
+    candidates: dict[int, list[int]] = defaultdict(list)
+    for i, row, _ in sorted(place for group in alike for place in group):
+        candidates[i].append(row)
+    same = _groups(manifest, folder, candidates, tokens=manifest.tokens)
+    return [[key for _, _, key in group] for group in same]
+
+
+def _groups(
+    manifest: Manifest, folder: Path, chosen: Mapping[int, Sequence[int]], tokens: int
+) -> list[list[tuple[int, int, str]]]:
+    """Of some rows of some shards, those that share their first tokens: (shard, row, key)."""
+    groups: dict[bytes, list[tuple[int, int, str]]] = defaultdict(list)
+    for i, rows in chosen.items():
+        shard = Shard(entry_path(folder, manifest.shards[i]), manifest.shards[i])
+        for row, fingerprint in zip(rows, shard.fingerprints(rows, tokens), strict=True):
+            groups[fingerprint].append((i, row, shard.records[row].key))
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _compare(

@@ -200,7 +200,7 @@ def _rows(path: Path, key: str, value: Any, samples: int) -> Rows:
         return StackedRows(value)
     try:
         return TensorRows(torch.tensor(value, dtype=torch.float32))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: expected nested lists of numbers: {error}") from error
 
 
