@@ -52,23 +52,6 @@ SMALL = (
     "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1 "
     "--intermediate_size 24 --eva_adapter_layers 1 --eval_inference_steps 1 --device cpu"
 ).split()
-    "--hidden_size",
-    "16",
-    "--num_hidden_layers",
-    "1",
-    "--num_attention_heads",
-    "2",
-    "--num_key_value_heads",
-    "1",
-    "--intermediate_size",
-    "24",
-    "--eva_adapter_layers",
-    "1",
-    "--eval_inference_steps",
-    "1",
-    "--device",
-    "cpu",
-]
 
 
 @pytest.fixture(scope="session")
