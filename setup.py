@@ -2,7 +2,8 @@
 
 ``BLIP3O_FAST_CUDA``
     ``auto`` (default): build if nvcc, CMake and the headers of torch are found; ``1``: build, or
-    fail, and ask the installer for a missing torch or CMake; ``0``: pure Python. One line says which.
+    fail, and ask the installer for a missing torch or CMake; ``0``: pure Python. One line says
+    which.
 ``TORCH_CUDA_ARCH_LIST``
     Targets as torch spells them, ``"9.0a;10.0+PTX"``; the default is in ``cuda_targets``.
 ``MAX_JOBS``
@@ -241,7 +242,7 @@ class BuildCuda(build_ext):
         for command in (configure, [PLAN.cmake, "--build", str(build), "-j", str(jobs())]):
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(
-                    f"the CUDA build failed in: {' '.join(command)}; what the compiler said is above "
+                    f"the CUDA build failed in: {' '.join(command)}; the compiler's words are above "
                     "(pip shows it with -v); BLIP3O_FAST_CUDA=0 installs without"
                 )
         write_record(target.parent, PLAN)

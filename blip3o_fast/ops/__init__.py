@@ -1,5 +1,6 @@
 """The fused ops: one file each, a public function over interchangeable implementations."""
 
+from blip3o_fast.ops._cuda import CudaBuild, cuda_build
 from blip3o_fast.ops._dispatch import Impl, ImplTable, Rounding, resolve_impl
 from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
@@ -17,6 +18,8 @@ __all__ = [
     "ImplTable",
     "Rounding",
     "resolve_impl",
+    "CudaBuild",
+    "cuda_build",
     "Modulation",
     "LossTerms",
     "LossWeights",

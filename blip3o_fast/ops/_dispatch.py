@@ -5,9 +5,12 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from blip3o_fast.ops import _cuda
 
 
 class Impl(Enum):
@@ -84,31 +87,42 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def resolve_impl(impl: Impl | None, x: Tensor, *, cuda: bool = True) -> Impl:
-    """The implementation that will run on ``x``.
+def resolve_impl(impl: Impl | None, x: Tensor, *, op: str = "") -> Impl:
+    """The implementation of ``op`` that will run on ``x``.
 
-    None chooses: Triton for a CUDA tensor where Triton is installed, the reference otherwise. A
-    named implementation is never replaced by another. ``cuda`` says whether the op has a CUDA C++
-    kernel at all.
+    None chooses for a CUDA tensor: the CUDA kernel where it was measured faster or Triton is not
+    installed, else Triton; and the reference for any other tensor. A named implementation is never
+    replaced by another. ``op`` is the name of the op, which says whether it has a CUDA kernel.
 
     Raises:
         ValueError: if the named implementation cannot run here, saying why and what to do.
     """
     if impl is None:
-        return Impl.TRITON if x.is_cuda and _TRITON_INSTALLED else Impl.REFERENCE
+        if not x.is_cuda:
+            return Impl.REFERENCE
+        if _cuda.is_chosen(op, x, triton=_TRITON_INSTALLED):
+            return Impl.CUDA
+        return Impl.TRITON if _TRITON_INSTALLED else Impl.REFERENCE
     if impl is Impl.TRITON:
         _require_triton(x)
-    if impl is Impl.CUDA:
-        if not cuda:
-            raise ValueError("impl=CUDA: this op has no CUDA C++ kernel; pass impl=Impl.TRITON")
-        _require_cuda(x)
+    if impl is Impl.CUDA and (refusal := _cuda.refusal(op, x)):
+        raise ValueError(f"impl=CUDA on {_described(x)}: {refusal}")
     if not isinstance(impl, Impl):
         raise ValueError(f"impl: expected an Impl or None, got {impl!r}")
     return impl
 
 
+def operators(impl: Impl) -> Any:
+    """The registered operators of a fused implementation; their schemas are the same."""
+    return _cuda.operators() if impl is Impl.CUDA else torch.ops.blip3o_fast
+
+
+def _described(x: Tensor) -> str:
+    return f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
+
+
 def _require_triton(x: Tensor) -> None:
-    where = f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
+    where = _described(x)
     if not _TRITON_INSTALLED:
         raise ValueError(
             f"impl=TRITON on {where}: Triton is not installed; "
@@ -119,11 +133,3 @@ def _require_triton(x: Tensor) -> None:
             f"impl=TRITON on {where}: Triton needs a CUDA tensor, or TRITON_INTERPRET=1 set before "
             "Python starts; pass impl=Impl.REFERENCE on a CPU"
         )
-
-
-def _require_cuda(x: Tensor) -> None:
-    where = f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
-    raise ValueError(
-        f"impl=CUDA on {where}: this installation has no CUDA build; reinstall with "
-        "BLIP3O_FAST_CUDA=1 or pass impl=Impl.TRITON"
-    )

@@ -41,7 +41,7 @@ def adapter_mix(
     check_shape("adapted", adapted, "B N D", B=B, N=N, D=D)
     check_shape("residual", residual, "B N D", B=B, N=N, D=D)
     check_tensors(gate=gate, adapted=adapted, residual=residual)
-    if resolve_impl(impl, gate, cuda=False) is Impl.REFERENCE:
+    if resolve_impl(impl, gate, op="adapter_mix") is Impl.REFERENCE:
         with outside_autocast(gate):
             return reference.adapter_mix(gate, adapted, residual)
     return _AdapterMix.apply(gate, adapted, residual, rounding is Rounding.FAITHFUL)

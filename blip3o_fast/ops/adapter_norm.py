@@ -51,7 +51,7 @@ def adapter_norm(
             f"weight: expected 1 to {x.shape[-1]} entries, the padded width of x, got {W}"
         )
     check_tensors(x=x, weight=weight, bias=bias)
-    if resolve_impl(impl, x, cuda=False) is Impl.REFERENCE:
+    if resolve_impl(impl, x, op="adapter_norm") is Impl.REFERENCE:
         with outside_autocast(x):
             return reference.adapter_norm(x, weight, bias, eps)
     return _AdapterNorm.apply(x, weight, bias, eps, rounding is Rounding.FAITHFUL)

@@ -12,6 +12,7 @@ from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
     check_tensors,
+    operators,
     outside_autocast,
     resolve_impl,
 )
@@ -62,30 +63,31 @@ def rope(
         raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
     faithful = rounding is Rounding.FAITHFUL
     turned = num_heads + num_kv_heads
-    if resolve_impl(impl, qkv) is Impl.REFERENCE:
+    impl = resolve_impl(impl, qkv, op="rope")
+    if impl is Impl.REFERENCE:
         with outside_autocast(qkv):
             result = reference.rope(qkv, cos, sin, num_heads, num_kv_heads)
         return qkv.copy_(result) if inplace else result
     if inplace:
-        torch.ops.blip3o_fast.rope_(qkv, cos, sin, turned, faithful)
+        operators(impl).rope_(qkv, cos, sin, turned, faithful)
         return qkv
-    return _RoPE.apply(qkv, cos, sin, turned, faithful)
+    return _RoPE.apply(qkv, cos, sin, turned, faithful, impl)
 
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool, impl: Impl
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.heads = heads
-        return torch.ops.blip3o_fast.rope(qkv, cos, sin, heads, faithful)
+        ctx.heads, ctx.impl = heads, impl
+        return operators(impl).rope(qkv, cos, sin, heads, faithful)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return torch.ops.blip3o_fast.rope_backward(grad, cos, sin, ctx.heads), *(None,) * 4
+        return operators(ctx.impl).rope_backward(grad, cos, sin, ctx.heads), *(None,) * 5
 
 
 _TABLES = "Tensor cos, Tensor sin, int heads"

@@ -12,6 +12,7 @@ from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
     check_tensors,
+    operators,
     outside_autocast,
     resolve_impl,
 )
@@ -58,12 +59,13 @@ def sandwich_join(
         if norm is not None:
             check_modulation(prefix, *norm, batch=B, width=D)
             check_tensors(x=x, **{prefix + k: v for k, v in norm._asdict().items()})
-    if resolve_impl(impl, x) is Impl.REFERENCE:
+    impl = resolve_impl(impl, x, op="sandwich_join")
+    if impl is Impl.REFERENCE:
         with outside_autocast(x):
             return reference.sandwich_join(x, y, layer_scale, post, pre, eps)
     faithful = rounding is Rounding.FAITHFUL
     x_out, h = _SandwichJoin.apply(
-        x, y, layer_scale, *(post or _ABSENT), *(pre or _ABSENT), eps, faithful
+        x, y, layer_scale, *(post or _ABSENT), *(pre or _ABSENT), eps, faithful, impl
     )
     return x_out, None if pre is None else h
 
@@ -72,12 +74,12 @@ _ABSENT = (None,) * 4
 
 
 class _SandwichJoin(torch.autograd.Function):
-    """Inputs: x, y, layer_scale, the four tensors of post, the four of pre, eps, faithful."""
+    """Inputs: x, y, layer_scale, the four tensors of post, the four of pre, eps, faithful, impl."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        x_out, h = torch.ops.blip3o_fast.sandwich_join(x, y, *rest)
-        *parameters, ctx.eps, _ = rest
+        *parameters, ctx.eps, faithful, ctx.impl = rest
+        x_out, h = operators(ctx.impl).sandwich_join(x, y, *parameters, ctx.eps, faithful)
         ctx.save_for_backward(x_out, y, *parameters)
         ctx.set_materialize_grads(False)
         return x_out, h
@@ -89,7 +91,7 @@ class _SandwichJoin(torch.autograd.Function):
         post, pre = norms[:4], norms[4:]
         if pre[0] is None or dh is None:
             pre, dh = _ABSENT, None
-        dx, dy, *rest = torch.ops.blip3o_fast.sandwich_join_backward(
+        dx, dy, *rest = operators(ctx.impl).sandwich_join_backward(
             dx_out,
             dh,
             x_out,
@@ -107,7 +109,7 @@ class _SandwichJoin(torch.autograd.Function):
             g if u is not None and needed else None
             for g, u, needed in zip(rest, given, ctx.needs_input_grad[2:11], strict=True)
         ]
-        return dx, dy, *wanted, None, None
+        return dx, dy, *wanted, None, None, None
 
 
 _NORMS = (

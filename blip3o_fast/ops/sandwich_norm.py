@@ -12,6 +12,7 @@ from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
     check_tensors,
+    operators,
     outside_autocast,
     resolve_impl,
 )
@@ -44,10 +45,12 @@ def sandwich_norm(
     check_shape("x", x, "B N D")
     check_modulation("", w1, w2, shift, scale, batch=x.shape[0], width=x.shape[2])
     check_tensors(x=x, w1=w1, w2=w2, shift=shift, scale=scale)
-    if resolve_impl(impl, x) is Impl.REFERENCE:
+    impl = resolve_impl(impl, x, op="sandwich_norm")
+    if impl is Impl.REFERENCE:
         with outside_autocast(x):
             return reference.sandwich_norm(x, w1, w2, shift, scale, eps)
-    return _SandwichNorm.apply(x, w1, w2, shift, scale, eps, rounding is Rounding.FAITHFUL)
+    faithful = rounding is Rounding.FAITHFUL
+    return _SandwichNorm.apply(x, w1, w2, shift, scale, eps, faithful, impl)
 
 
 def check_modulation(
@@ -71,19 +74,20 @@ class _SandwichNorm(torch.autograd.Function):
         scale: Tensor,
         eps: float,
         faithful: bool,
+        impl: Impl,
     ) -> Tensor:
         ctx.save_for_backward(x, w1, w2, shift, scale)
-        ctx.eps = eps
-        return torch.ops.blip3o_fast.sandwich_norm(x, w1, w2, shift, scale, eps, faithful)
+        ctx.eps, ctx.impl = eps, impl
+        return operators(impl).sandwich_norm(x, w1, w2, shift, scale, eps, faithful)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parameters = any(ctx.needs_input_grad[1:5])
-        dx, *rest = torch.ops.blip3o_fast.sandwich_norm_backward(
+        dx, *rest = operators(ctx.impl).sandwich_norm_backward(
             grad, *ctx.saved_tensors, ctx.eps, parameters
         )
-        return dx, *(rest if parameters else (None,) * 4), None, None
+        return dx, *(rest if parameters else (None,) * 4), None, None, None
 
 
 torch.library.define(

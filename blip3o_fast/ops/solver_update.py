@@ -5,7 +5,13 @@ from torch import Tensor
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
-from blip3o_fast.ops._dispatch import Impl, check_tensors, outside_autocast, resolve_impl
+from blip3o_fast.ops._dispatch import (
+    Impl,
+    check_tensors,
+    operators,
+    outside_autocast,
+    resolve_impl,
+)
 
 
 def solver_update(
@@ -56,7 +62,8 @@ def solver_update(
     recording = torch.is_grad_enabled() and any(u.requires_grad for u in given)
     if impl is None and recording:
         impl = Impl.REFERENCE
-    if resolve_impl(impl, x) is Impl.REFERENCE:
+    impl = resolve_impl(impl, x, op="solver_update")
+    if impl is Impl.REFERENCE:
         with outside_autocast(x):
             return reference.solver_update(
                 x,
@@ -73,7 +80,7 @@ def solver_update(
             f"impl={impl}: the fused update records no gradient, and an input requires one; call "
             "it under torch.no_grad(), or pass impl=Impl.REFERENCE to differentiate"
         )
-    return torch.ops.blip3o_fast.solver_update(
+    return operators(impl).solver_update(
         x,
         velocity,
         step,

@@ -11,6 +11,7 @@ from blip3o_fast.ops._dispatch import (
     Impl,
     Rounding,
     check_tensors,
+    operators,
     outside_autocast,
     resolve_impl,
 )
@@ -34,23 +35,25 @@ def swiglu(
             f"gate_up: expected an even last axis [..., 2I], got {list(gate_up.shape)}"
         )
     check_tensors(gate_up=gate_up)
-    if resolve_impl(impl, gate_up) is Impl.REFERENCE:
+    impl = resolve_impl(impl, gate_up, op="swiglu")
+    if impl is Impl.REFERENCE:
         with outside_autocast(gate_up):
             return reference.swiglu(gate_up)
-    return _SwiGLU.apply(gate_up, rounding is Rounding.FAITHFUL)
+    return _SwiGLU.apply(gate_up, rounding is Rounding.FAITHFUL, impl)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, faithful: bool) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, faithful: bool, impl: Impl) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return torch.ops.blip3o_fast.swiglu(gate_up, faithful)
+        ctx.impl = impl
+        return operators(impl).swiglu(gate_up, faithful)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
-        return torch.ops.blip3o_fast.swiglu_backward(grad, gate_up), None
+        return operators(ctx.impl).swiglu_backward(grad, gate_up), None, None
 
 
 torch.library.define("blip3o_fast::swiglu", "(Tensor gate_up, bool faithful) -> Tensor")

@@ -80,7 +80,7 @@ BLIP3O_API int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape s
                                             void* x_out, void* h, cudaStream_t stream);
 
 /*
- * dx_out or dh absent: zero. Gradients of what the forward was not given are not written.
+ * dx_out or dh absent: zero. dy NULL: not wanted (without layer_scale and post it is dx). Gradients of what the forward was not given are not written.
  * `workspace` holds blip3o_sandwich_workspace(shape, 2) floats; NULL: only dx and dy are wanted.
  */
 BLIP3O_API int blip3o_sandwich_join_backward(
@@ -96,6 +96,7 @@ BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int sites);
 /*
  * Rotates H query and K key heads of packed rows [(H + 2K) d] and copies the value heads. cos, sin
  * [N, d] contiguous, in the parameter dtype. shape.width is d. adjoint != 0: the transposed map.
+ * `out` may be qkv itself where that is contiguous.
  */
 BLIP3O_API int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_heads,
                            int num_kv_heads, blip3o_rows qkv, const void* cos, const void* sin,

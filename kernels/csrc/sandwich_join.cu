@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<
       of_post.add(i, dx[i], y[i], scales.post, scales.pull_post);
     }
     columns.store(a.dx + a.units.row(unit, r) * a.width, dx);
-    columns.store(a.dy + a.units.row(unit, r) * a.width, dy);
+    if (a.dy != nullptr) columns.store(a.dy + a.units.row(unit, r) * a.width, dy);
   }
   if (a.units.index() >= a.units.count) return;
   const int64_t offset = static_cast<int64_t>(a.units.index()) * a.slots * kSums * a.width;

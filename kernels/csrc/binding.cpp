@@ -1,0 +1,425 @@
+// The operators of blip3o_fast_cuda: the C interface under torch's stable ABI.
+//
+// Schemas are those of blip3o_fast, whose fakes and autograd serve both. A tensor that a kernel cannot
+// read as it lies (columns strided, dtypes mixed) is copied first. Only torch's C shims are used, so one
+// binary serves every torch from 2.10 on, with CUDA or without.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "blip3o.h"
+
+// A torch for CPUs does not have it: there the library loads, and an operator says what is missing.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+/// Makes the device of a tensor the current one for as long as it lives.
+class Place {
+ public:
+  explicit Place(const Tensor& x) : guard_(x.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "this torch was built without CUDA: install a CUDA build of torch");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+void check(int error, const char* op) {
+  STD_TORCH_CHECK(error != cudaErrorInvalidValue, op, ": no kernel for this width or size; rows of ",
+                  "the norms are at most ", BLIP3O_MAX_WIDTH, " wide: pass impl=Impl.TRITON");
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorName(static_cast<cudaError_t>(error)),
+                  ", ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+int dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return BLIP3O_FLOAT32;
+    case ScalarType::Half: return BLIP3O_FLOAT16;
+    case ScalarType::BFloat16: return BLIP3O_BFLOAT16;
+    default: STD_TORCH_CHECK(false, "expected float16, bfloat16 or float32: pass impl=Impl.TRITON");
+  }
+}
+
+Tensor as(const Tensor& x, int wanted) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16};
+  return dtype(x) == wanted ? x : torch::stable::to(x, kTypes[wanted]);
+}
+
+/// The one dtype of parameters: that of the activation where all have it, else fp32.
+template <size_t kCount>
+int parameter_dtype(int activation, const std::array<const Optional*, kCount>& given) {
+  for (const Optional* x : given) {
+    if (*x && dtype(**x) != activation) return BLIP3O_FLOAT32;
+  }
+  return activation;
+}
+
+Tensor fresh(Sizes sizes, int wanted, const Tensor& like) {
+  const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float16(),
+                           aoti_torch_dtype_bfloat16()};
+  std::array<int64_t, 8> strides{};
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "expected at most 8 axes, got ", sizes.size());
+  int64_t stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0; stride *= sizes[axis] > 0 ? sizes[axis] : 1) {
+    strides[axis] = stride;
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), types[wanted],
+      device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor fresh(const Tensor& like, int wanted) { return fresh(like.sizes(), wanted, like); }
+
+/// Stands for a result that there is none of.
+Tensor nothing(const Tensor& like) {
+  const int64_t none = 0;
+  return fresh(Sizes(&none, 1), dtype(like), like);
+}
+
+/// With adjacent elements along the last axis.
+Tensor dense(const Tensor& x) {
+  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+Tensor whole(const Tensor& x, int wanted) { return torch::stable::contiguous(as(x, wanted)); }
+
+const void* address(const Optional& x) { return x ? x->data_ptr() : nullptr; }
+
+/// Rows of [B, N, width] in `wanted`, and the tensor that owns them.
+struct Rows {
+  Optional owner;
+  blip3o_rows c{};
+
+  Rows() = default;
+  Rows(const Tensor& x, int wanted) : owner(dense(as(x, wanted))) {
+    c = {owner->data_ptr(), owner->stride(0), owner->stride(1)};
+  }
+  Rows(const Optional& x, int wanted) {
+    if (x) *this = Rows(*x, wanted);
+  }
+};
+
+blip3o_shape shape_of(const Tensor& x, int64_t width) { return {x.size(0), x.size(1), width}; }
+
+/// [..., width] as [B, N, width].
+Tensor with_three_axes(const Tensor& x) {
+  if (x.dim() == 3) return x;
+  int64_t tokens = 1;
+  for (int64_t axis = 1; axis + 1 < x.dim(); ++axis) tokens *= x.size(axis);
+  const std::array<int64_t, 3> sizes{x.dim() > 1 ? x.size(0) : 1, tokens, x.size(-1)};
+  return torch::stable::reshape(x, Sizes(sizes.data(), sizes.size()));
+}
+
+/// The parameters of a norm in one dtype.
+struct Site {
+  Tensor w1, w2, shift, scale;
+  blip3o_modulation c;
+
+  Site(const Tensor& of_w1, const Tensor& of_w2, const Tensor& of_shift, const Tensor& of_scale,
+       int wanted)
+      : w1(whole(of_w1, wanted)),
+        w2(whole(of_w2, wanted)),
+        shift(dense(as(of_shift, wanted))),
+        scale(dense(as(of_scale, wanted))),
+        c{w1.data_ptr(), w2.data_ptr(),   shift.data_ptr(),
+          scale.data_ptr(), shift.stride(0), scale.stride(0)} {}
+};
+
+std::optional<Site> site_of(const Optional& w1, const Optional& w2, const Optional& shift,
+                            const Optional& scale, int wanted) {
+  if (!w1) return std::nullopt;
+  return Site(*w1, *w2, *shift, *scale, wanted);
+}
+
+const blip3o_modulation* address(const std::optional<Site>& site) {
+  return site ? &site->c : nullptr;
+}
+
+/// Gradients of a norm's parameters; none without a site.
+struct SiteGrads {
+  Optional w1, w2, shift, scale;
+  blip3o_modulation_grads c{};
+
+  SiteGrads(const std::optional<Site>& site, bool wanted, int parameter) {
+    if (!site || !wanted) return;
+    w1 = fresh(site->w1, parameter);
+    w2 = fresh(site->w2, parameter);
+    shift = fresh(site->shift, parameter);
+    scale = fresh(site->scale, parameter);
+    c = {w1->data_ptr(), w2->data_ptr(), shift->data_ptr(), scale->data_ptr()};
+  }
+};
+
+/// A gradient in the dtype of what it belongs to.
+Tensor given_back(const Optional& gradient, const Optional& of, const Tensor& like) {
+  return gradient && of ? as(*gradient, dtype(*of)) : nothing(like);
+}
+
+Tensor workspace(blip3o_shape shape, int sites, const Tensor& like) {
+  const int64_t floats = blip3o_sandwich_workspace(shape, sites);
+  return fresh(Sizes(&floats, 1), BLIP3O_FLOAT32, like);
+}
+
+Tensor swiglu(Tensor gate_up, bool faithful) {
+  const Place place(gate_up);
+  const int activation = dtype(gate_up);
+  const Rows rows(with_three_axes(gate_up), activation);
+  std::array<int64_t, 8> sizes{};
+  STD_TORCH_CHECK(gate_up.dim() <= 8, "gate_up: expected at most 8 axes, got ", gate_up.dim());
+  for (int64_t axis = 0; axis < gate_up.dim(); ++axis) sizes[axis] = gate_up.size(axis);
+  sizes[gate_up.dim() - 1] /= 2;
+  Tensor out = fresh(Sizes(sizes.data(), gate_up.dim()), activation, gate_up);
+  check(blip3o_swiglu_forward(activation, shape_of(*rows.owner, gate_up.size(-1) / 2), rows.c,
+                              faithful, out.data_ptr(), place.stream()),
+        "swiglu");
+  return out;
+}
+
+Tensor swiglu_backward(Tensor grad, Tensor gate_up) {
+  const Place place(gate_up);
+  const int activation = dtype(gate_up);
+  const Rows rows(with_three_axes(gate_up), activation);
+  const Rows dout(with_three_axes(grad), activation);
+  Tensor dgate_up = fresh(gate_up, activation);
+  check(blip3o_swiglu_backward(activation, shape_of(*rows.owner, gate_up.size(-1) / 2), dout.c,
+                               rows.c, dgate_up.data_ptr(), place.stream()),
+        "swiglu_backward");
+  return dgate_up;
+}
+
+void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads, bool adjoint,
+          bool faithful, Tensor& out, const char* op) {
+  const Place place(out);
+  const int activation = dtype(out);
+  const int parameter = dtype(cos) == activation && dtype(sin) == activation ? activation
+                                                                             : BLIP3O_FLOAT32;
+  const Tensor cosines = whole(cos, parameter), sines = whole(sin, parameter);
+  const int64_t kv_heads = out.size(2) / cos.size(1) - heads;
+  check(blip3o_rope({activation, parameter}, shape_of(out, cos.size(1)),
+                    static_cast<int>(heads - kv_heads), static_cast<int>(kv_heads), rows.c,
+                    cosines.data_ptr(), sines.data_ptr(), adjoint, faithful, out.data_ptr(),
+                    place.stream()),
+        op);
+}
+
+Tensor rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithful) {
+  Tensor out = fresh(qkv, dtype(qkv));
+  turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, faithful, out, "rope");
+  return out;
+}
+
+void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithful) {
+  if (qkv.is_contiguous()) {
+    turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, faithful, qkv, "rope_");
+  } else {
+    torch::stable::copy_(qkv, rope(qkv, cos, sin, heads, faithful));
+  }
+}
+
+Tensor rope_backward(Tensor grad, Tensor cos, Tensor sin, int64_t heads) {
+  Tensor out = fresh(grad, dtype(grad));
+  turn(Rows(grad, dtype(grad)), cos, sin, heads, true, false, out, "rope_backward");
+  return out;
+}
+
+Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps,
+                     bool faithful) {
+  const Place place(x);
+  const int activation = dtype(x);
+  const Optional given[] = {w1, w2, shift, scale};
+  const int parameter =
+      parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
+  const Rows rows(x, activation);
+  const Site site(w1, w2, shift, scale, parameter);
+  Tensor h = fresh(x, activation);
+  check(blip3o_sandwich_norm_forward({activation, parameter}, shape_of(x, x.size(2)), rows.c,
+                                     site.c, static_cast<float>(eps), faithful, h.data_ptr(),
+                                     place.stream()),
+        "sandwich_norm");
+  return h;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_backward(
+    Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps,
+    bool parameters) {
+  const Place place(x);
+  const int activation = dtype(x);
+  const Optional given[] = {w1, w2, shift, scale};
+  const int parameter =
+      parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
+  const Rows rows(x, activation), dh(grad, activation);
+  const std::optional<Site> site = Site(w1, w2, shift, scale, parameter);
+  const SiteGrads grads(site, parameters, parameter);
+  Tensor dx = fresh(x, activation);
+  const blip3o_shape shape = shape_of(x, x.size(2));
+  Optional scratch;
+  if (parameters) scratch = workspace(shape, 1, x);
+  check(blip3o_sandwich_norm_backward(
+            {activation, parameter}, shape, dh.c, rows.c, site->c, static_cast<float>(eps),
+            dx.data_ptr(), grads.c, static_cast<float*>(scratch ? scratch->data_ptr() : nullptr),
+            place.stream()),
+        "sandwich_norm_backward");
+  return {dx, given_back(grads.w1, w1, w1), given_back(grads.w2, w2, w2),
+          given_back(grads.shift, shift, shift), given_back(grads.scale, scale, scale)};
+}
+
+std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scale, Optional w3,
+                                         Optional w4, Optional post_shift, Optional post_scale,
+                                         Optional w1, Optional w2, Optional pre_shift,
+                                         Optional pre_scale, double eps, bool faithful) {
+  const Place place(x);
+  const int activation = dtype(x);
+  const int parameter =
+      parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
+                                      &pre_shift, &pre_scale});
+  const Rows stream(x, activation), branch(y, activation);
+  Optional ls;
+  if (layer_scale) ls = whole(*layer_scale, parameter);
+  const auto post = site_of(w3, w4, post_shift, post_scale, parameter);
+  const auto pre = site_of(w1, w2, pre_shift, pre_scale, parameter);
+  Tensor x_out = fresh(x, activation);
+  Tensor h = pre ? fresh(x, activation) : nothing(x);
+  check(blip3o_sandwich_join_forward({activation, parameter}, shape_of(x, x.size(2)), stream.c,
+                                     branch.c, address(ls), address(post), address(pre),
+                                     static_cast<float>(eps), faithful, x_out.data_ptr(),
+                                     pre ? h.data_ptr() : nullptr, place.stream()),
+        "sandwich_join");
+  return {x_out, h};
+}
+
+using Eleven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                          Tensor, Tensor>;
+
+Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor y,
+                              Optional layer_scale, Optional w3, Optional w4, Optional post_shift,
+                              Optional post_scale, Optional w1, Optional w2, Optional pre_shift,
+                              Optional pre_scale, double eps, bool parameters) {
+  const Place place(x_out);
+  const int activation = dtype(x_out);
+  const int parameter =
+      parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
+                                      &pre_shift, &pre_scale});
+  const Rows stream(x_out, activation), branch(y, activation);
+  const Rows of_x_out(dx_out, activation), of_h(dh, activation);
+  Optional ls, dls, dy, scratch;
+  if (layer_scale) ls = whole(*layer_scale, parameter);
+  const auto post = site_of(w3, w4, post_shift, post_scale, parameter);
+  const auto pre = site_of(w1, w2, pre_shift, pre_scale, parameter);
+  const SiteGrads dpost(post, parameters, parameter), dpre(pre, parameters, parameter);
+  if (ls && parameters) dls = fresh(*ls, parameter);
+  Tensor dx = fresh(x_out, activation);
+  if (ls || post) dy = fresh(y, activation);
+  const blip3o_shape shape = shape_of(x_out, x_out.size(2));
+  if (parameters) scratch = workspace(shape, 2, x_out);
+  check(blip3o_sandwich_join_backward(
+            {activation, parameter}, shape, of_x_out.c, of_h.c, stream.c, branch.c, address(ls),
+            address(post), address(pre), static_cast<float>(eps), dx.data_ptr(),
+            dy ? dy->data_ptr() : nullptr, dls ? dls->data_ptr() : nullptr, dpost.c, dpre.c,
+            static_cast<float*>(scratch ? scratch->data_ptr() : nullptr), place.stream()),
+        "sandwich_join_backward");
+  return {dx,
+          given_back(dy, y, x_out),
+          given_back(dls, layer_scale, x_out),
+          given_back(dpost.w1, w3, x_out),
+          given_back(dpost.w2, w4, x_out),
+          given_back(dpost.shift, post_shift, x_out),
+          given_back(dpost.scale, post_scale, x_out),
+          given_back(dpre.w1, w1, x_out),
+          given_back(dpre.w2, w2, x_out),
+          given_back(dpre.shift, pre_shift, x_out),
+          given_back(dpre.scale, pre_scale, x_out)};
+}
+
+Tensor solver_update(Tensor x, Tensor velocity, Optional step, double dt, Optional previous,
+                     double weight, double previous_weight, double guidance_scale,
+                     std::optional<double> clamp) {
+  const Place place(x);
+  const int state = dtype(x);
+  const int activation = state == BLIP3O_FLOAT32 ? dtype(velocity) : state;
+  const Rows rows(x, state), now(velocity, activation), before(previous, activation);
+  Optional dt_device;
+  if (step) dt_device = as(*step, BLIP3O_FLOAT32);
+  Tensor out = fresh(x, state);
+  check(blip3o_solver_update({activation, state}, shape_of(x, x.size(2)), rows.c, now.c, before.c,
+                             {static_cast<const float*>(address(dt_device)),
+                              static_cast<float>(dt), static_cast<float>(weight),
+                              static_cast<float>(previous_weight),
+                              static_cast<float>(guidance_scale),
+                              static_cast<float>(clamp.value_or(-1.0))},
+                             out.data_ptr(), place.stream()),
+        "solver_update");
+  return out;
+}
+
+}  // namespace
+
+#define SITES                                                                              \
+  "Tensor? layer_scale, Tensor? w3, Tensor? w4, Tensor? post_shift, Tensor? post_scale, " \
+  "Tensor? w1, Tensor? w2, Tensor? pre_shift, Tensor? pre_scale, float eps, "
+#define TABLES "Tensor cos, Tensor sin, int heads"
+
+// Tests bind the kernels to host tensors, under another name.
+#ifndef BLIP3O_NAMESPACE
+#define BLIP3O_NAMESPACE blip3o_fast_cuda
+#define BLIP3O_DISPATCH_KEY CUDA
+#endif
+// One more macro each, so that their arguments are expanded.
+#define LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define IMPLEMENTATIONS(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+
+LIBRARY(BLIP3O_NAMESPACE, m) {
+  m.def("swiglu(Tensor gate_up, bool faithful) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
+  m.def("rope(Tensor qkv, " TABLES ", bool faithful) -> Tensor");
+  m.def("rope_(Tensor(a!) qkv, " TABLES ", bool faithful) -> ()");
+  m.def("rope_backward(Tensor grad, " TABLES ") -> Tensor");
+  m.def(
+      "sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, "
+      "bool faithful) -> Tensor");
+  m.def(
+      "sandwich_norm_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor shift, "
+      "Tensor scale, float eps, bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("sandwich_join(Tensor x, Tensor y, " SITES "bool faithful) -> (Tensor, Tensor)");
+  m.def("sandwich_join_backward(Tensor? dx_out, Tensor? dh, Tensor x_out, Tensor y, " SITES
+        "bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        "Tensor, Tensor, Tensor)");
+  m.def(
+      "solver_update(Tensor x, Tensor velocity, Tensor? step, float dt, Tensor? previous, "
+      "float weight, float previous_weight, float guidance_scale, float? clamp) -> Tensor");
+}
+
+IMPLEMENTATIONS(BLIP3O_NAMESPACE, BLIP3O_DISPATCH_KEY, m) {
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rope_", TORCH_BOX(&rope_inplace));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward));
+  m.impl("sandwich_norm", TORCH_BOX(&sandwich_norm));
+  m.impl("sandwich_norm_backward", TORCH_BOX(&sandwich_norm_backward));
+  m.impl("sandwich_join", TORCH_BOX(&sandwich_join));
+  m.impl("sandwich_join_backward", TORCH_BOX(&sandwich_join_backward));
+  m.impl("solver_update", TORCH_BOX(&solver_update));
+}
