@@ -48,10 +48,11 @@ PUBLISHED_PARSER = {
     "wandb_run_name": "35shard_sf1",
 }
 
-SMALL = (
-    "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1 "
-    "--intermediate_size 24 --eva_adapter_layers 1 --eval_inference_steps 1 --device cpu"
-).split()
+SMALL_RUN = """
+    --hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1
+    --intermediate_size 24 --eva_adapter_layers 1 --eval_inference_steps 1 --device cpu
+"""
+SMALL = SMALL_RUN.split()
 
 
 @pytest.fixture(scope="session")
