@@ -187,10 +187,10 @@ def _npy_rows(path: Path) -> Rows | None:
     if not path.is_file():
         return None
     try:
-        mapped: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped: Any = np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
         raise ValueError(f"{path.name}: expected an array of numbers: {error}") from error
-    if not isinstance(mapped, np.memmap) or mapped.ndim != 3:
+    if mapped.ndim != 3:
         raise ValueError(f"{path.name}: expected an array [n, T, width], got {mapped.shape}")
     strides = tuple(step // mapped.itemsize for step in mapped.strides)
     # The map is used for its facts only: reading through it would keep the file in memory.

@@ -69,6 +69,15 @@ def _members(path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, IO[bytes]]
             name = PurePosixPath(member.name)
             stem, _, kind = name.name.partition(".")
             yield str(name.with_name(stem)) if stem else name.name, kind, member, data
+        require_end(tar)
+
+
+def require_end(tar: tarfile.TarFile) -> None:
+    """Raise unless the archive ends with a block of zeros; tarfile stops silently without one."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise EOFError("it has no end")
 
 
 def _npy_member(path: Path, member: tarfile.TarInfo, data: IO[bytes]) -> DiskArray:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from blip3o_fast.data.tars import require_end
 from blip3o_fast.extraction.images import UnreadableImage
 
 EXTENSIONS = frozenset(
@@ -169,7 +170,7 @@ def _tar_images(path: Path, label: str) -> Iterator[ImageRef]:
                 ref = _tar_ref(tar, f"{label}/{name}", list(group))
                 if ref is not None:
                     yield ref
-            _require_end(tar)
+            require_end(tar)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         reason = f"damaged tar: {str(error).partition(chr(10))[0] or type(error).__name__}"
         yield ImageRef(f"{label}.tar", "", f"{label}.tar", UnreadableImage(reason))
@@ -187,14 +188,6 @@ def _tar_ref(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo]) -> 
         data = _read_member(tar, images[0])
     text = caption.decode("utf-8", errors="replace").strip()
     return ImageRef(key, text, key, data)
-
-
-def _require_end(tar: tarfile.TarFile) -> None:
-    """Raise unless the archive ends with a block of zeros; tarfile stops silently without one."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise EOFError("it has no end")
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
