@@ -36,9 +36,9 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     column; ``transposed``: the first two axes swapped in memory; ``expanded``: row 0 repeated, a
     stride of 0; ``halves``: the last half of a row of twice the width, as ``chunk`` gives.
     """
-    *lead, width = x.shape
     if layout == "contiguous":
         return x.contiguous()
+    *lead, width = x.shape
     if layout == "sliced":
         wide = x.new_full((*lead, width + 3), torch.nan)
         wide[..., 1 : width + 1] = x
