@@ -34,8 +34,11 @@ class Context(NamedTuple):
 
     def blank(self, batch: int) -> "Context":
         """A context of zeros for B' = ``batch``."""
-        zeros = [x if x is None else x.new_zeros(batch, *x.shape[1:]) for x in self]
-        return Context(*zeros)
+        stream = self.stream
+        return Context(
+            self.keys_values.new_zeros(batch, *self.keys_values.shape[1:]),
+            None if stream is None else stream.new_zeros(batch, *stream.shape[1:]),
+        )
 
 
 def condition(

@@ -9,6 +9,7 @@
 5. ``engine``: what plans of one model share, rebuilt when its weights change.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -77,6 +78,8 @@ class SamplingPlan:
         self.model, self.dtype, self.impl = model, dtype, impl
         self.graph, self.compile, self.working_memory = graph, compile, working_memory
         self.grid = make_grid(time_grid or DEFAULT_GRID[conventions], steps)
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale}")
         self.method = Method(find_solver(solver), float(guidance_scale), self.grid.clamp)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")

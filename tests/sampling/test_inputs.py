@@ -1,0 +1,131 @@
+"""Bad input: one clear error each, before any work."""
+
+import warnings
+
+import pytest
+import torch
+
+from blip3o_fast import BLIP3oDiT, SamplingPlan, generate
+from blip3o_fast.sampling.graph import refuse_outer_capture
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "num_inference_steps: expected at least 1, got 0"),
+        ({"steps": -3}, "got -3"),
+        ({"solver": "rk45"}, "solver: expected one of euler, heun, midpoint, adams_bashforth2"),
+        ({"time_grid": "cosine"}, "time_grid: expected ascending, published"),
+        ({"time_grid": [0.0, 1.0]}, "expected 3 increasing times from 0 to 1"),
+        ({"time_grid": [0.0, 0.7, 0.5]}, "increasing times"),
+        ({"dtype": torch.int8}, "dtype: expected one of"),
+        ({"graph": True, "compile": True}, "expected graph or compile, got both"),
+        ({"working_memory": 0}, "working_memory: expected at least 1 byte, got 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite number, got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale: expected a finite number, got inf"),
+    ],
+)
+def test_plan(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingPlan(model, **{"steps": 2, **options})
+
+
+def nan(x):
+    x = x.clone()
+    x[1, 2, 3] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda eva: eva[0], r"eva_features: expected shape \[B, N=6, E=12\], got \[6, 12\]"),
+        (lambda eva: eva[:, :5], r"N=6, E=12\], got \[2, 5, 12\]"),
+        (lambda eva: eva[..., :7], r"got \[2, 6, 7\]"),
+        (lambda eva: eva[:0], "at least one sample, got an empty batch"),
+        (lambda eva: eva.long(), "eva_features: expected a floating dtype, got torch.int64"),
+        (lambda eva: eva.to("meta"), "eva_features: expected cpu, the model's device, got meta"),
+        (lambda eva: eva.requires_grad_(), "requires no gradient.*pass eva_features.detach"),
+        (nan, "eva_features: expected finite values, got NaN or Inf in sample 1"),
+        (lambda eva: nan(eva) * torch.inf, "got NaN or Inf in sample 0"),
+    ],
+)
+def test_features(model, draw, change, message):
+    eva, noise = draw(model)
+    with pytest.raises(ValueError, match=message):
+        SamplingPlan(model, steps=1)(change(eva), noise)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda noise: noise[:1], r"noise: expected shape \[B=2, N=6, C=10\], got \[1, 6, 10\]"),
+        (lambda noise: noise[..., :3], r"got \[2, 6, 3\]"),
+        (lambda noise: noise.int(), "noise: expected a floating dtype, got torch.int32"),
+        (lambda noise: noise.to("meta"), "noise: expected cpu, the device of eva_features"),
+        (nan, "noise: expected finite values, got NaN or Inf in sample 1"),
+    ],
+)
+def test_noise(model, draw, change, message):
+    eva, noise = draw(model)
+    with pytest.raises(ValueError, match=message):
+        SamplingPlan(model, steps=1)(eva, change(noise))
+
+
+def test_sources_of_noise_exclude_each_other(model, draw):
+    eva, noise = draw(model)
+    with pytest.raises(ValueError, match="expected noise, a generator or seeds"):
+        generate(model, eva, 1, noise=noise, seeds=[1, 2])
+    with pytest.raises(ValueError, match="expected a generator or seeds, got both"):
+        generate(model, eva, 1, generator=torch.Generator(), seeds=[1, 2])
+    with pytest.raises(ValueError, match="seeds: expected 2, one per sample, got 3"):
+        generate(model, eva, 1, seeds=[1, 2, 3])
+
+
+def test_model_without_weights(model, draw):
+    eva, noise = draw(model)
+    with torch.device("meta"):
+        empty = BLIP3oDiT(model.config)
+    with pytest.raises(ValueError, match="model: expected loaded weights, got parameters on the"):
+        SamplingPlan(empty, steps=1)(eva, noise)
+
+
+def test_graph_without_cuda(model, draw):
+    eva, noise = draw(model)
+    with pytest.raises(ValueError, match="graph=True: CUDA graphs need a CUDA device, got cpu"):
+        SamplingPlan(model, steps=1, graph=True)(eva, noise)
+
+
+def test_capture_inside_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    refuse_outer_capture(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="call it outside the capture"):
+        refuse_outer_capture(torch.device("cuda"))
+
+
+def test_guidance_without_condition_dropout_warns_once(make_model, draw):
+    model = make_model(condition_dropout=0.0)
+    eva, noise = draw(model)
+    with pytest.warns(UserWarning, match="guidance_scale=2 on a model trained without"):
+        generate(model, eva, 1, noise=noise, guidance_scale=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, eva, 1, noise=noise, guidance_scale=2.0)
+        generate(make_model(), eva, 1, noise=noise, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("replaced", ["hook", "subclass"])
+def test_projections_that_cannot_be_packed(model, draw, replaced):
+    eva, noise = draw(model)
+    projection = model.blocks[0].self_attn.q_proj
+    if replaced == "hook":
+        projection.register_forward_hook(lambda *_: None)
+    else:
+
+        class LoRA(torch.nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        projection.__class__ = LoRA
+    with pytest.raises(TypeError, match="without hooks.*merge adapters"):
+        generate(model, eva, 1, noise=noise)
