@@ -1,5 +1,7 @@
 """blip3o_fast: EVA-CLIP patch embeddings to CLIP patch embeddings by rectified flow."""
 
+from typing import TYPE_CHECKING, Any
+
 from blip3o_fast.config import PRESETS, DiTConfig
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
@@ -11,6 +13,9 @@ from blip3o_fast.published import (
 )
 from blip3o_fast.sampling import SamplingPlan, generate
 
+if TYPE_CHECKING:
+    from blip3o_fast.extraction import extract_eva_features
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -21,8 +26,22 @@ __all__ = [
     "SamplingPlan",
     "RectifiedFlowLoss",
     "load_trained_model",
+    "extract_eva_features",
     "accelerate",
     "BLIP3oCLIPDiTModel",
     "BLIP3oCLIPDiTConfig",
     "create_clip_reproduction_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import extraction, which few programs need, when it is first asked for."""
+    if name == "extract_eva_features":
+        from blip3o_fast.extraction import extract_eva_features
+
+        return extract_eva_features
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

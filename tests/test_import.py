@@ -20,6 +20,21 @@ def test_import_brings_nothing_heavy():
     assert run(["-c", code]).stdout.split("\n")[:2] == ["[]", "False"]
 
 
+def test_extraction_is_imported_when_asked_for():
+    code = (
+        "import sys, blip3o_fast\n"
+        "extraction = 'blip3o_fast.extraction'\n"
+        "assert 'extract_eva_features' in dir(blip3o_fast) and extraction not in sys.modules\n"
+        "from blip3o_fast import extract_eva_features as first\n"
+        "import blip3o_fast.extraction as module\n"
+        "assert first is module.extract_eva_features is blip3o_fast.extract_eva_features\n"
+        "assert set(blip3o_fast.__all__) <= set(dir(blip3o_fast))\n"
+        "assert not hasattr(blip3o_fast, 'extract_everything')\n"
+        "print('transformers' in sys.modules)"
+    )
+    assert run(["-c", code]).stdout == "False\n"
+
+
 def test_importtime_lists_no_triton_of_ours():
     log = run(["-X", "importtime", "-c", "import blip3o_fast"]).stderr
     names = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in log.splitlines()}

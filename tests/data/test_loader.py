@@ -34,7 +34,7 @@ def test_batches_are_the_global_order(dataset, facts, features):
             order = epoch_order(23, 3, epoch)
             for step in range(5):
                 assert loader.position == (epoch, step)
-                batch, chosen = next(loader), order[4 * step : 4 * step + 4]
+                batch, chosen = next(loader), order[4 * step : 4 * step + 4].tolist()
                 assert batch.keys == tuple(records[i].key for i in chosen)
                 assert torch.equal(batch.eva, eva[chosen])
                 assert torch.equal(batch.clip, clip[chosen])
