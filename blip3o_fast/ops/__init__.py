@@ -1,10 +1,11 @@
 """The fused ops: one file each, a public function over interchangeable implementations."""
 
+from blip3o_fast.ops._attention_backends import AttentionBackend
 from blip3o_fast.ops._cuda import CudaBuild, cuda_build
 from blip3o_fast.ops._dispatch import Impl, ImplTable, Rounding, resolve_impl
 from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
-from blip3o_fast.ops.attention import AttentionBackend, attention
+from blip3o_fast.ops.attention import attention, attention_backend
 from blip3o_fast.ops.flow_loss import flow_loss
 from blip3o_fast.ops.rope import rope
 from blip3o_fast.ops.sandwich_join import sandwich_join
@@ -29,6 +30,7 @@ __all__ = [
     "swiglu",
     "AttentionBackend",
     "attention",
+    "attention_backend",
     "adapter_norm",
     "adapter_mix",
     "solver_update",
