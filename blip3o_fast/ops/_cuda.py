@@ -67,6 +67,11 @@ def refusal(op: str, x: Tensor) -> str:
         return f"{_BUILD.reason}; or pass impl=Impl.TRITON"
     if not x.is_cuda:
         return "the kernels need a CUDA tensor; pass impl=Impl.REFERENCE on a CPU"
+    return limit(op, x)
+
+
+def limit(op: str, x: Tensor) -> str:
+    """Why a loaded CUDA kernel cannot run on ``x``, or an empty string."""
     if x.dtype is torch.float64:
         return "the kernels take float16, bfloat16 and float32; pass impl=Impl.TRITON"
     if op.startswith("sandwich") and x.shape[-1] > WIDEST_NORM:

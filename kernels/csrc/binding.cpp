@@ -50,18 +50,34 @@ void check(int error, const char* op) {
                   ", ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
+/// No kernel takes it; parameters and velocities in it are converted.
+constexpr int kFloat64 = 3;
+
 int dtype(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return BLIP3O_FLOAT32;
     case ScalarType::Half: return BLIP3O_FLOAT16;
     case ScalarType::BFloat16: return BLIP3O_BFLOAT16;
-    default: STD_TORCH_CHECK(false, "expected float16, bfloat16 or float32: pass impl=Impl.TRITON");
+    case ScalarType::Double: return kFloat64;
+    default: STD_TORCH_CHECK(false, "expected a floating dtype of at least 16 bits");
   }
 }
 
+int activation_dtype(const Tensor& x) {
+  const int found = dtype(x);
+  STD_TORCH_CHECK(found != kFloat64, "expected float16, bfloat16 or float32: pass impl=Impl.TRITON");
+  return found;
+}
+
 Tensor as(const Tensor& x, int wanted) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16};
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16,
+                                   ScalarType::Double};
   return dtype(x) == wanted ? x : torch::stable::to(x, kTypes[wanted]);
+}
+
+/// The one dtype of two tensors: fp32 where they differ.
+int common_dtype(const Tensor& x, const Tensor& y) {
+  return dtype(x) == dtype(y) ? activation_dtype(x) : BLIP3O_FLOAT32;
 }
 
 /// The one dtype of parameters: that of the activation where all have it, else fp32.
@@ -75,7 +91,7 @@ int parameter_dtype(int activation, const std::array<const Optional*, kCount>& g
 
 Tensor fresh(Sizes sizes, int wanted, const Tensor& like) {
   const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float16(),
-                           aoti_torch_dtype_bfloat16()};
+                           aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float64()};
   std::array<int64_t, 8> strides{};
   STD_TORCH_CHECK(sizes.size() <= strides.size(), "expected at most 8 axes, got ", sizes.size());
   int64_t stride = 1;
@@ -185,7 +201,7 @@ Tensor workspace(blip3o_shape shape, int sites, const Tensor& like) {
 
 Tensor swiglu(Tensor gate_up, bool faithful) {
   const Place place(gate_up);
-  const int activation = dtype(gate_up);
+  const int activation = activation_dtype(gate_up);
   const Rows rows(with_three_axes(gate_up), activation);
   std::array<int64_t, 8> sizes{};
   STD_TORCH_CHECK(gate_up.dim() <= 8, "gate_up: expected at most 8 axes, got ", gate_up.dim());
@@ -200,7 +216,7 @@ Tensor swiglu(Tensor gate_up, bool faithful) {
 
 Tensor swiglu_backward(Tensor grad, Tensor gate_up) {
   const Place place(gate_up);
-  const int activation = dtype(gate_up);
+  const int activation = activation_dtype(gate_up);
   const Rows rows(with_three_axes(gate_up), activation);
   const Rows dout(with_three_axes(grad), activation);
   Tensor dgate_up = fresh(gate_up, activation);
@@ -213,7 +229,7 @@ Tensor swiglu_backward(Tensor grad, Tensor gate_up) {
 void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads, bool adjoint,
           bool faithful, Tensor& out, const char* op) {
   const Place place(out);
-  const int activation = dtype(out);
+  const int activation = activation_dtype(out);
   const int parameter = dtype(cos) == activation && dtype(sin) == activation ? activation
                                                                              : BLIP3O_FLOAT32;
   const Tensor cosines = whole(cos, parameter), sines = whole(sin, parameter);
@@ -226,7 +242,7 @@ void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads,
 }
 
 Tensor rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithful) {
-  Tensor out = fresh(qkv, dtype(qkv));
+  Tensor out = fresh(qkv, activation_dtype(qkv));
   turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, faithful, out, "rope");
   return out;
 }
@@ -240,7 +256,7 @@ void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithf
 }
 
 Tensor rope_backward(Tensor grad, Tensor cos, Tensor sin, int64_t heads) {
-  Tensor out = fresh(grad, dtype(grad));
+  Tensor out = fresh(grad, activation_dtype(grad));
   turn(Rows(grad, dtype(grad)), cos, sin, heads, true, false, out, "rope_backward");
   return out;
 }
@@ -248,7 +264,7 @@ Tensor rope_backward(Tensor grad, Tensor cos, Tensor sin, int64_t heads) {
 Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps,
                      bool faithful) {
   const Place place(x);
-  const int activation = dtype(x);
+  const int activation = activation_dtype(x);
   const Optional given[] = {w1, w2, shift, scale};
   const int parameter =
       parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
@@ -266,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_backward(
     Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps,
     bool parameters) {
   const Place place(x);
-  const int activation = dtype(x);
+  const int activation = activation_dtype(x);
   const Optional given[] = {w1, w2, shift, scale};
   const int parameter =
       parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
@@ -291,7 +307,13 @@ std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scal
                                          Optional w1, Optional w2, Optional pre_shift,
                                          Optional pre_scale, double eps, bool faithful) {
   const Place place(x);
-  const int activation = dtype(x);
+  const int activation = common_dtype(x, y);
+  if (w1 && activation != dtype(x)) {
+    // Computed in fp32 and stored narrower: the next sub-layer must see the stored numbers.
+    Tensor x_out = std::get<0>(sandwich_join(x, y, layer_scale, w3, w4, post_shift, post_scale, {},
+                                             {}, {}, {}, eps, faithful));
+    return {x_out, sandwich_norm(x_out, *w1, *w2, *pre_shift, *pre_scale, eps, faithful)};
+  }
   const int parameter =
       parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
                                       &pre_shift, &pre_scale});
@@ -307,7 +329,7 @@ std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scal
                                      static_cast<float>(eps), faithful, x_out.data_ptr(),
                                      pre ? h.data_ptr() : nullptr, place.stream()),
         "sandwich_join");
-  return {x_out, h};
+  return {as(x_out, dtype(x)), h};
 }
 
 using Eleven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -318,7 +340,7 @@ Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor
                               Optional post_scale, Optional w1, Optional w2, Optional pre_shift,
                               Optional pre_scale, double eps, bool parameters) {
   const Place place(x_out);
-  const int activation = dtype(x_out);
+  const int activation = common_dtype(x_out, y);
   const int parameter =
       parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
                                       &pre_shift, &pre_scale});
@@ -340,7 +362,7 @@ Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor
             dy ? dy->data_ptr() : nullptr, dls ? dls->data_ptr() : nullptr, dpost.c, dpre.c,
             static_cast<float*>(scratch ? scratch->data_ptr() : nullptr), place.stream()),
         "sandwich_join_backward");
-  return {dx,
+  return {as(dx, dtype(x_out)),
           given_back(dy, y, x_out),
           given_back(dls, layer_scale, x_out),
           given_back(dpost.w1, w3, x_out),
@@ -357,8 +379,11 @@ Tensor solver_update(Tensor x, Tensor velocity, Optional step, double dt, Option
                      double weight, double previous_weight, double guidance_scale,
                      std::optional<double> clamp) {
   const Place place(x);
-  const int state = dtype(x);
-  const int activation = state == BLIP3O_FLOAT32 ? dtype(velocity) : state;
+  const int state = activation_dtype(x);
+  int activation = state;
+  if (state == BLIP3O_FLOAT32 && dtype(velocity) != kFloat64) {
+    activation = previous ? common_dtype(velocity, *previous) : dtype(velocity);
+  }
   const Rows rows(x, state), now(velocity, activation), before(previous, activation);
   Optional dt_device;
   if (step) dt_device = as(*step, BLIP3O_FLOAT32);

@@ -62,7 +62,15 @@ def signatures() -> dict[str, list[Any]]:
     pointer, site = c_void_p, POINTER(CModulation)
     head = [Dtypes, Shape]
     return {
-        "blip3o_sandwich_norm_forward": [*head, Rows, CModulation, c_float, c_int, pointer, pointer],
+        "blip3o_sandwich_norm_forward": [
+            *head,
+            Rows,
+            CModulation,
+            c_float,
+            c_int,
+            pointer,
+            pointer,
+        ],
         "blip3o_sandwich_norm_backward": [
             *(*head, Rows, Rows, CModulation, c_float, pointer),
             *(ModulationGrads, pointer, pointer),
@@ -109,8 +117,7 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def modulation(site: Modulation) -> CModulation:
-    w1, w2, shift, scale = site
-    strides = shift.stride(0), scale.stride(0)
+    strides = site.shift.stride(0), site.scale.stride(0)
     return CModulation(*(x.data_ptr() for x in site), *strides)
 
 
@@ -294,7 +301,9 @@ def _dtypes(tensors: Sequence[Tensor | None]) -> Dtypes:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, qkv: Tensor, cos: Tensor, sin: Tensor, *flags: Any) -> Any:
+    def forward(
+        ctx: Any, kernels: Kernels, qkv: Tensor, cos: Tensor, sin: Tensor, *flags: Any
+    ) -> Any:
         ctx.save_for_backward(cos, sin)
         ctx.kernels, ctx.flags = kernels, flags
         return _turn(kernels, qkv, cos, sin, *flags, adjoint=False)

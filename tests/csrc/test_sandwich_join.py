@@ -19,9 +19,27 @@ def spec(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(u for u in joined if u is not None)
 
 
+def spec_from_stored(stored: torch.dtype):
+    """``spec`` whose h starts from x' as it is stored: that rounding belongs to the contract.
+
+    Gradients of fp32 parameters beside a 16-bit stream differ by far more through it than through
+    anything that a kernel does.
+    """
+
+    def op(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        x, y, layer_scale, post, pre = unpacked(tensors)
+        x_out, _ = reference.sandwich_join(x, y, layer_scale, post, None, EPS)
+        x_out = x_out + (x_out.to(stored).to(x_out.dtype) - x_out).detach()
+        return x_out, reference.sandwich_norm(x_out, *pre, EPS)
+
+    return op
+
+
 def unpacked(tensors: tuple[Tensor | None, ...]) -> tuple:
     x, y, layer_scale, *sites = tensors
-    post, pre = (Modulation(*part) if part[0] is not None else None for part in (sites[:4], sites[4:]))
+    post, pre = (
+        Modulation(*part) if part[0] is not None else None for part in (sites[:4], sites[4:])
+    )
     return x, y, layer_scale, post, pre
 
 
@@ -54,10 +72,12 @@ def ours(kernels: Kernels, *, faithful: bool = False):
 @pytest.mark.parametrize(("dtype", "param"), PAIRS)
 def test_numbers(kernels: Kernels, width: int, dtype: torch.dtype, param: torch.dtype) -> None:
     tokens = 19 if width < 1000 else 3
-    check(ours(kernels), spec, inputs(2, tokens, width, dtype, param))
+    check(ours(kernels), spec_from_stored(dtype), inputs(2, tokens, width, dtype, param))
 
 
-@pytest.mark.parametrize("parts", ["", "scale", "post", "pre", "scale pre", "post pre", "scale post"])
+@pytest.mark.parametrize(
+    "parts", ["", "scale", "post", "pre", "scale pre", "post pre", "scale post"]
+)
 @pytest.mark.parametrize(("dtype", "param"), PAIRS[:2])
 def test_optional_parts(
     kernels: Kernels, parts: str, dtype: torch.dtype, param: torch.dtype
@@ -85,7 +105,7 @@ def test_strided_rows(kernels: Kernels, layout: str) -> None:
 
 
 def test_gradients_over_many_units(kernels: Kernels) -> None:
-    """Enough rows that a unit walks more than the fewest, and that weights gather several samples."""
+    """Enough rows that a unit walks more than the fewest, and weights gather several samples."""
     tensors = inputs(40, 257, 8, torch.float32, torch.float32)
     check(ours(kernels), spec, tensors)
 

@@ -27,7 +27,11 @@ CHOICES = [
 @pytest.mark.parametrize("width", [1, 30, 64, 2048])
 @pytest.mark.parametrize(("velocity", "state"), PAIRS)
 def test_numbers(
-    kernels: Kernels, choice: dict[str, float], width: int, velocity: torch.dtype, state: torch.dtype
+    kernels: Kernels,
+    choice: dict[str, float],
+    width: int,
+    velocity: torch.dtype,
+    state: torch.dtype,
 ) -> None:
     halves = 2 if "guidance_scale" in choice else 1
     x = randn(2, 5, width, dtype=state)

@@ -8,12 +8,12 @@ from tests.kernels.oracle import DTYPES, check, laid_out, randn
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-TRITON = ops.Impl.TRITON
+IMPL = ops.Impl.TRITON
 
 
 def fused(heads, kv_heads, **options):
     return lambda qkv, cos, sin: ops.rope(
-        qkv, cos, sin, num_heads=heads, num_kv_heads=kv_heads, impl=TRITON, **options
+        qkv, cos, sin, num_heads=heads, num_kv_heads=kv_heads, impl=IMPL, **options
     )
 
 

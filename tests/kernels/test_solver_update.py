@@ -10,7 +10,7 @@ from tests.kernels.oracle import DTYPES, check, judge, laid_out, randn
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-TRITON = ops.Impl.TRITON
+IMPL = ops.Impl.TRITON
 DT = 0.0213
 
 
@@ -26,7 +26,7 @@ def compare(values, **options):
         return op
 
     check(
-        call(ops.solver_update, impl=TRITON),
+        call(ops.solver_update, impl=IMPL),
         call(reference.solver_update),
         values,
         differentiable=[],
@@ -108,14 +108,14 @@ def test_numbers_keep_their_precision_in_fp64(device, on_device):
     """1/3 rounded to fp32 would show in the ninth digit."""
     x, velocity = inputs(2, 5, 14, torch.float64, device, count=2)
     dt = torch.tensor(1 / 3, dtype=torch.float64, device=device) if on_device else 1 / 3
-    got = ops.solver_update(x, velocity, dt, weight=1 / 7, clamp=1 / 9, impl=TRITON)
+    got = ops.solver_update(x, velocity, dt, weight=1 / 7, clamp=1 / 9, impl=IMPL)
     expected = reference.solver_update(x, velocity, dt, weight=1 / 7, clamp=1 / 9)
     judge("state", got, expected, expected)
 
 
 def test_clamp_leaves_nan_and_bounds_infinity(device):
     x = torch.tensor([[[torch.nan, torch.inf, -torch.inf, 3.0]]], device=device)
-    got = ops.solver_update(x, torch.zeros_like(x), DT, clamp=2.0, impl=TRITON)
+    got = ops.solver_update(x, torch.zeros_like(x), DT, clamp=2.0, impl=IMPL)
     expected = torch.tensor([[[torch.nan, 2.0, -2.0, 2.0]]], device=device)
     torch.testing.assert_close(got, expected, equal_nan=True)
 
@@ -123,10 +123,10 @@ def test_clamp_leaves_nan_and_bounds_infinity(device):
 def test_bitwise_repeatable_and_batch_invariant(device):
     values = inputs(8, 33, 46, model=torch.bfloat16, device=device)
     first, *others = (
-        ops.solver_update(values[0], values[1], DT, previous=values[2], weight=0.5, impl=TRITON)
+        ops.solver_update(values[0], values[1], DT, previous=values[2], weight=0.5, impl=IMPL)
         for _ in range(20)
     )
     assert all(torch.equal(x, first) for x in others)
     x, velocity, previous = (u[5:6] for u in values)
-    one = ops.solver_update(x, velocity, DT, previous=previous, weight=0.5, impl=TRITON)
+    one = ops.solver_update(x, velocity, DT, previous=previous, weight=0.5, impl=IMPL)
     assert torch.equal(one, first[5:6])

@@ -8,11 +8,11 @@ from tests.kernels.oracle import DTYPES, check, laid_out, randn
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-TRITON = ops.Impl.TRITON
+IMPL = ops.Impl.TRITON
 
 
 def fused(gate_up):
-    return ops.swiglu(gate_up, impl=TRITON)
+    return ops.swiglu(gate_up, impl=IMPL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,7 +52,7 @@ def test_four_axes_that_cannot_be_merged(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_faithful_rounds_as_the_reference(device, dtype):
     x = randn(2, 65, 64, dtype=dtype, device=device, scale=3)
-    ours = ops.swiglu(x, impl=TRITON, rounding=ops.Rounding.FAITHFUL)
+    ours = ops.swiglu(x, impl=IMPL, rounding=ops.Rounding.FAITHFUL)
     equal = ours == reference.swiglu(x)
     assert equal.double().mean() > 0.998
 

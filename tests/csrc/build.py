@@ -1,0 +1,76 @@
+"""Builds ``kernels/csrc`` for the host: its kernels, and their operators."""
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "kernels" / "csrc"
+SOURCES = sorted(CSRC.glob("*.cu"))
+
+
+def host_compiler() -> tuple[str, Path]:
+    """g++, and the toolkit's headers, which give it the 16-bit types; skips where either lacks."""
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
+    homes = (Path(nvcc).resolve().parents[1], Path("/usr/local/cuda")) if nvcc else ()
+    found = (home / "include" for home in homes if (home / "include" / "cuda_bf16.h").exists())
+    headers = next(found, None)
+    if headers is None or compiler is None:
+        pytest.skip("needs g++ and the headers of a CUDA toolkit, found through nvcc on the PATH")
+    return compiler, headers
+
+
+@cache
+def _temporary() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="blip3o-emulated-")
+
+
+def folder() -> Path:
+    """Where this process builds; it goes with the process."""
+    return Path(_temporary().name)
+
+
+@cache
+def emulated_kernels() -> Path:
+    """The library of every kernel, compiled for the host."""
+    compiler, headers = host_compiler()
+    target = folder()
+    flags = ["-x", "c++", "-std=c++17", "-O0", "-fPIC", "-w", f"-I{headers}"]
+    flags += ["-U_FORTIFY_SOURCE"]  # its longjmp refuses to leave a stack
+    # A misaligned 16-byte access or an index overflow stops the process, as it would stop a GPU.
+    flags += ["-fsanitize=alignment,bounds,signed-integer-overflow"]
+    flags += ["-fsanitize-undefined-trap-on-error"]
+    flags += ["-include", str(HERE / "emulation.h")]
+
+    def compiled(source: Path) -> str:
+        object_file = str(target / f"{source.stem}.o")
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", object_file], check=True)
+        return object_file
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    library = target / "libkernels.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
+    return library
+
+
+@cache
+def load_host_operators() -> None:
+    """Load the operators of ``binding.cpp`` over those kernels: ``torch.ops.blip3o_fast_host``."""
+    kernels = emulated_kernels()
+    compiler, headers = host_compiler()
+    home = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{headers}", f"-I{home}/include"]
+    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-include", str(HERE / "host_torch.h"), "-shared", f"-Wl,-rpath,{folder()}"]
+    sources = [str(CSRC / "binding.cpp"), str(HERE / "host_torch.cpp"), str(kernels)]
+    libraries = [f"-L{home}/lib", "-Wl,--no-as-needed", "-ltorch"]
+    target = folder() / "libbound.so"
+    subprocess.run([compiler, *flags, *sources, *libraries, "-o", str(target)], check=True)
+    torch.ops.load_library(target)
