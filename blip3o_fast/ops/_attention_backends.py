@@ -65,6 +65,7 @@ PACKAGES = {
 CHAIN = (*PACKAGES, AttentionBackend.SDPA_FLASH, AttentionBackend.SDPA)
 """The order of the automatic choice."""
 
+TRACING = "torch.compile is tracing, and leaves the choice among torch's own kernels to torch"
 MAX_WIDTH = 256
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -89,6 +90,8 @@ def _sdpa_flash_refusal(facts: Facts) -> str | None:
         return "torch's flash kernel for CPUs has no dropout" if facts.dropout else None
     if facts.device.type != "cuda":
         return f"it runs on CUDA and CPU tensors, got {facts.device}"
+    if facts.compiling:
+        return TRACING
     if not torch.backends.cuda.is_flash_attention_available():
         return "this torch was built without it"
     return _gpu_refusal(facts, (8, 99))
@@ -98,7 +101,7 @@ def _package_refusal(package: Package, facts: Facts) -> str | None:
     if facts.device.type != "cuda":
         return f"it needs CUDA tensors, got {facts.device}"
     if facts.compiling:
-        return "torch.compile is tracing, and sees into torch's own kernels only"
+        return TRACING
     if facts.dropout and not package.dropout:
         return f"{package.distribution} has no dropout"
     unfit = _gpu_refusal(facts, package.majors)
@@ -117,7 +120,7 @@ def _gpu_refusal(facts: Facts, majors: tuple[int, int]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@cache
 def _compute_major(index: int) -> int:
     return torch.cuda.get_device_capability(index)[0]
 
