@@ -59,5 +59,5 @@ def _values(tensors: list[Tensor], probes: tuple[Tensor, ...]) -> Tensor:
     values = [*probes]
     unversioned = [x for x in tensors if x.is_inference()]
     if unversioned:
-        values += torch._foreach_norm(unversioned)
+        values += [x.norm() for x in unversioned]
     return torch.stack(values)

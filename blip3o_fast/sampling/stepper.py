@@ -123,7 +123,9 @@ class Stepper:
     def advance(self) -> None:
         """Take the step that ``counter`` names, and count it."""
         table, counter = self.table, self.counter
-        row = table.rows.index_select(0, counter)[0]
+        # One evaluation a step: all times are distinct, so the step is the row.
+        alone = len(self.sites) == 1
+        row = counter if alone else table.rows.index_select(0, counter)[0]
         torch.index_select(table.modulations, 0, row, out=self.rows)
         torch.index_select(table.scalars, 0, counter, out=self.scalars)
         # The solver passes on what it is told are times: here, which evaluation of the step it is.
@@ -131,9 +133,10 @@ class Stepper:
         x, past = self.method.solver.step(
             self._velocity, self._update, self.state, Step(stages, self.dt), self.past
         )
-        self.state.copy_(x)
+        kept, new = [self.state], [x]
         if self.past is not None and past is not None:
-            self.past.copy_(past)
+            kept, new = [*kept, self.past], [*new, past]
+        torch._foreach_copy_(kept, new)  # pyright: ignore[reportPrivateImportUsage]
         self.counter += 1
 
     def _velocity(self, x: Tensor, stage: float) -> Tensor:

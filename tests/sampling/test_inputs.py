@@ -127,5 +127,5 @@ def test_projections_that_cannot_be_packed(model, draw, replaced):
                 return 2 * super().forward(x)
 
         projection.__class__ = LoRA
-    with pytest.raises(TypeError, match="without hooks.*merge adapters"):
+    with pytest.raises(TypeError, match=r"without hooks.*merge adapters"):
         generate(model, eva, 1, noise=noise)
