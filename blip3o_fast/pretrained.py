@@ -52,8 +52,7 @@ class BLIP3oDiT(DiT):
                 seed alone, not on its batch.
             solver: euler, heun, midpoint or adams_bashforth2.
             time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0
-                to
-                1; None follows the model's conventions.
+                to 1; None follows the model's conventions.
             progress: show a bar of steps.
             callback: called with (step, state) after each step.
 
