@@ -5,7 +5,8 @@
 Each launcher is called as the library calls it, on CPU tensors, with a driver that names a target
 instead of a device; compilation is real, the launch is left out. The table shows registers, stack
 (spills and local arrays), shared memory, 16-byte loads and stores, and the instructions that a
-kernel should not hold: fp64 arithmetic below fp64, local memory, atomics.
+kernel should not hold: fp64 arithmetic below fp64, local memory, atomics. Exit status 1 means that
+a kernel holds one of these, spills, or moves the rows of an aligned width in less than 16 bytes.
 """
 
 import argparse
@@ -24,7 +25,16 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from blip3o_kernels import rope, sandwich_join, sandwich_norm, swiglu
+from blip3o_kernels import (
+    adapter_mix,
+    adapter_norm,
+    flow_loss,
+    rope,
+    sandwich_join,
+    sandwich_norm,
+    solver_update,
+    swiglu,
+)
 from blip3o_kernels.double_norm import Norm
 from torch import Tensor
 from triton import knobs
@@ -35,6 +45,8 @@ ARCHS = (80, 90, 100)
 TOKENS = 256
 WIDTH = 768
 HEAD = 64
+CLIP_WIDTH = 1024
+ADAPTER_WIDTH, ADAPTER_PADDED = 3541, 3584
 EPS = 1e-6
 
 
@@ -130,11 +142,60 @@ def _rope(p: Precision) -> None:
     rope.forward_(q, cos, sin, 12, faithful=False)
 
 
+def _adapter_norm(p: Precision) -> None:
+    x, w = _rows(p, 2, TOKENS, ADAPTER_PADDED), _parameter(p, ADAPTER_WIDTH)
+    for faithful in (False, True):
+        adapter_norm.forward(x, w, w, eps=EPS, faithful=faithful)
+    for parameters in (False, True):
+        adapter_norm.backward(x, x, w, w, eps=EPS, parameters=parameters)
+
+
+def _adapter_mix(p: Precision) -> None:
+    gate, residual = _rows(p, 2, TOKENS, WIDTH), _rows(p, 2, TOKENS, WIDTH)
+    adapted = _rows(p, 2, TOKENS, 832)[..., :WIDTH]
+    for faithful in (False, True):
+        adapter_mix.forward(gate, adapted, residual, faithful=faithful)
+    adapter_mix.backward(gate, gate, adapted, residual)
+
+
+def _solver_update(p: Precision) -> None:
+    x, dt = torch.zeros(2, TOKENS, CLIP_WIDTH), torch.zeros(())
+    for halves in (1, 2):
+        v = _rows(p, 2 * halves, TOKENS, CLIP_WIDTH)
+        for previous in (None, v):
+            solver_update.forward(
+                x,
+                v,
+                dt,
+                previous=previous,
+                weight=0.5,
+                previous_weight=0.5,
+                guidance_scale=float(halves),
+                clamp=None if previous is None else 50.0,
+            )
+
+
+def _flow_loss(p: Precision) -> None:
+    v, x = _rows(p, 2, TOKENS, CLIP_WIDTH), torch.zeros(2, TOKENS, CLIP_WIDTH)
+    t = torch.zeros(2)
+    for published in (False, True):
+        total, _, image, factors = flow_loss.forward(
+            v, x, x, x, t, weights=(1.0, 0.5, 0.2, 0.3), published=published, masks=published
+        )
+        flow_loss.backward(
+            total, v, x, x, x, t, image, factors, published=published, masks=published
+        )
+
+
 SPECIMENS: dict[str, Callable[[Precision], None]] = {
     "swiglu": _swiglu,
     "sandwich_norm": _sandwich_norm,
     "sandwich_join": _sandwich_join,
     "rope": _rope,
+    "adapter_norm": _adapter_norm,
+    "adapter_mix": _adapter_mix,
+    "solver_update": _solver_update,
+    "flow_loss": _flow_loss,
 }
 
 
@@ -164,7 +225,16 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         del grid, warmup
         kernel = run(self, *args, grid=(1,), warmup=True, **kwargs)
-        constants = ("POST", "PRE", "FAITHFUL", "PARAMETERS", "ADJOINT", "PUBLISHED", "GUIDED")
+        constants = (
+            "POST",
+            "PRE",
+            "FAITHFUL",
+            "PARAMETERS",
+            "ADJOINT",
+            "PUBLISHED",
+            "GUIDED",
+            "CLAMPED",
+        )
         variant = "+".join(name.lower() for name in constants if kwargs.get(name))
         module = self.fn.__module__.rpartition(".")[2]
         seen[id(kernel)] = Compiled(
@@ -222,6 +292,30 @@ def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
     )
 
 
+STAGES = ("sample_sums", "weight_gradient", "column_sum", "sample", "total")
+"""Kernels that add partial sums; all others move rows of activations."""
+
+
+def problems(reports: list[Report]) -> list[str]:
+    """What is wrong, a line each."""
+    found: list[str] = []
+    for r in reports:
+        rules = {
+            "fp64 arithmetic": r.fp64 > 0,
+            "local memory": r.local > 0 or r.stack > 0,
+            "atomics": r.atomics > 0,
+            "no 16-byte load": not r.wide_loads and not _is_stage(r),
+            "no 16-byte store": not r.wide_stores and not _is_stage(r),
+        }
+        name = f"{r.kernel} {r.variant or 'plain'} {r.precision} sm_{r.arch}"
+        found += [f"{name}: {rule}" for rule, broken in rules.items() if broken]
+    return found
+
+
+def _is_stage(report: Report) -> bool:
+    return report.kernel.partition(".")[2].removesuffix("_kernel") in STAGES
+
+
 def inspect(ops: list[str], precisions: list[str], archs: list[int]) -> list[Report]:
     """Compile and judge the chosen part of the matrix."""
     reports: list[Report] = []
@@ -244,7 +338,7 @@ def table(reports: list[Report]) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line, inspect, print."""
     parser = argparse.ArgumentParser(description="Compile every kernel without a GPU.")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), help="80 90 100 ...")
@@ -260,7 +354,10 @@ def main() -> None:
     sys.stdout.write(table(reports) + "\n")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([r._asdict() for r in reports], indent=1))
+    wrong = problems(reports)
+    sys.stdout.write("".join(f"{line}\n" for line in wrong))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,8 +8,10 @@ Backward, with du = dout (Phi(u) + u phi(u)) and g = w du:
 
     dx = rstd (g - mean(g) - xhat mean(g xhat))        dw = sum du xhat        db = sum du
 
-Forward, per row: reads W elements, writes P. Backward: reads 2 W, writes P, and 2 W fp32 partial
-sums per program. Nothing but the inputs is saved. Accumulates in fp32 (fp64 for fp64).
+Forward, per row: reads P elements, writes P. Backward: reads 2 P, writes P, and 2 P fp32 partial
+sums per program. Whole rows move, since a mask that ends at an odd W would split the 16-byte
+accesses; what the padding holds is dropped. Nothing but the inputs is saved. Accumulates in fp32
+(fp64 for fp64).
 ``faithful`` rounds u to the dtype before the GELU.
 """
 
@@ -35,6 +37,7 @@ from blip3o_kernels.typed import cdiv, jit
 @jit
 def _standardised(x, inside, EPS: tl.constexpr, WIDTH: tl.constexpr):
     """``xhat``, 0 outside the true columns, and ``rstd``."""
+    x = tl.where(inside, x, 0.0)
     centred = tl.where(inside, x - tl.sum(x, axis=0) / WIDTH, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
     return centred * rstd, rstd
@@ -71,18 +74,18 @@ def _forward_kernel(
 ):
     sample, first, last = token_range(tokens, rows, chunks)
     cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
+    inside, stored = cols < WIDTH, cols < PADDED
     w = load_vector(weight, cols, inside, ACC)
     b = load_vector(bias, cols, inside, ACC)
     for token in range(first, last):
-        row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
+        row = load_row(x + sample * x_b, token, cols, x_n, x_d, stored, ACC)
         xhat, _ = _standardised(row, inside, EPS, WIDTH)
         u = w * xhat + b
         if FAITHFUL:
             u = rounded(u, x.dtype.element_ty)
         h = u * _normal_cdf(u)
         target = out + (sample * tokens + token) * PADDED
-        tl.store(target + cols, h.to(out.dtype.element_ty), mask=cols < PADDED)
+        tl.store(target + cols, h.to(out.dtype.element_ty), mask=stored)
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -111,30 +114,30 @@ def _backward_kernel(
 ):
     sample, first, last = token_range(tokens, rows, chunks)
     cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
+    inside, stored = cols < WIDTH, cols < PADDED
     w = load_vector(weight, cols, inside, ACC)
     b = load_vector(bias, cols, inside, ACC)
     dw = tl.zeros((BLOCK,), ACC)
     db = tl.zeros((BLOCK,), ACC)
     for token in range(first, last):
-        upstream = load_row(dout + sample * dout_b, token, cols, dout_n, dout_d, inside, ACC)
-        row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
+        upstream = load_row(dout + sample * dout_b, token, cols, dout_n, dout_d, stored, ACC)
+        row = load_row(x + sample * x_b, token, cols, x_n, x_d, stored, ACC)
         xhat, rstd = _standardised(row, inside, EPS, WIDTH)
         u = w * xhat + b
-        du = upstream * (_normal_cdf(u) + u * _normal_pdf(u))
+        du = tl.where(inside, upstream, 0.0) * (_normal_cdf(u) + u * _normal_pdf(u))
         g = w * du
         sum_g, sum_gx = sum2(g, g * xhat)
         d = rstd * (g - sum_g / WIDTH - xhat * (sum_gx / WIDTH))
         target = dx + (sample * tokens + token) * PADDED
         d = tl.where(inside, d, 0.0).to(dx.dtype.element_ty)
-        tl.store(target + cols, d, mask=cols < PADDED)
+        tl.store(target + cols, d, mask=stored)
         if PARAMETERS:
             dw += du * xhat
             db += du
     if PARAMETERS:
-        target = partial + tl.program_id(0).to(tl.int64) * (2 * WIDTH) + cols
-        tl.store(target, dw, mask=inside)
-        tl.store(target + WIDTH, db, mask=inside)
+        target = partial + tl.program_id(0).to(tl.int64) * (2 * PADDED) + cols
+        tl.store(target, dw, mask=stored)
+        tl.store(target + PADDED, db, mask=stored)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, faithful: bool) -> Tensor:
@@ -187,7 +190,7 @@ def backward(
         chunks = cdiv(tokens, launch.rows)
         partial = None
         if parameters:
-            partial = x.new_empty((samples * chunks, 2, width), dtype=torch_accumulator(acc))
+            partial = x.new_empty((samples * chunks, 2, padded), dtype=torch_accumulator(acc))
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
                 upstream,
@@ -216,6 +219,6 @@ def backward(
     if partial is None:
         return dx, None
     dw, db = weight.new_empty(width), bias.new_empty(width)
-    column_sum(partial[:, 0], dw, acc)
-    column_sum(partial[:, 1], db, acc)
+    column_sum(partial[:, 0, :width], dw, acc)
+    column_sum(partial[:, 1, :width], db, acc)
     return dx, (dw, db)

@@ -81,8 +81,12 @@ def backward_launch(width: int, rows: int) -> RowLaunch:
 
 
 def register_limit(launch: RowLaunch, programs: int) -> int:
-    """Registers a thread that let ``programs`` programs of 4 warps, or as many threads, reside."""
-    warps = max(4 * programs, launch.num_warps)
+    """Registers a thread that let ``programs`` programs of 4 warps, or as many threads, reside.
+
+    A thread of the widest rows holds more than 8 columns, and gets registers in proportion.
+    """
+    columns = max(8, launch.block // (32 * launch.num_warps))
+    warps = max(4 * programs * 8 // columns, launch.num_warps)
     return min(255, REGISTERS // (32 * warps) // 8 * 8)
 
 

@@ -31,6 +31,9 @@ from blip3o_kernels.launch import (
 from blip3o_kernels.tiles import load_row, load_vector, token_range
 from blip3o_kernels.typed import cdiv, jit
 
+FORWARD_PROGRAMS = 8
+"""Resident on a multiprocessor at 4 warps: 64 registers a thread, which leaves nothing to spill."""
+
 BACKWARD_PROGRAMS = 5
 """Resident on a multiprocessor at 4 warps: 96 registers a thread, where free choice takes 109."""
 
@@ -158,6 +161,7 @@ def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
             ACC=accumulator(x, *norm),
             FAITHFUL=faithful,
             num_warps=launch.num_warps,
+            maxnreg=register_limit(launch, FORWARD_PROGRAMS),
             enable_fp_fusion=False,
         )
 

@@ -1,0 +1,84 @@
+"""What the kernels compile to for GPUs that are not here: ``kernels/inspect_kernels.py``.
+
+In a process of its own, since this one may have replaced the compiler by the interpreter.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INSPECT = Path(__file__).parents[2] / "kernels" / "inspect_kernels.py"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def inspect(folder, *arguments):
+    """The reports of one run, which must have found nothing wrong."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    reports = folder / "reports.json"
+    done = subprocess.run(
+        [sys.executable, INSPECT, "--json", reports, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout, json.loads(reports.read_text())
+
+
+def test_every_kernel_for_the_target(tmp_path):
+    """bf16 on sm_90: no fp64, no local memory, no atomics, 16-byte accesses, no spills."""
+    table, reports = inspect(tmp_path, "--arch", "90", "--dtype", "bf16")
+    assert {r["op"] for r in reports} == {
+        *("swiglu", "sandwich_norm", "sandwich_join", "rope"),
+        *("adapter_norm", "adapter_mix", "solver_update", "flow_loss"),
+    }
+    for r in reports:
+        assert not (r["stack"] or r["fp64"] or r["local"] or r["atomics"]), r
+        assert 0 < r["registers"] <= 255 and r["kernel"] in table
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, op",
+    [("80", "fp32", "sandwich_norm"), ("100", "fp16", "flow_loss"), ("80", "bf16/fp32", "rope")],
+)
+def test_other_targets(tmp_path, arch, dtype, op):
+    _, reports = inspect(tmp_path, "--arch", arch, "--dtype", dtype, "--op", op)
+    assert reports and {(r["arch"], r["precision"]) for r in reports} == {(int(arch), dtype)}
+
+
+@pytest.mark.slow
+def test_whole_matrix(tmp_path):
+    """Every kernel, four precisions, sm_80, sm_90 and sm_100: a minute of compilation."""
+    _, reports = inspect(tmp_path)
+    assert {r["arch"] for r in reports} == {80, 90, 100}
+    assert {r["precision"] for r in reports} == {"bf16", "bf16/fp32", "fp16", "fp32"}
+
+
+def test_the_rules_can_fail(tmp_path):
+    """A report that breaks every rule is named for each."""
+    code = (
+        "import sys, json; sys.path.insert(0, sys.argv[1]); import inspect_kernels as k\n"
+        "fields = dict.fromkeys(k.Report._fields, 1)\n"
+        "fields.update(kernel='swiglu.forward_kernel', variant='', wide_loads=0, wide_stores=0)\n"
+        "print(json.dumps(k.problems([k.Report(**fields)])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, INSPECT.parent], capture_output=True, text=True, check=True
+    )
+    assert [line.rpartition(": ")[2] for line in json.loads(done.stdout)] == [
+        "fp64 arithmetic",
+        "local memory",
+        "atomics",
+        "no 16-byte load",
+        "no 16-byte store",
+    ]
