@@ -5,6 +5,7 @@ replicates the parameters (``DistributedDataParallel``), ``fsdp`` shards paramet
 optimizer state and weight averages (FSDP2, ``fully_shard``). Start with torchrun.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -144,11 +145,14 @@ def spread(
     if world.control is None:
         return Parallel("single", forward, lambda _: nullcontext())
     device = model.input_proj.weight.device
+    # The buffers are constants. torch 2.13 gave the option that leaves them alone a new name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     replicas = DistributedDataParallel(
         forward,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **cast(Any, {unsynced: False}),
     )
     return Parallel("ddp", replicas, lambda last: nullcontext() if last else replicas.no_sync())
 
