@@ -6,6 +6,7 @@ typed. A run that was stopped goes on when the same command is given again.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     except TrainingInterrupted as stop:
         print(f"blip3o-fast train: {stop}", file=sys.stderr)
         return stop.exit_status
-    if result.best is not None:
+    main_process = os.environ.get("RANK", "0") == "0"
+    if result.best is not None and main_process:
         print(
             f"best validation: token cosine {result.best.token_cosine:.4f}, image cosine "
             f"{result.best.image_cosine:.4f} after step {result.best.step}; run in {result.folder}"

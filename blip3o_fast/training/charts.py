@@ -130,17 +130,27 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 def _grid(x_axis: _Axis, y_axis: _Axis, log: bool) -> list[str]:
     parts: list[str] = []
-    for tick in y_axis.ticks(4):
+    for tick in _log_ticks(y_axis) if log else y_axis.ticks(4):
         y = HEIGHT - _BOTTOM - y_axis.share(tick) * (HEIGHT - _TOP - _BOTTOM)
         label = _label(10**tick if log else tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in x_axis.ticks(6):
         x = _LEFT + x_axis.share(tick) * (WIDTH - _LEFT - _RIGHT)
+        anchor = "end" if x > WIDTH - 2 * _RIGHT else "middle"
         parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{_label(tick)}</text>'
+            f'<text x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{_label(tick)}</text>'
         )
     return parts
+
+
+def _log_ticks(axis: _Axis) -> list[float]:
+    """Logarithms of 1, 2, 5, 10, 20 ... inside the range, or of the powers of ten among many."""
+    exponents = range(math.floor(axis.low), math.ceil(axis.high) + 1)
+    every = [e + math.log10(m) for e in exponents for m in (1, 2, 5)]
+    inside = [tick for tick in every if axis.low <= tick <= axis.high]
+    powers = [tick for tick in inside if tick == round(tick)]
+    return (powers if len(inside) > 7 else inside) or [(axis.low + axis.high) / 2]
 
 
 def _strokes(curve: Curve, points: list[Point], place: Place) -> list[str]:

@@ -8,6 +8,8 @@ from blip3o_fast.training.charts import Curve, Point, line_chart
 from blip3o_fast.training.summary import is_clipped
 
 REPORT_NAME = "report.html"
+_VALIDATIONS = 20
+"""Rows of the table; the curves show all of them."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1f2430; --faint: #d9dde5;
@@ -25,7 +27,7 @@ svg path.grid { stroke: var(--faint); stroke-width: 1; } svg path.faint { opacit
 table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--faint);
   padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
-.key { margin-right: .8rem; } .key::before { content: "\\25CF "; }
+.key { margin-right: .8rem; } .key::before { content: "\\25CF"; margin-right: .3rem; }
 """ + "".join(
     f"path.c{i} {{ stroke: var(--c{i}); }} circle.c{i} {{ fill: var(--c{i}); }} "
     f".key.c{i}::before {{ color: var(--c{i}); }}\n"
@@ -94,7 +96,6 @@ def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[st
     terms = ("velocity", "semantic", "cosine", "consistency")
     losses = [curve(term, f"{term}_loss", i, noisy=True) for i, term in enumerate(terms)]
     clipped = [record for record in steps if is_clipped(record)]
-    skipped = [(r["step"], 0.0) for r in steps if r["skipped"]]
     charts = (
         line_chart(
             "Loss",
@@ -130,7 +131,6 @@ def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[st
         ),
         line_chart("Learning rate", [curve("rate", "learning_rate", 0)]),
         line_chart("Loss scale", _scale_curves(steps), log=True),
-        line_chart("Skipped steps", [Curve("NaN or Inf gradients", skipped, 1, marks=True)]),
     )
     return "\n".join(chart for chart in charts if chart)
 
@@ -161,8 +161,16 @@ def _costs(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> di
         "peak memory": "unknown" if memory is None else f"{memory / 2**30:.2f} GiB",
         "clipped steps": share("clipped_steps"),
         "steps under the halved bound": share("tightened_steps"),
-        "skipped steps": share("skipped_steps"),
+        "skipped steps": share("skipped_steps")
+        + _listed([r["step"] for r in steps if r["skipped"]]),
     }
+
+
+def _listed(numbers: Sequence[int], most: int = 20) -> str:
+    if not numbers:
+        return ""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f": {', '.join(f'{n:,}' for n in numbers[:most])}{more}"
 
 
 def _duration(seconds: float) -> str:
@@ -175,15 +183,17 @@ def _duration(seconds: float) -> str:
 def _validation_table(validations: Sequence[Mapping[str, Any]]) -> str:
     if not validations:
         return "<p>None yet.</p>"
+    shown = validations[-_VALIDATIONS:]
+    kept = "" if shown == validations else f"The last {_VALIDATIONS} of {len(validations)}. "
     names = ("step", "token_cosine", "image_cosine", "mse", "loss", "above", "samples", "seconds")
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     rows = "".join(
         "<tr>" + "".join(f'<td class="number">{_text(v[name])}</td>' for name in names) + "</tr>"
-        for v in validations
+        for v in shown
     )
     return (
         f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
-        "<p>above: share of samples with an image cosine over 0.7, 0.8 and 0.9.</p>"
+        f"<p>{kept}above: share of samples with an image cosine over 0.7, 0.8 and 0.9.</p>"
     )
 
 

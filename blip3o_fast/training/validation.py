@@ -18,6 +18,7 @@ from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.order import epoch_order
 from blip3o_fast.flow import RectifiedFlowLoss, draw_noise, interpolate
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.sampling import forget
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.draws import stream_seed
 from blip3o_fast.training.memory import Pieces
@@ -82,6 +83,14 @@ class Validator:
         self, model: BLIP3oDiT, step: int, stop: Callable[[], bool] = lambda: False
     ) -> Validation | None:
         """Validate ``model``, or return None once ``stop()``, which all processes agree on."""
+        try:
+            return self._run(model, step, stop)
+        finally:
+            forget(
+                model
+            )  # packed weights and graphs would only take memory: the next step ends them
+
+    def _run(self, model: BLIP3oDiT, step: int, stop: Callable[[], bool]) -> Validation | None:
         started = time.perf_counter()
         count, ranks = len(self.indices), self.world.size
         rows = -(-count // ranks)

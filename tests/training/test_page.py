@@ -117,6 +117,28 @@ def test_names_are_escaped():
     assert "<b>" not in page and "<script>" not in page
 
 
+def test_skipped_steps_are_listed_and_long_tables_cut():
+    bad = {"grad_norm": None, "skipped": True}
+    records = [record(i, **(bad if i % 2 else {})) for i in range(1, 61)]
+    values = dict.fromkeys(("token_cosine", "image_cosine", "mse", "loss", "samples"), 0.5)
+    for i in range(1, 31):
+        records.append(
+            {"kind": "validation", "step": 2 * i, "above": [1, 0, 0], "seconds": 1.0, **values}
+        )
+    summary = summarise(records, total_steps=60, batch_size=1, seconds=60.0)
+    page = render_page("run", records, summary | {"best": None}, {}, {"model": {}})
+    assert "30 (50.0%): 1, 3, 5" in page and "39 and 10 more" in page
+    assert "The last 20 of 30." in page and page.count('<td class="number">1, 0, 0</td>') == 20
+
+
+def test_logarithmic_ticks_are_round():
+    svg = line_chart("y", [Curve("a", [(1, 0.03), (2, 40.0)])], log=True)
+    labels = re.findall(r'text-anchor="end">([^<]+)<', svg)
+    assert labels[:3] == ["0.1", "1", "10"]
+    narrow = line_chart("y", [Curve("a", [(1, 0.9), (2, 2.2)])], log=True)
+    assert re.findall(r'text-anchor="end">([^<]+)<', narrow)[:2] == ["1", "2"]
+
+
 def coordinates(svg):
     return [tuple(map(float, pair)) for pair in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", svg)]
 

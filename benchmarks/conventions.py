@@ -1,0 +1,152 @@
+"""``consistent`` against ``published`` conventions: the same data, seed, steps and sizes.
+
+    python benchmarks/conventions.py --shards demo/shards --output_dir conventions
+
+Three small models learn from the shards of ``blip3o-fast demo``: with the consistent network and
+loss, with the consistent network and the published loss (the other sign of the clean estimate, its
+masks and caps), and with the published network and loss. Each translates the same held-out crops
+from the same noise under both samplers. Prints a table and writes it as JSON, with the mean
+predictor and ridge regression as the two baselines.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from blip3o_fast import BLIP3oDiT, load_trained_model
+from blip3o_fast.cli.demo import MODEL, TRAINING
+from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.evaluation import MetricAccumulator
+from blip3o_fast.evaluation.baselines import Baselines
+from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, read_batches, translate
+from blip3o_fast.flow import RectifiedFlowLoss
+from blip3o_fast.training import TrainingOptions
+from blip3o_fast.training.distributed import World
+from blip3o_fast.training.run import claim_folder, prepare
+from blip3o_fast.training.trainer import Trainer
+
+Conventions = Literal["consistent", "published"]
+MODELS: tuple[tuple[Conventions, Conventions], ...] = (
+    ("consistent", "consistent"),
+    ("consistent", "published"),
+    ("published", "published"),
+)
+"""Conventions of the network, and of the loss."""
+SAMPLERS = ("ascending", "published")
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    """Train, sample, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", required=True, help="shards of blip3o-fast demo")
+    parser.add_argument("--output_dir", required=True, help="folder of the three runs")
+    parser.add_argument("--json", help="where to write the table; None: conventions.json there")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each model")
+    parser.add_argument("--max_samples", type=int, default=48, help="held-out crops translated")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 4, 10, 50])
+    args = parser.parse_args()
+    started = time.monotonic()
+    folder = Path(args.output_dir)
+    heldout = EmbeddingDataset(args.shards, split="heldout")
+    training = EmbeddingDataset(args.shards, split="train")
+    batches = read_batches(training, chosen(training, 800), 32, CPU, None)
+    baselines = Baselines.fit(batches, has_cls=training.has_cls)
+
+    rows: list[dict[str, Any]] = []
+    for name, predictor in (("mean predictor", baselines.mean), ("ridge", baselines.ridge)):
+        measured = row(
+            *(baselines, heldout, args.max_samples),
+            lambda batch, p=predictor: p.predict(batch.eva.float()),
+        )
+        rows.append(measured | {"network": name, "loss": "", "sampler": "", "evaluations": 0})
+    for network, loss in MODELS:
+        model = trained(args, folder / f"{network}_{loss}", network, loss)
+        for sampler in SAMPLERS:
+            settings = EvaluationSettings(time_grid=sampler, batch_size=16)
+            for count in args.evaluations:
+                measured = row(
+                    *(baselines, heldout, args.max_samples),
+                    lambda batch, m=model, s=settings, n=count: translate(m, batch, s, n),
+                )
+                names = {"network": network, "loss": loss, "sampler": sampler}
+                rows.append(measured | names | {"evaluations": count})
+        print(f"{network} network, {loss} loss: {time.monotonic() - started:.0f} s", flush=True)
+    print(table(rows, args.evaluations))
+    facts = {
+        "data": f"{len(training)} crops of {training.photos} photos to learn from, "
+        f"{args.max_samples} of {len(heldout)} held-out crops translated",
+        "steps": args.steps,
+        "model": MODEL,
+        "training": TRAINING,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "seconds": round(time.monotonic() - started),
+        "rows": rows,
+    }
+    path = Path(args.json or folder / "conventions.json")
+    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def trained(
+    args: argparse.Namespace, folder: Path, network: Conventions, loss: Conventions
+) -> BLIP3oDiT:
+    """Train, or go on; the weight average after the last step."""
+    values: dict[str, Any] = {**MODEL, **TRAINING, "eval_every_n_steps": args.steps}
+    options = TrainingOptions(
+        chunked_embeddings_dir=args.shards,
+        output_dir=str(folder),
+        max_steps=args.steps,
+        conventions=network,
+        precision="bf16",
+        **values,
+    )
+    plan = prepare(options, World())
+    claim_folder(plan)
+    trainer = Trainer(plan, World())
+    trainer.step.loss = RectifiedFlowLoss(conventions=loss)
+    trainer.run()
+    return load_trained_model(folder / f"step_{args.steps}")
+
+
+def row(
+    baselines: Baselines, heldout: EmbeddingDataset, samples: int, predict: Any
+) -> dict[str, Any]:
+    """Metrics of one predictor on the held-out crops."""
+    accumulator = MetricAccumulator(baselines.mean.mean, has_cls=heldout.has_cls)
+    for batch in read_batches(heldout, chosen(heldout, samples), 16, CPU, None):
+        accumulator.add(predict(batch), batch.clip, batch.keys, batch.sources)
+    metrics = accumulator.finish(bootstrap=500, seed=0)
+    token, image = metrics.token_cosine, metrics.image_cosine
+    return {
+        "token_cosine": token.value,
+        "token_cosine_interval": [token.low, token.high],
+        "image_cosine": image.value,
+        "r2": metrics.r2.value,
+    }
+
+
+def table(rows: list[dict[str, Any]], evaluations: list[int]) -> str:
+    """Markdown: token cosine by number of network evaluations."""
+    counts = sorted(evaluations)
+    head = [f"{n} evaluation{'s' * (n > 1)}" for n in counts]
+    lines = [f"| {' | '.join(['network', 'loss', 'sampler', *head])} |"]
+    lines.append("|---|---|---|" + "---|" * len(counts))
+    by_kind: dict[tuple[str, str, str], dict[int, float]] = {}
+    for r in rows:
+        kind = (r["network"], r["loss"], r["sampler"])
+        by_kind.setdefault(kind, {})[r["evaluations"]] = r["token_cosine"]
+    for kind, values in by_kind.items():
+        cells = [f"{values.get(n, values.get(0, 0.0)):.3f}" for n in counts]
+        lines.append(f"| {' | '.join((*kind, *cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
