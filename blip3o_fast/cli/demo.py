@@ -19,7 +19,9 @@ from blip3o_fast.errors import OptionError
 
 if TYPE_CHECKING:
     from blip3o_fast.data import SampleRecord
+    from blip3o_fast.evaluation import Report
     from blip3o_fast.extraction.sources import ImageRef
+    from blip3o_fast.extraction.views import Settings
 
 HELDOUT_FRACTION = 0.2
 SEED = 0
@@ -93,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
     say(
         started, f"{samples} crops of {len(refs)} photos, {photos} held out, in {folder / 'shards'}"
     )
-    history = train_model(args, folder, device)
+    losses = train_model(args, folder, device)
     say(started, f"trained for {args.steps} steps, in {folder / 'run'}")
-    report = evaluate(args, folder, device, refs, history)
+    report = evaluate(args, folder, device, refs, losses)
     page = write_report(report, folder / "report")
     say(started, "evaluated on photos that training never saw")
     print()
@@ -128,16 +130,19 @@ def extract_tokens(
     from blip3o_fast.extraction.extract import extract
 
     towers = load_towers("lite", device=device)
-    extract(refs, towers, shards, extraction_settings(), resume=shards.exists(), progress=progress)
+    settings = extraction_settings(refs)
+    extract(refs, towers, shards, settings, resume=shards.exists(), progress=progress)
     return len(EmbeddingDataset(shards)), EmbeddingDataset(shards, split="heldout").photos
 
 
-def extraction_settings():  # noqa: ANN201
+def extraction_settings(refs: "list[ImageRef]") -> "Settings":
     """What the crops depend on, for extraction and for finding a crop again."""
     from blip3o_fast.data.manifest import Split
-    from blip3o_fast.extraction.extract import Settings
+    from blip3o_fast.extraction.photos import heldout_scenes
+    from blip3o_fast.extraction.views import Settings
 
-    return Settings(seed=SEED, split=Split(HELDOUT_FRACTION))
+    heldout = heldout_scenes(refs, HELDOUT_FRACTION)
+    return Settings(seed=SEED, mirror=True, split=Split(HELDOUT_FRACTION, heldout_sources=heldout))
 
 
 def train_model(
@@ -157,8 +162,7 @@ def train_model(
         **MODEL,
         **TRAINING,
     )
-    result = train(options)
-    return tuple((record.step, record.loss) for record in result.history)
+    return train(options).losses
 
 
 def evaluate(
@@ -166,8 +170,8 @@ def evaluate(
     folder: Path,
     device: str,
     refs: "list[ImageRef]",
-    history: tuple[tuple[int, float], ...],
-):  # noqa: ANN201
+    losses: tuple[tuple[int, float], ...],
+) -> "Report":
     """Measure the best checkpoint on held-out crops beside the baselines."""
     from blip3o_fast import load_trained_model
     from blip3o_fast.data import EmbeddingDataset
@@ -176,10 +180,10 @@ def evaluate(
 
     model = load_trained_model(folder / "run", device=device)
     by_key = {ref.key: ref for ref in refs}
-    settings = extraction_settings()
+    settings = extraction_settings(refs)
 
     def crop(record: "SampleRecord") -> np.ndarray | None:
-        ref = by_key.get(record.key.rpartition("#")[0])
+        ref = by_key.get(record.key) or by_key.get(record.key.rpartition("#")[0])
         return None if ref is None else np.asarray(open_view(ref, record.key, settings))
 
     shards = folder / "shards"
@@ -190,8 +194,9 @@ def evaluate(
     )
     facts = {
         "photos": f"{training.photos} to learn from, {heldout.photos} held out",
-        "crops": f"{len(training)} to learn from, {measure.max_samples} of {len(heldout)} evaluated",
-        "translation": "EfficientNet-Lite2 tokens [256, 120] to EfficientNet-Lite0 tokens [256, 112]",
+        "crops": f"{len(training)} to learn from, {len(heldout)} held out, "
+        f"{args.max_samples} of these evaluated",
+        "translation": "EfficientNet-Lite2 tokens [256, 120] to Lite0 tokens [256, 112]",
         "model": f"{model.get_num_parameters():,} parameters, {args.steps} steps of "
         f"{TRAINING['batch_size']} samples",
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
@@ -203,7 +208,7 @@ def evaluate(
         dataclasses.replace(measure, max_samples=min(args.max_samples, len(heldout))),
         title="EfficientNet-Lite2 to Lite0 by rectified flow, on held-out photos",
         facts=facts,
-        history=history,
+        history=losses,
         image_of=crop,
         progress=args.progress,
     )

@@ -30,6 +30,16 @@ def skip_coefficient(t: Tensor) -> Tensor:
     return (2 * t - 1) / (t.square() + (1 - t).square())
 
 
+def clean_coefficient(t: Tensor) -> Tensor:
+    """``t / (t^2 + (1 - t)^2)``: times ``x_t``, the best linear guess of ``x_1`` from ``x_t``.
+
+    The consistent conventions show the network this guess instead of ``x_t``. At t = 0, where
+    ``x_t`` is noise and says nothing, it is zero: with the skip of ``-x_t`` a single Euler step
+    then gives an estimate of the conditional mean that does not depend on the noise at all.
+    """
+    return t / (t.square() + (1 - t).square())
+
+
 class DiT(nn.Module):
     """Diffusion transformer with sandwich norms, grouped-query attention and an EVA adapter.
 
@@ -81,15 +91,17 @@ class DiT(nn.Module):
             return self.output_pre_norm, self.output_adaln_pre
         return self.output_norm, self.output_adaln
 
-    def embed_state(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+    def embed_state(self, hidden_states: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """State ``[B, N, C]`` and adapted EVA tokens ``[B, N, D]`` to the stream ``[B, N, D]``.
 
         Token i of the state and token i of the condition are the same patch, so the consistent
         conventions add the one to the other; the published model leaves cross-attention to find it.
         """
-        x = self.input_proj(hidden_states)
         if self.config.conventions == "consistent":
-            x = x + context
+            gain = clean_coefficient(timestep).to(hidden_states.dtype)[:, None, None]
+            x = self.input_proj(gain * hidden_states) + context
+        else:
+            x = self.input_proj(hidden_states)
         return x if self.config.use_3d_rope else x + self.pos_embed[:, : x.shape[1]]
 
     def forward(
@@ -121,7 +133,7 @@ class DiT(nn.Module):
         context = self.eva_adapter(encoder_hidden_states)
         openings = self.openings(activated)
 
-        x = self.embed_state(hidden_states, context)
+        x = self.embed_state(hidden_states, timestep, context)
         h = ops.sandwich_norm(
             x, *openings[0], eps=config.rms_norm_eps, impl=self.impls.sandwich_norm
         )

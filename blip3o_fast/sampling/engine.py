@@ -27,7 +27,7 @@ from blip3o_fast.ops import Impl, ImplTable
 from blip3o_fast.sampling.evaluation import evaluate
 from blip3o_fast.sampling.freshness import Fingerprint, fingerprint
 from blip3o_fast.sampling.graph import GraphStore
-from blip3o_fast.sampling.modulation import modulation_table, skip_weights
+from blip3o_fast.sampling.modulation import linear_guesses, modulation_table
 from blip3o_fast.sampling.stepper import Evaluate, StepTable, grid_times, step_table
 from blip3o_fast.sampling.weights import PackedWeights, pack_weights
 
@@ -86,7 +86,7 @@ class Engine:
             times, rows = grid_times(grid, solver)
             wide = torch.promote_types(self.weights.dtype, torch.float32)
             modulations = modulation_table(model, times, wide)
-            return step_table(modulations, skip_weights(model, times), grid, rows, dtype)
+            return step_table(modulations, linear_guesses(model, times), grid, rows, dtype)
 
         with self.lock:
             return self.tables.get((grid, solver, dtype), make)

@@ -37,7 +37,12 @@ def evaluate(
     Returns:
         ``[B', N, C]`` in the dtype of the weights, or in the state's where the state is part of it.
     """
-    x = F.linear(state.to(weights.dtype), weights.input_weight, weights.input_bias)
+    if sites.guess is None:
+        seen = state.to(weights.dtype)
+    else:
+        seen = torch.empty_like(state, dtype=weights.dtype)
+        torch.mul(state, sites.guess.clean, out=seen)
+    x = F.linear(seen, weights.input_weight, weights.input_bias)
     halves = context.keys_values.shape[0] // x.shape[0]
     if halves > 1:
         x = torch.cat([x] * halves)
@@ -70,10 +75,10 @@ def evaluate(
         )
         x, h = join(x, F.linear(_mlp(block, impls, h), block.down), block.scales[2], next(closings))
     velocity = F.linear(h, weights.output_weight, weights.output_bias)
-    if sites.skip is None:
+    if sites.guess is None:
         return velocity
     both = velocity.unflatten(0, (halves, -1))
-    return torch.addcmul(both, state, sites.skip).flatten(0, 1)
+    return torch.addcmul(both, state, sites.guess.skip).flatten(0, 1)
 
 
 def _self_attention(

@@ -16,22 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_fast.model import DiT, skip_coefficient
+from blip3o_fast.model import DiT, clean_coefficient, skip_coefficient
 from blip3o_fast.model.layers import TimestepEmbedder
 from blip3o_fast.ops import Modulation
 from blip3o_fast.sampling.weights import norm_sites, twin, whole
+
+
+class LinearGuess(NamedTuple):
+    """What the state says by itself, in the consistent conventions; 0-d weights of the state.
+
+    ``clean`` times the state is what the network sees, ``skip`` times the state is added to what it
+    answers.
+    """
+
+    clean: Tensor
+    skip: Tensor
 
 
 class Sites(NamedTuple):
     """What the time decides in one evaluation.
 
     ``openings`` modulate what opens each sub-layer and the output, ``closings`` what closes each
-    sub-layer. ``skip`` (0-d) is the weight of the state in the velocity, None where it has none.
+    sub-layer. ``guess`` weighs the state, None where the network sees it as it is.
     """
 
     openings: list[Modulation]
     closings: list[Modulation | None]
-    skip: Tensor | None
+    guess: LinearGuess | None
 
 
 def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -51,18 +62,23 @@ def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> 
     return torch.stack((inner * (1 + scale), shift), dim=2)
 
 
-def skip_weights(model: DiT, times: Sequence[float]) -> Tensor | None:
-    """The weight of the state in the velocity at each time, ``[T]`` fp32, or None.
+def linear_guesses(model: DiT, times: Sequence[float]) -> Tensor | None:
+    """The weights of ``LinearGuess`` at each time, ``[T, 2]`` fp32, or None.
 
     The times are rounded to fp32 first, as the plain model is told them.
     """
     if model.config.conventions != "consistent":
         return None
-    return skip_coefficient(torch.tensor(times, device=model.input_proj.weight.device))
+    t = torch.tensor(times, device=model.input_proj.weight.device)
+    return torch.stack((clean_coefficient(t), skip_coefficient(t)), dim=1)
 
 
 def site_modulations(
-    norms: tuple[Tensor, ...], row: Tensor, skip: Tensor | None, sublayers: int, batch: int
+    norms: tuple[Tensor, ...],
+    row: Tensor,
+    guess: LinearGuess | None,
+    sublayers: int,
+    batch: int,
 ) -> Sites:
     """Views of one row ``[sites, 2, D]`` of the table, in the form that the norm ops take.
 
@@ -74,4 +90,4 @@ def site_modulations(
         for w1, (folded, shift) in zip(norms, row, strict=True)
     ]
     openings, closings = modulations[: sublayers + 1], modulations[sublayers + 1 :]
-    return Sites(openings, [*closings] or [None] * sublayers, skip)
+    return Sites(openings, [*closings] or [None] * sublayers, guess)

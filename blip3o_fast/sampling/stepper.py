@@ -17,7 +17,7 @@ from blip3o_fast import ops
 from blip3o_fast.flow.schedule import TimeGrid
 from blip3o_fast.flow.solvers import AdamsBashforth2, Solver, Step
 from blip3o_fast.sampling.conditioning import Context
-from blip3o_fast.sampling.modulation import Sites, site_modulations
+from blip3o_fast.sampling.modulation import LinearGuess, Sites, site_modulations
 
 Evaluate = Callable[[Tensor, Context, Sites], Tensor]
 """``(state, context, sites) -> velocity`` with weights and implementations already chosen."""
@@ -27,8 +27,8 @@ class StepTable(NamedTuple):
     """What the steps of a grid read, indexed by step.
 
     ``modulations`` is ``[T, sites, 2, D]``; ``rows`` ``[S, evaluations]`` (int64) indexes it.
-    ``scalars`` is ``[S, 2]`` or ``[S, 2 + evaluations]``: a step's length dt, that length over the
-    one before (0 at first), and the weight of the state in each of its velocities.
+    ``scalars`` is ``[S, 2]`` or ``[S, 2 + 2 evaluations]``: a step's length dt, that length over
+    the one before (0 at first), and the weights of ``LinearGuess`` for each of its evaluations.
     """
 
     modulations: Tensor
@@ -67,18 +67,18 @@ def grid_times(grid: TimeGrid, solver: Solver) -> tuple[tuple[float, ...], list[
 
 def step_table(
     modulations: Tensor,
-    skips: Tensor | None,
+    guesses: Tensor | None,
     grid: TimeGrid,
     rows: list[list[int]],
     dtype: torch.dtype,
 ) -> StepTable:
-    """The table of a whole grid; ``skips`` ``[T]``; scalars in ``dtype``, that of the state."""
+    """The table of a whole grid; ``guesses`` ``[T, 2]``; ``dtype`` is that of the state."""
     device = modulations.device
     index = torch.tensor(rows, device=device)
     ratios = [0.0] + [grid.step(i, ()).ratio for i in range(1, len(grid))]
     scalars = torch.tensor((grid.lengths, ratios), device=device, dtype=dtype).T
-    if skips is not None:
-        scalars = torch.cat((scalars, skips.to(dtype)[index]), dim=1)
+    if guesses is not None:
+        scalars = torch.cat((scalars, guesses.to(dtype)[index].flatten(1)), dim=1)
     return StepTable(modulations, index, scalars.contiguous())
 
 
@@ -114,10 +114,11 @@ class Stepper:
         evaluations, numbers = table.rows.shape[1], table.scalars.shape[1]
         self.rows = table.modulations.new_empty(evaluations, *table.modulations.shape[1:])
         self.scalars = table.scalars.new_empty(1, numbers)
-        self.dt, self.ratio, *skips = self.scalars[0]
+        self.dt, self.ratio = self.scalars[0, :2]
+        guesses = [LinearGuess(*pair) for pair in self.scalars[0, 2:].view(-1, 2)]
         self.sites = [
-            site_modulations(norms, row, skip, 3 * L, batch)
-            for row, skip in zip(self.rows, skips or [None] * evaluations, strict=True)
+            site_modulations(norms, row, guess, 3 * L, batch)
+            for row, guess in zip(self.rows, guesses or [None] * evaluations, strict=True)
         ]
 
     def advance(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blip3o_fast import DiTConfig
-from blip3o_fast.model import DiT, skip_coefficient
+from blip3o_fast.model import DiT, clean_coefficient, skip_coefficient
 from blip3o_fast.model.adapter import padded_linear
 from blip3o_fast.ops import Impl
 
@@ -108,6 +108,24 @@ def test_skip_is_the_best_linear_guess():
         assert got.item() == pytest.approx(expected.item(), abs=5e-3)
 
 
+def test_network_sees_the_best_linear_guess_of_the_data():
+    """E[x_1 x_t] / E[x_t^2] for unit-variance data: nothing at noise, everything at data."""
+    generator = torch.Generator().manual_seed(0)
+    x1, noise = torch.randn(2, 400_000, generator=generator, dtype=torch.float64)
+    for t in (0.0, 0.2, 0.5, 0.7, 1.0):
+        x_t = (1 - t) * noise + t * x1
+        expected = (x_t @ x1) / (x_t @ x_t)
+        got = clean_coefficient(torch.tensor(t, dtype=torch.float64))
+        assert got.item() == pytest.approx(expected.item(), abs=5e-3)
+
+
+def test_one_euler_step_does_not_depend_on_the_noise():
+    model, (x, _, eva) = build(), inputs()
+    start = torch.zeros(len(x))
+    first, second = (noise + model(noise, start, eva, False) for noise in (x, x.flip(0) * 2))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
 def test_untrained_model_predicts_the_linear_guess():
     x, t, eva = inputs()
     expected = skip_coefficient(t)[:, None, None] * x
@@ -118,9 +136,10 @@ def test_untrained_model_predicts_the_linear_guess():
 @pytest.mark.parametrize("conventions", ["consistent", "published"])
 def test_condition_enters_the_stream_token_by_token(conventions):
     model = build(conventions=conventions)
-    x, _, eva = inputs()
+    x, t, eva = inputs()
     context = model.eva_adapter(eva)
-    added = model.embed_state(x, context) - model.input_proj(x)
+    seen = clean_coefficient(t)[:, None, None] * x if conventions == "consistent" else x
+    added = model.embed_state(x, t, context) - model.input_proj(seen)
     expected = context if conventions == "consistent" else torch.zeros_like(context)
     torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-5)
 
