@@ -27,11 +27,11 @@ HELDOUT_FRACTION = 0.2
 SEED = 0
 
 MODEL = {
-    "hidden_size": 192,
-    "num_hidden_layers": 3,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "intermediate_size": 512,
+    "intermediate_size": 256,
     "eva_adapter_layers": 2,
     "eva_adapter_dropout": 0.0,
     "initializer_range": 0.02,
@@ -42,6 +42,7 @@ MODEL = {
 TRAINING = {
     "batch_size": 16,
     "learning_rate": 2e-3,
+    "weight_decay": 0.05,
     "adam_beta2": 0.99,
     "ema_decay": 0.99,
     "simple_scale_factor": "auto",

@@ -1,0 +1,135 @@
+"""``blip3o-fast generate``: shards in, shards out, the same whatever happens in between."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import small_model, write_shards
+
+from blip3o_fast.cli import generate
+from blip3o_fast.cli.main import main
+from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.evaluation.evaluate import sample_seed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A model and shards of 24 samples, and the command that translates them."""
+    small_model().save_pretrained(tmp_path / "model")
+    write_shards(tmp_path / "shards")
+    return [
+        *("generate", "--model_path", str(tmp_path / "model")),
+        *("--embeddings_dir", str(tmp_path / "shards"), "--num_inference_steps", "3"),
+        *("--store_dtype", "fp32", "--batch_size", "5", "--samples_per_shard", "7"),
+        *("--no_progress", "--device", "cpu"),
+    ]
+
+
+def translated(folder):
+    """Every sample's tokens by key."""
+    data = EmbeddingDataset(folder, verify=True)
+    batch = data.read(range(len(data)))
+    assert batch.eva.shape[-1] == 0
+    return dict(zip(batch.keys, batch.clip, strict=True))
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for key, tokens in expected.items():
+        torch.testing.assert_close(got[key], tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_translates_every_sample(given, tmp_path, capsys):
+    assert main([*given, "--output_dir", str(tmp_path / "clip")]) == 0
+    assert "24 samples" in capsys.readouterr().out
+    source = EmbeddingDataset(tmp_path / "shards")
+    batch = source.read(range(len(source)))
+    expected = small_model().generate(
+        batch.eva, 3, seeds=[sample_seed(key, 0) for key in batch.keys]
+    )
+    assert_same(translated(tmp_path / "clip"), dict(zip(batch.keys, expected, strict=True)))
+    manifest = EmbeddingDataset(tmp_path / "clip").manifest
+    assert "3 heun steps" in manifest.clip_encoder.layer and manifest.eva_encoder is None
+
+
+def test_goes_on_where_it_stopped(given, tmp_path, monkeypatch, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*given, "--output_dir", str(whole)]) == 0
+    calls = []
+
+    def failing(records, seed):
+        calls.append(records)
+        if len(calls) > 12:
+            raise OSError("the machine went away")
+        return sample_seed(records, seed)
+
+    monkeypatch.setattr("blip3o_fast.evaluation.evaluate.sample_seed", failing)
+    assert main([*given, "--output_dir", str(cut)]) == 1
+    assert not (cut / "manifest.json").exists()
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main([*given, "--output_dir", str(cut)]) == 0
+    assert "17 of them new" in capsys.readouterr().out
+    assert_same(translated(cut), translated(whole))
+
+
+def test_batch_size_changes_nothing(given, tmp_path):
+    for name, size in (("one", "24"), ("other", "1")):
+        command = [*given, "--output_dir", str(tmp_path / name), "--batch_size", size]
+        assert main(command) == 0
+    assert_same(translated(tmp_path / "one"), translated(tmp_path / "other"))
+
+
+def test_two_processes_share_the_work(given, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += ["-m", "blip3o_fast", *given, "--output_dir", str(tmp_path / "two")]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert main([*given, "--output_dir", str(tmp_path / "one")]) == 0
+    assert_same(translated(tmp_path / "two"), translated(tmp_path / "one"))
+
+
+def test_another_setting_does_not_continue_a_folder(given, tmp_path, capsys):
+    command = [*given, "--output_dir", str(tmp_path / "clip")]
+    assert main(command) == 0
+    assert main([*command, "--seed", "1"]) == 1
+    assert "clip_encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_inference_steps", "0"], "num_inference_steps: expected at least 1"),
+        (["--batch_size", "0"], "batch_size: expected at least 1"),
+        (["--graph"], "CUDA"),
+    ],
+)
+def test_bad_options(given, tmp_path, capsys, options, message):
+    folder = tmp_path / "clip"
+    assert main([*given, "--output_dir", str(folder), *options]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (folder / "manifest.json").exists()
+
+
+def test_the_source_is_not_overwritten(given, tmp_path, capsys):
+    assert main([*given, "--output_dir", str(tmp_path / "shards")]) == 2
+    assert "another folder" in capsys.readouterr().err
+
+
+def test_model_of_another_width(given, tmp_path, capsys):
+    small_model(eva_embedding_size=11).save_pretrained(tmp_path / "model")
+    assert main([*given, "--output_dir", str(tmp_path / "clip")]) == 2
+    assert "expected EVA width 11" in capsys.readouterr().err
+    assert not (tmp_path / "clip").exists()
+
+
+def test_batches():
+    assert list(generate.batches([1, 2, 3], 2)) == [[1, 2], [3]]
