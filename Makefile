@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format bench clean
+.PHONY: help demo test test-slow test-gpu check format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,9 +46,6 @@ check: $(VENV)/dev ## lint, format, types, layering
 format: $(VENV)/dev ## mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench: $(VENV)/dev ## the CPU subset of the benchmark suite
-	$(BIN)/python -m pytest benchmarks --benchmark-only -m cpu
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo

@@ -242,8 +242,8 @@ class BuildCuda(build_ext):
         for command in (configure, [PLAN.cmake, "--build", str(build), "-j", str(jobs())]):
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(
-                    f"the CUDA build failed in: {' '.join(command)}; the compiler's words are above "
-                    "(pip shows it with -v); BLIP3O_FAST_CUDA=0 installs without"
+                    f"the CUDA build failed in: {' '.join(command)}; "
+                    "the compiler's words are above (pip shows it with -v); BLIP3O_FAST_CUDA=0 installs without"
                 )
         write_record(target.parent, PLAN)
 

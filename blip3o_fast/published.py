@@ -64,7 +64,7 @@ def create_clip_reproduction_model(
 def accelerate(model: nn.Module) -> BLIP3oCLIPDiTModel:
     """A fast model that shares the parameters of an instance of the published one.
 
-    Nothing is copied: training either changes both. Device, dtype and train or eval mode carry over.
+    Nothing is copied: training either changes both. Device, dtype and mode carry over.
 
     Raises:
         TypeError: if ``model`` has no published configuration.

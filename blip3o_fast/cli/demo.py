@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from blip3o_fast.evaluation import Report
     from blip3o_fast.extraction.sources import ImageRef
     from blip3o_fast.extraction.views import Settings
+
+Device = Literal["cpu", "cuda"]
 
 HELDOUT_FRACTION = 0.2
 SEED = 0
@@ -85,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
     from blip3o_fast.evaluation import require_plots, terminal_table, write_report
 
     require_plots()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device != "auto":
+        device = args.device
     folder = Path(args.output_dir)
     started = time.monotonic()
 
@@ -123,7 +125,7 @@ def find_photos(args: argparse.Namespace) -> "list[ImageRef]":
 
 
 def extract_tokens(
-    refs: "list[ImageRef]", shards: Path, device: str, progress: bool
+    refs: "list[ImageRef]", shards: Path, device: Device, progress: bool
 ) -> tuple[int, int]:
     """Encode the crops of all photos; the number of samples, and of photos held out."""
     from blip3o_fast.data import EmbeddingDataset
@@ -147,7 +149,7 @@ def extraction_settings(refs: "list[ImageRef]") -> "Settings":
 
 
 def train_model(
-    args: argparse.Namespace, folder: Path, device: str
+    args: argparse.Namespace, folder: Path, device: Device
 ) -> tuple[tuple[int, float], ...]:
     """Train, or go on; the losses by step."""
     from blip3o_fast.training import TrainingOptions, train
@@ -157,7 +159,7 @@ def train_model(
         output_dir=str(folder / "run"),
         max_steps=args.steps,
         device=device,
-        precision="bf16",
+        precision="bf16" if device == "cuda" or _cpu_has_bf16() else "fp32",
         progress=args.progress,
         seed=SEED,
         **MODEL,
@@ -166,10 +168,19 @@ def train_model(
     return train(options).losses
 
 
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself; where it does not, fp32 is faster.
+
+    A torch that cannot tell counts as no.
+    """
+    tell = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(tell().get("avx512_bf16", False))
+
+
 def evaluate(
     args: argparse.Namespace,
     folder: Path,
-    device: str,
+    device: Device,
     refs: "list[ImageRef]",
     losses: tuple[tuple[int, float], ...],
 ) -> "Report":
