@@ -243,7 +243,8 @@ class BuildCuda(build_ext):
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(
                     f"the CUDA build failed in: {' '.join(command)}; "
-                    "the compiler's words are above (pip shows it with -v); BLIP3O_FAST_CUDA=0 installs without"
+                    "the compiler's words are above (pip shows it with -v); "
+                    "BLIP3O_FAST_CUDA=0 installs without"
                 )
         write_record(target.parent, PLAN)
 

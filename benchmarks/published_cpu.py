@@ -12,6 +12,7 @@ run. The last line is JSON.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -117,9 +118,7 @@ def transformers_stub() -> types.ModuleType:
 
 def plan_bf16(model: Any, count: int, compiled: bool = False) -> SamplingPlan:
     """An Euler plan in bf16."""
-    return SamplingPlan(
-        model, steps=count, solver="euler", dtype=torch.bfloat16, compile=compiled
-    )
+    return SamplingPlan(model, steps=count, solver="euler", dtype=torch.bfloat16, compile=compiled)
 
 
 def one(function: Callable[[], object]) -> Timer:
@@ -140,7 +139,7 @@ def steps(plan: SamplingPlan, eva: Tensor, x: Tensor) -> Timer:
     def turn() -> list[float]:
         stamps: list[float] = []
         plan(eva, noise=x, callback=lambda *_: stamps.append(time.perf_counter()))
-        return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(stamps)]
 
     return turn
 
