@@ -1,0 +1,249 @@
+"""Attention on every backend that can run here, and the choice among all of them."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from blip3o_fast import ops, reference
+from blip3o_fast.ops import AttentionBackend
+from blip3o_fast.ops import _attention_backends as backends
+from tests.kernels.oracle import check, laid_out, randn
+
+HERE = [AttentionBackend.SDPA_FLASH, AttentionBackend.SDPA, AttentionBackend.REFERENCE]
+PACKAGES = list(backends.PACKAGES)
+
+
+def inputs(batch=2, tokens=5, keys=7, heads=4, kv_heads=2, width=16, **options):
+    return [
+        randn(batch, tokens, heads, width, **options),
+        randn(batch, keys, kv_heads, width, seed=1, **options),
+        randn(batch, keys, kv_heads, width, seed=2, **options),
+    ]
+
+
+def facts(**changes):
+    """Those of a bf16 head of 64 on an H100."""
+    usual = backends.Facts(
+        device=torch.device("cuda", 0),
+        dtype=torch.bfloat16,
+        width=64,
+        dropout=False,
+        unit_rows=True,
+        empty=False,
+        compiling=False,
+    )
+    return usual._replace(**changes)
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    monkeypatch.setattr(backends, "_compute_major", lambda index: 9)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    backends.package_function.cache_clear()
+    ops_attention()._remembered.cache_clear()
+    yield
+    backends.package_function.cache_clear()
+    ops_attention()._remembered.cache_clear()
+
+
+def ops_attention():
+    return sys.modules["blip3o_fast.ops.attention"]
+
+
+def install(monkeypatch, module, function):
+    """A stand-in for a package, found like an installed one."""
+    for name in {module, module.partition(".")[0]}:
+        stub = types.ModuleType(name)
+        stub.__spec__ = types.SimpleNamespace(name=name)  # find_spec reads it
+        monkeypatch.setitem(sys.modules, name, stub)
+    if function is not None:
+        sys.modules[module].flash_attn_func = function
+
+
+def choose(**changes):
+    return ops_attention()._first(facts(**changes))
+
+
+@pytest.mark.parametrize("backend", [None, *HERE], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
+def test_against_the_specification(device, backend, heads, kv_heads):
+    if device.type == "cuda" and backend is AttentionBackend.SDPA_FLASH:
+        pytest.skip("flash kernels take 16-bit dtypes: test_half")
+    check(
+        lambda q, k, v: ops.attention(q, k, v, backend=backend),
+        reference.attention,
+        inputs(heads=heads, kv_heads=kv_heads, device=device),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens, keys", [(1, 9), (63, 255), (257, 257)])
+def test_half(device, dtype, tokens, keys):
+    check(ops.attention, reference.attention, inputs(1, tokens, keys, dtype=dtype, device=device))
+
+
+def test_packed_projection_is_read_where_it_lies(device):
+    """Strided views of one projection, as the model passes them."""
+    qkv = randn(2, 5, (4 + 2 + 2) * 16, device=device)
+    q, k, v = qkv.unflatten(-1, (8, 16)).split((4, 2, 2), dim=2)
+    check(ops.attention, reference.attention, [q, k, v])
+
+
+def test_rows_that_are_not_contiguous(device):
+    values = [laid_out(x, "spread") for x in inputs(device=device)]
+    assert ops.attention_backend(*values)[0] is AttentionBackend.SDPA
+    assert "last axis" in ops.attention_backend(*values)[1]
+    check(ops.attention, reference.attention, values)
+
+
+@pytest.mark.parametrize("batch, tokens, keys", [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
+def test_empty(device, batch, tokens, keys):
+    values = inputs(batch, tokens, keys, device=device)
+    out = ops.attention(*(x.requires_grad_() for x in values))
+    assert out.shape == values[0].shape and not out.any()
+    out.sum().backward()
+
+
+def test_no_repeated_keys(monkeypatch):
+    """The grouped heads reach the kernel as they are."""
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q.shape[1], k.shape[1], v.shape[1], k.data_ptr(), options["enable_gqa"]))
+        return plain(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = inputs()
+    ops.attention(q, k, v)
+    assert seen == [(4, 2, 2, k.data_ptr(), True)]
+
+
+def test_dropout_drops(device):
+    q, k, v = inputs(2, 64, 64, device=device)
+    torch.manual_seed(0)
+    dropped = ops.attention(q, k, torch.ones_like(v), dropout=0.5)
+    assert dropped.std() > 0.05 and abs(dropped.mean() - 1) < 0.05
+
+
+def test_one_graph(device):
+    torch._dynamo.reset()
+    q, k, v = inputs(device=device)
+    compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), reference.attention(q, k, v))
+
+
+def test_the_backend_is_queryable():
+    backend, reason = ops.attention_backend(*inputs())
+    assert backend is AttentionBackend.SDPA_FLASH
+    assert reason == "not flash_attn_3, flash_attn_4, flash_attn_2: it needs CUDA tensors, got cpu"
+    backend, reason = ops.attention_backend(*inputs(), dropout=0.1)
+    assert backend is AttentionBackend.SDPA and "CPUs has no dropout" in reason
+    asked = ops.attention_backend(*inputs(), backend=AttentionBackend.REFERENCE)
+    assert asked == (AttentionBackend.REFERENCE, "asked for")
+
+
+@pytest.mark.parametrize(
+    "backend, message",
+    [
+        (AttentionBackend.FLASH_ATTN_2, "needs CUDA tensors, got cpu; pass backend=None"),
+        (AttentionBackend.FLASH_ATTN_3, "needs CUDA tensors"),
+        (AttentionBackend.FLASH_ATTN_4, "needs CUDA tensors"),
+    ],
+)
+def test_a_backend_that_cannot_run(backend, message):
+    with pytest.raises(ValueError, match=rf"backend={backend.name} on torch.float32.*{message}"):
+        ops.attention(*inputs(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", [AttentionBackend.REFERENCE, AttentionBackend.SDPA_FLASH])
+def test_dropout_is_never_ignored(backend):
+    with pytest.raises(ValueError, match="has no dropout"):
+        ops.attention(*inputs(), dropout=0.5, backend=backend)
+
+
+def test_order_of_the_chain(h100, monkeypatch):
+    backend, reason = choose()
+    assert backend is AttentionBackend.SDPA_FLASH and "flash-attn is not installed" in reason
+    install(monkeypatch, "flash_attn", reference.attention)
+    backends.package_function.cache_clear()
+    assert choose()[0] is AttentionBackend.FLASH_ATTN_2
+    install(monkeypatch, "flash_attn_interface", reference.attention)
+    backends.package_function.cache_clear()
+    assert choose() == (AttentionBackend.FLASH_ATTN_3, "first choice")
+
+
+@pytest.mark.parametrize(
+    "changes, chosen, why",
+    [
+        ({"dtype": torch.float32}, "SDPA", "float16 and bfloat16, got torch.float32"),
+        ({"width": 512}, "SDPA", "multiple of 8 up to 256, got 512"),
+        ({"width": 60}, "SDPA", "multiple of 8 up to 256, got 60"),
+        ({"empty": True}, "SDPA", "at least one query and one key"),
+        ({"compiling": True}, "SDPA", "torch.compile is tracing"),
+        ({"dropout": True}, "FLASH_ATTN_2", "flash_attn_3 has no dropout"),
+        ({"device": torch.device("mps")}, "SDPA", "got mps"),
+    ],
+    ids=str,
+)
+def test_what_decides(h100, monkeypatch, changes, chosen, why):
+    install(monkeypatch, "flash_attn", reference.attention)
+    install(monkeypatch, "flash_attn_interface", reference.attention)
+    backend, reason = choose(**changes)
+    assert backend is AttentionBackend[chosen] and why in reason
+
+
+def test_old_gpu(h100, monkeypatch):
+    monkeypatch.setattr(backends, "_compute_major", lambda index: 7)
+    backend, reason = choose()
+    assert backend is AttentionBackend.SDPA and "capability 8 to 99, got 7" in reason
+
+
+def test_a_package_that_does_not_load(h100, monkeypatch):
+    """flash-attn-4 alone leaves a flash_attn folder without the function of flash-attn."""
+    install(monkeypatch, "flash_attn", None)
+    backend, reason = choose()
+    assert backend is AttentionBackend.SDPA_FLASH
+    assert "flash-attn is not installed or does not load" in reason
+
+
+@pytest.mark.parametrize("backend", PACKAGES, ids=str)
+@pytest.mark.parametrize("with_logsumexp", [False, True])
+def test_packages_are_called_in_their_own_layout(h100, monkeypatch, backend, with_logsumexp):
+    def function(q, k, v, **options):
+        assert options == ({"dropout_p": 0.0} if backend is AttentionBackend.FLASH_ATTN_2 else {})
+        out = reference.attention(q, k, v)
+        return (out, None) if with_logsumexp else out
+
+    install(monkeypatch, backends.PACKAGES[backend].module, function)
+    values = inputs()
+    assert torch.equal(backends.run(backend, *values, 0.0), reference.attention(*values))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v: (q[0], k, v), r"q: expected shape \[B, N, H, d\]"),
+        (lambda q, k, v: (q, k[:1], v), r"k: expected shape \[B=2, M, K, d=16\]"),
+        (lambda q, k, v: (q, k, v[:, :3]), r"v: expected shape \[B=2, M=7, K=2, d=16\]"),
+        (
+            lambda q, k, v: (q[:, :, :3], k, v),
+            "k: expected a number of heads that divides 3, got 2",
+        ),
+        (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "divides 4, got 0"),
+        (lambda q, k, v: (q, k.half(), v), "k: expected torch.float32, the dtype of q"),
+        (lambda q, k, v: (q.long(), k, v), "q: expected float16, bfloat16, float32 or float64"),
+        (lambda q, k, v: (q, k.to("meta"), v), "k: expected device cpu, that of q, got meta"),
+    ],
+)
+def test_bad_tensors(change, message):
+    with pytest.raises(ValueError, match=message):
+        ops.attention(*change(*inputs()))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_bad_dropout(dropout):
+    with pytest.raises(ValueError, match="dropout: expected a probability below 1"):
+        ops.attention(*inputs(), dropout=dropout)

@@ -1,0 +1,51 @@
+"""Autocast: row ops compute in the dtypes that they are given, attention is cast like a product."""
+
+import pytest
+import torch
+
+from blip3o_fast import ops
+from tests.kernels.oracle import randn
+from tests.ops.cases import CASES, outputs, solver_update
+
+IMPLS = pytest.mark.parametrize(
+    "impl", [ops.Impl.TRITON, ops.Impl.REFERENCE], ids=lambda i: i.value
+)
+
+
+def run(case, leaves, impl):
+    results = outputs(case.call(*leaves, impl=impl))
+    wanted = leaves[: case.differentiable]
+    return [*results, *torch.autograd.grad(sum(u.square().sum() for u in results), wanted)]
+
+
+@IMPLS
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing_inside_a_row_op(device, case, impl, dtype):
+    plain = run(case, case.leaves(dtype=dtype, device=device), impl)
+    with torch.autocast(device.type, torch.bfloat16):
+        cast = run(case, case.leaves(dtype=dtype, device=device), impl)
+    for a, b in zip(plain, cast, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@IMPLS
+def test_the_state_of_the_solver_stays_fp32(device, impl):
+    x, velocity = (randn(2, 3, 4, device=device, seed=i) for i in range(2))
+    with torch.autocast(device.type, torch.bfloat16):
+        got = solver_update(x, velocity.bfloat16(), velocity.bfloat16(), 0.1, impl=impl)
+    assert got.dtype == torch.float32
+    assert torch.equal(
+        got, solver_update(x, velocity.bfloat16(), velocity.bfloat16(), 0.1, impl=impl)
+    )
+
+
+@pytest.mark.parametrize("backend", [None, *ops.AttentionBackend][-3:], ids=str)
+def test_attention_is_cast_like_a_product(device, backend):
+    q, k, v = (randn(2, 5, heads, 16, device=device) for heads in (4, 2, 2))
+    with torch.autocast(device.type, torch.bfloat16):
+        out = ops.attention(q, k, v, backend=backend)
+        wide = ops.attention(q.double(), k.double(), v.double(), backend=ops.AttentionBackend.SDPA)
+    expected = ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert wide.dtype == torch.float64

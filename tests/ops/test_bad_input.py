@@ -1,0 +1,202 @@
+"""What does not fit is refused with what was expected, what came and what to do."""
+
+import pytest
+import torch
+
+from blip3o_fast import ops
+from blip3o_fast.ops import Impl, ImplTable, _dispatch
+from tests.kernels.oracle import randn
+from tests.ops.cases import CASES, solver_update
+
+BY_NAME = {case.name: case for case in CASES}
+IMPLS = pytest.mark.parametrize("impl", [Impl.TRITON, Impl.REFERENCE], ids=lambda i: i.value)
+
+
+def each_case(*names):
+    cases = [BY_NAME[name] for name in names or BY_NAME]
+    return pytest.mark.parametrize("case", cases, ids=lambda c: c.name)
+
+
+@IMPLS
+@each_case()
+def test_dtype_that_is_not_floating(case, impl):
+    values = case.inputs()
+    values[0] = values[0].long()
+    expected = "expected float16, bfloat16, float32 or float64, got torch.int64"
+    with pytest.raises(ValueError, match=expected):
+        case.call(*values, impl=impl)
+
+
+@IMPLS
+@each_case(*(case.name for case in CASES if case.name != "swiglu"))
+def test_two_devices(case, impl):
+    values = case.inputs()
+    values[-1] = values[-1].to("meta")
+    with pytest.raises(ValueError, match=r"expected device cpu, that of .*, got meta"):
+        case.call(*values, impl=impl)
+
+
+@IMPLS
+@each_case("sandwich_norm", "sandwich_join", "adapter_mix", "flow_loss")
+def test_batches_that_differ(case, impl):
+    values = case.inputs()
+    values[-1] = values[-1][:1]
+    with pytest.raises(ValueError, match=r"expected shape \[.*B=2.*\], got \[1"):
+        case.call(*values, impl=impl)
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    "name, position, shape, message",
+    [
+        (
+            "swiglu",
+            0,
+            (2, 3, 7),
+            r"gate_up: expected an even last axis \[..., 2I\], got \[2, 3, 7\]",
+        ),
+        ("swiglu", 0, (), r"gate_up: expected an even last axis"),
+        ("rope", 1, (3, 5), "cos: expected an even head width d, got 5"),
+        ("rope", 2, (4, 12), r"sin: expected shape \[N=3, d=12\], got \[4, 12\]"),
+        ("rope", 0, (2, 3, 47), r"qkv: expected shape \[B, N=3, W=48\], got \[2, 3, 47\]"),
+        ("sandwich_norm", 0, (2, 6), r"x: expected shape \[B, N, D\], got \[2, 6\]"),
+        ("sandwich_norm", 1, (7,), r"w1: expected shape \[D=6\], got \[7\]"),
+        ("sandwich_norm", 3, (2, 3, 6), r"shift: expected shape \[B=2, D=6\], got \[2, 3, 6\]"),
+        ("sandwich_join", 1, (2, 3, 7), r"y: expected shape \[B=2, N=3, D=6\], got \[2, 3, 7\]"),
+        ("sandwich_join", 2, (2,), r"layer_scale: expected shape \[D=6\], got \[2\]"),
+        ("sandwich_join", 5, (2, 7), r"post.shift: expected shape \[B=2, D=6\], got \[2, 7\]"),
+        ("sandwich_join", 8, (7,), r"pre.w2: expected shape \[D=6\], got \[7\]"),
+        ("adapter_norm", 0, (3, 8), r"x: expected shape \[B, N, P\], got \[3, 8\]"),
+        ("adapter_norm", 2, (5,), r"bias: expected shape \[W=6\], got \[5\]"),
+        (
+            "adapter_mix",
+            1,
+            (2, 3, 7),
+            r"adapted: expected shape \[B=2, N=3, D=6\], got \[2, 3, 7\]",
+        ),
+        ("flow_loss", 3, (2, 4, 6), r"noise: expected shape \[B=2, N=3, C=6\], got \[2, 4, 6\]"),
+        ("flow_loss", 4, (2, 1), r"t: expected shape \[B=2\], got \[2, 1\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(name, position, shape, message, impl):
+    values = BY_NAME[name].inputs()
+    values[position] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        BY_NAME[name].call(*values, impl=impl)
+
+
+@IMPLS
+@pytest.mark.parametrize("width", [0, 9])
+def test_adapter_weight_that_does_not_fit_the_row(impl, width):
+    weight = torch.zeros(width)
+    with pytest.raises(ValueError, match=f"weight: expected 1 to 8 entries.*got {width}"):
+        ops.adapter_norm(torch.zeros(2, 3, 8), weight, weight, impl=impl)
+
+
+@IMPLS
+@pytest.mark.parametrize("shape", [(0, 3, 6), (2, 0, 6), (2, 3, 0)])
+def test_loss_of_nothing(impl, shape):
+    x = torch.zeros(shape)
+    with pytest.raises(ValueError, match="velocity: expected at least one element"):
+        BY_NAME["flow_loss"].call(x, x, x, x, torch.zeros(shape[0]), impl=impl)
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"velocity": torch.zeros(4, 3, 6)}, r"velocity: expected shape \[B=2, N=3, C=6\]"),
+        ({"previous": torch.zeros(2, 3, 7)}, r"previous: expected shape \[B=2, N=3, C=6\]"),
+        ({"guidance_scale": 2.0}, r"velocity: expected shape \[B=4, N=3, C=6\], got \[2, 3, 6\]"),
+        ({"dt": torch.zeros(1)}, r"dt: expected a number or a 0-d tensor, got \[1\]"),
+        ({"dt": torch.zeros((), device="meta")}, "dt: expected device cpu, that of x, got meta"),
+        ({"dt": torch.ones((), dtype=torch.long)}, "dt: expected float16"),
+        ({"clamp": -1.0}, "clamp: expected a bound of at least 0, or None, got -1.0"),
+    ],
+)
+def test_solver_update(impl, change, message):
+    x = torch.zeros(2, 3, 6)
+    arguments = {"x": x, "velocity": x, "dt": 0.1, **change}
+    with pytest.raises(ValueError, match=message):
+        ops.solver_update(**arguments, impl=impl)
+
+
+def test_solver_update_never_drops_a_gradient_silently():
+    x, velocity = torch.zeros(2, 3, 6), torch.ones(2, 3, 6, requires_grad=True)
+    with pytest.raises(ValueError, match=r"records no gradient.*torch.no_grad\(\)"):
+        solver_update(x, velocity, velocity, 0.1, impl=Impl.TRITON)
+    assert solver_update(x, velocity, velocity, 0.1, impl=None).requires_grad
+    with torch.no_grad():
+        assert not solver_update(x, velocity, velocity, 0.1, impl=Impl.TRITON).requires_grad
+
+
+def test_flow_loss_never_drops_a_gradient_silently():
+    velocity, x_t, x_1, noise, t = BY_NAME["flow_loss"].inputs()
+    with pytest.raises(ValueError, match=r"require no gradient.*velocity alone"):
+        BY_NAME["flow_loss"].call(velocity, x_t.requires_grad_(), x_1, noise, t, impl=Impl.TRITON)
+
+
+def test_rope_in_place_refuses_to_lose_a_gradient():
+    qkv, cos, sin = BY_NAME["rope"].inputs()
+    with pytest.raises(ValueError, match=r"inplace: expected torch.no_grad\(\)"):
+        ops.rope(qkv.requires_grad_(), cos, sin, num_heads=2, num_kv_heads=1, inplace=True)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(0, 0), (-1, 2)])
+def test_rope_without_heads(heads, kv_heads):
+    with pytest.raises(ValueError, match="num_heads, num_kv_heads: expected heads"):
+        ops.rope(
+            torch.zeros(2, 3, 0),
+            torch.zeros(3, 4),
+            torch.zeros(3, 4),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+        )
+
+
+@each_case("sandwich_norm", "sandwich_join", "adapter_norm", "flow_loss")
+def test_rows_wider_than_one_program(case):
+    with pytest.raises(ValueError, match=r"expected a width from 1 to 8192.*pass impl=Impl.REF"):
+        case.call(*case.inputs(1, 1, 9000), impl=Impl.TRITON)
+
+
+@each_case()
+def test_triton_without_a_gpu_or_the_interpreter(case, monkeypatch):
+    monkeypatch.setattr(_dispatch, "interpreting", lambda: False)
+    message = r"impl=TRITON on a torch.float32 tensor of width \d+ on cpu.*TRITON_INTERPRET=1"
+    with pytest.raises(ValueError, match=message):
+        case.call(*case.inputs(), impl=Impl.TRITON)
+    assert torch.is_tensor(case.call(*case.inputs(), impl=None)) or case.name == "sandwich_join"
+
+
+@each_case()
+def test_triton_that_is_not_installed(case, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_TRITON_INSTALLED", False)
+    with pytest.raises(ValueError, match=r"Triton is not installed.*blip3o-fast\[triton\]"):
+        case.call(*case.inputs(), impl=Impl.TRITON)
+
+
+@each_case()
+def test_cuda_kernels_on_a_cpu(case):
+    with pytest.raises(ValueError, match="impl=CUDA"):
+        case.call(*case.inputs(), impl=Impl.CUDA)
+
+
+@each_case()
+def test_name_instead_of_an_impl(case):
+    with pytest.raises(ValueError, match="impl: expected an Impl or None, got 'triton'"):
+        case.call(*case.inputs(), impl="triton")
+
+
+def test_table_of_implementations():
+    table = ImplTable()
+    table.set(Impl.TRITON, rope=Impl.REFERENCE)
+    assert table.rope is Impl.REFERENCE and table.swiglu is Impl.TRITON
+    with pytest.raises(ValueError, match=r"unknown op 'norm'; expected one of sandwich_norm, "):
+        table.set(norm=Impl.TRITON)
+    assert table.swiglu is Impl.TRITON
+
+
+def test_automatic_choice_on_a_cpu_is_the_reference():
+    x = randn(2, 3, 6)
+    assert _dispatch.resolve_impl(None, x) is Impl.REFERENCE
