@@ -3,9 +3,9 @@
 import ctypes
 import json
 import re
+import resource
 import shutil
 import subprocess
-import time
 import zipfile
 from pathlib import Path
 
@@ -25,7 +25,10 @@ from tests.packaging.building import (
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
+    pytest.mark.timeout(1800),
+]
 
 STABLE = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+")
 """The C shims, which are all that torch promises to keep."""
@@ -33,19 +36,25 @@ STABLE = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A CUDA wheel for every default target, and the seconds that it took."""
+    """A CUDA wheel for every default target, and the CPU seconds that it took."""
     pytest.importorskip("setuptools", minversion="77")
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
     folder = tmp_path_factory.mktemp("cuda")
     tree = copy_sources(folder / "tree")
-    begin = time.perf_counter()
+    begin = cpu_seconds()
     result = hook(tree, "build_wheel", str(folder), BLIP3O_FAST_CUDA="1", MAX_JOBS="2")
     assert result.returncode == 0, result.stdout + result.stderr
     warned = re.findall(r".*(?:csrc|ptxas).*warning.*", result.stdout + result.stderr)
     assert not warned, warned
     (built,) = folder.glob("*.whl")
-    return built, time.perf_counter() - begin
+    return built, cpu_seconds() - begin
+
+
+def cpu_seconds() -> float:
+    """What the compilers have used, which does not depend on who else uses the machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +67,7 @@ def library(wheel: tuple[Path, float]) -> Path:
 def test_wheel_is_tagged_for_its_platform_alone(wheel: tuple[Path, float]) -> None:
     path, seconds = wheel
     assert re.fullmatch(r"blip3o_fast-[\d.]+-py3-none-linux_\w+\.whl", path.name)
-    assert seconds < 300, f"the build took {seconds:.0f} s"
+    assert seconds < 2 * 300, f"five minutes on two cores are exceeded: {seconds:.0f} CPU seconds"
     with zipfile.ZipFile(path) as archive:
         record = json.loads(archive.read("blip3o_fast/_build_info.json"))
     assert record["built"] and record["targets"][-1].endswith("-virtual")
