@@ -89,11 +89,13 @@ def find_versions() -> dict[str, str]:
 def op_choices(device: str) -> list[Choice]:
     """The automatic choice for every op on ``device``."""
     sample = torch.empty(0, 256, 64, device=device, dtype=torch.float32)
-    impl = ops.resolve_impl(None, sample)
-    why = "the specification in PyTorch" if impl is ops.Impl.REFERENCE else "fused kernel"
-    if device == "cuda" and impl is ops.Impl.REFERENCE:
-        why = "Triton is not installed: pip install 'blip3o-fast[triton]'"
-    rows = [Choice(field.name, device, impl.value, why) for field in fields(ImplTable)]
+    rows: list[Choice] = []
+    for field in fields(ImplTable):
+        impl = ops.resolve_impl(None, sample, op=field.name)
+        why = "the specification in PyTorch" if impl is ops.Impl.REFERENCE else "fused kernel"
+        if device == "cuda" and impl is ops.Impl.REFERENCE:
+            why = "Triton is not installed: pip install 'blip3o-fast[triton]'"
+        rows.append(Choice(field.name, device, impl.value, why))
     q = torch.empty(1, 256, 12, 64, device=device, dtype=torch.bfloat16)
     k = torch.empty(1, 256, 4, 64, device=device, dtype=torch.bfloat16)
     backend, reason = ops.attention_backend(q, k, k)
