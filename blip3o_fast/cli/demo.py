@@ -7,6 +7,7 @@ mean predictor and a tuned ridge regression. Every stage goes on where an interr
 
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise OptionError(f"{name}: expected at least 1, got {getattr(args, name)}")
     from blip3o_fast.evaluation import require_plots, terminal_table, write_report
+    from blip3o_fast.training import TrainingInterrupted
 
     require_plots()
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +100,11 @@ def run(args: argparse.Namespace) -> int:
     say(
         started, f"{samples} crops of {len(refs)} photos, {photos} held out, in {folder / 'shards'}"
     )
-    losses = train_model(args, folder, device)
+    try:
+        losses = train_model(args, folder, device)
+    except TrainingInterrupted as stop:
+        print(f"blip3o-fast demo: {stop}; run again to go on", file=sys.stderr)
+        return stop.exit_status
     say(started, f"trained for {args.steps} steps, in {folder / 'run'}")
     report = evaluate(args, folder, device, refs, losses)
     page = write_report(report, folder / "report")
