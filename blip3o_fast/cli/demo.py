@@ -42,6 +42,7 @@ MODEL = {
 }
 """Small enough for two cores. Sixteen positions an axis want short rotary periods."""
 
+VALIDATE_EVERY = 100  # steps
 TRAINING = {
     "batch_size": 16,
     "learning_rate": 2e-3,
@@ -49,7 +50,6 @@ TRAINING = {
     "adam_beta2": 0.99,
     "ema_decay": 0.99,
     "simple_scale_factor": "auto",
-    "eval_every_n_steps": 100,
     "eval_num_samples": 32,
     "eval_inference_steps": 1,
     "use_heun_inference": False,
@@ -164,6 +164,7 @@ def train_model(
         chunked_embeddings_dir=str(folder / "shards"),
         output_dir=str(folder / "run"),
         max_steps=args.steps,
+        eval_every_n_steps=min(VALIDATE_EVERY, args.steps),
         device=device,
         precision="bf16" if device == "cuda" or _cpu_has_bf16() else "fp32",
         progress=args.progress,
