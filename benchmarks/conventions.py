@@ -28,7 +28,7 @@ from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, read_bat
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.training import TrainingOptions
 from blip3o_fast.training.distributed import World
-from blip3o_fast.training.run import claim_folder, prepare
+from blip3o_fast.training.run import claimed, prepare
 from blip3o_fast.training.trainer import Trainer
 
 Conventions = Literal["consistent", "published"]
@@ -108,10 +108,10 @@ def trained(
         **values,
     )
     plan = prepare(options, World())
-    claim_folder(plan)
     trainer = Trainer(plan, World())
     trainer.step.loss = RectifiedFlowLoss(conventions=loss)
-    trainer.run()
+    with claimed(plan):
+        trainer.run()
     return load_trained_model(folder / f"step_{args.steps}")
 
 

@@ -1,7 +1,10 @@
 """From options to a trained model in a folder."""
 
+import errno
 import json
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,20 +79,19 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
     ):
         plan = prepare(options, world)
         world.barrier()  # nobody looks at the folder after it has been claimed
-        if world.is_main:
-            claim_folder(plan)
-        world.barrier()
-        trainer = Trainer(plan, world, on_step)
-        try:
-            trainer.run()
-        except BaseException:
+        with claimed(plan) if world.is_main else nullcontext():
+            world.barrier()
+            trainer = Trainer(plan, world, on_step)
+            try:
+                trainer.run()
+            except BaseException:
+                if world.is_main:
+                    with suppress(OSError):  # whatever stopped the run says more
+                        write_summary(plan, trainer)
+                raise
             if world.is_main:
-                with suppress(OSError):  # whatever stopped the run says more
-                    write_summary(plan, trainer)
-            raise
-        if world.is_main:
-            write_summary(plan, trainer)
-        world.barrier()
+                write_summary(plan, trainer)
+            world.barrier()
         progress = trainer.state.progress
         records = read_metrics(Path(options.output_dir))
         steps = (record for record in records if record["kind"] == "step")
@@ -138,10 +140,49 @@ def check_folder(plan: Plan) -> None:
         )
 
 
-def claim_folder(plan: Plan) -> None:
-    """Make the run's folder and say in it what the run is."""
+@contextmanager
+def claimed(plan: Plan) -> Iterator[None]:
+    """Make the run's folder, say in it what the run is, and keep other processes out meanwhile.
+
+    Raises:
+        OptionError: if another process is training in it, as after a job was queued twice.
+    """
     folder = Path(plan.options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        _describe(plan, folder)
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however it ends.
+
+    File systems that know no locks (some network ones), and Windows, let everybody in.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OptionError(
+                f"output_dir: expected a folder that nobody else trains in, got {folder}, where "
+                "another process does; wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def _describe(plan: Plan, folder: Path) -> None:
     for name in (OPTIONS_NAME, METRICS_NAME, SUMMARY_NAME, REPORT_NAME, LATEST, BEST):
         remove_leftovers(folder, name)
     content = {

@@ -13,6 +13,7 @@ from blip3o_fast.errors import OptionError
 from blip3o_fast.training import train
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.plan import make_plan
+from blip3o_fast.training.run import locked
 
 
 def manifest_edit(**changes):
@@ -106,6 +107,13 @@ def test_another_run_is_named_with_what_differs(options, tmp_path):
     other = write_shards(tmp_path / "other", samples=25)
     with pytest.raises(OptionError, match="other data or another split"):
         train(options(chunked_embeddings_dir=other))
+
+
+def test_a_folder_in_use_is_refused(options):
+    folder = train(options()).folder
+    with locked(folder), pytest.raises(OptionError, match="another process does; wait for it"):
+        train(options())
+    assert train(options()).steps == 6
 
 
 def test_data_that_has_moved_is_the_same_data(options, shards, tmp_path):

@@ -7,7 +7,7 @@ from blip3o_fast.training import train
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.plan import make_plan
 from blip3o_fast.training.precision import Precision, choose_precision
-from blip3o_fast.training.run import claim_folder
+from blip3o_fast.training.run import claimed
 from blip3o_fast.training.tracking import read_metrics
 from blip3o_fast.training.trainer import Trainer
 
@@ -35,12 +35,12 @@ def test_only_fp16_scales_the_loss():
 
 @pytest.fixture
 def modest_scale(monkeypatch):
-    """Begin at 1024, where nothing overflows by itself; at 65536 even this small model does."""
+    """Begin at 16, where nothing overflows by itself; at 65536 even this small model does."""
     monkeypatch.setattr(Precision, "scaler", modest_scaler)
 
 
 def modest_scaler(precision):
-    return torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision.name == "fp16")
+    return torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision.name == "fp16")
 
 
 def overflowing(trainer, steps):
@@ -56,18 +56,18 @@ def overflowing(trainer, steps):
 def test_an_overflow_is_skipped_the_scale_backs_off_and_training_goes_on(options, modest_scale):
     chosen = options(precision="fp16", max_steps=8, eval_every_n_steps=8, save_every_n_steps=8)
     plan = make_plan(chosen, World())
-    claim_folder(plan)
     weights = []
     trainer = Trainer(plan, World(), lambda _: weights.append(snapshot(trainer.model)))
     overflowing(trainer, {2, 5, 6})
-    trainer.run()
+    with claimed(plan):
+        trainer.run()
 
     steps = [record for record in read_metrics(trainer.folder) if record["kind"] == "step"]
     assert [record["skipped"] for record in steps] == [i in (2, 5, 6) for i in range(8)]
     assert [record["loss_scale"] for record in steps] == [
-        *([1024.0] * 3),
-        *([512.0] * 3),
-        *(256.0, 128.0),
+        *([16.0] * 3),
+        *([8.0] * 3),
+        *(4.0, 2.0),
     ]
     for i in (2, 5, 6):
         assert torch.equal(weights[i], weights[i - 1]), "a skipped step leaves the weights"
