@@ -54,6 +54,13 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=8, help="squares a photo")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of 16 samples")
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument(
+        "--evaluations",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 10, 25],
+        help="numbers of network evaluations to translate with",
+    )
     args = parser.parse_args()
     folder = Path(args.output_dir)
 
@@ -89,7 +96,7 @@ def main() -> None:
         model_path=folder / "run",
         embeddings_dir=folder / "shards",
         output_dir=folder / "report",
-        evaluations=[1, 2, 4, 10, 25],
+        evaluations=args.evaluations,
         max_samples=96,
     )
 

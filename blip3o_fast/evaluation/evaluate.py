@@ -50,7 +50,7 @@ class EvaluationSettings:
     seed: int = 0
     max_samples: int | None = None
     max_training_samples: int | None = None
-    photos: int = 6
+    photos: int = 5
     bootstrap: int = 2000
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ COLOUR_MAP = "viridis"
 
 _DPI = 200
 _WIDTH = 5.0
+_LARGEST = 256  # pixels of a picture's short side; it is shown at half of that
 _METADATA = {"Software": "blip3o-fast"}  # without a version, so that equal reports are equal bytes
 _TICKS = (1, 2, 5, 10, 20, 50, 100)
 
@@ -65,9 +66,16 @@ def draw_plots(report: Report, theme: Theme) -> dict[str, bytes]:
 
 
 def encode_image(pixels: NDArray[np.uint8]) -> bytes:
-    """PNG of ``[height, width, 3]``."""
+    """PNG of ``[height, width, 3]``, shrunk by a whole factor to about ``_LARGEST`` pixels."""
     from matplotlib.image import imsave
 
+    factor = max(1, min(pixels.shape[:2]) // _LARGEST)
+    if factor > 1:
+        height, width = (side // factor for side in pixels.shape[:2])
+        blocks = pixels[: height * factor, : width * factor].reshape(
+            height, factor, width, factor, 3
+        )
+        pixels = np.rint(blocks.mean((1, 3))).astype(np.uint8)
     out = io.BytesIO()
     imsave(out, pixels, format="png", metadata=_METADATA)
     return out.getvalue()

@@ -72,6 +72,7 @@ dd { margin: 0.15rem 0 0; }
 .facts { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: 0.3rem 1.2rem; }
 .facts dt { margin: 0; color: var(--quiet); font-weight: 500; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
+sub, sup { line-height: 0; }
 details { margin: 0.6rem 0; }
 summary { cursor: pointer; font-weight: 600; padding: 0.35rem 0; }
 details[open] summary { margin-bottom: 0.4rem; }

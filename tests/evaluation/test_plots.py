@@ -57,6 +57,17 @@ def test_images_are_kept_exactly(report):
     np.testing.assert_array_equal(pixels(encode_image(image)), image)
 
 
+@pytest.mark.parametrize(("side", "expected"), [(511, 511), (512, 256), (900, 300)])
+def test_large_images_are_shrunk(side, expected):
+    ramp = np.linspace(0, 255, side).astype(np.uint8)
+    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(7)), -1)
+    small = pixels(encode_image(image)).astype(int)
+    assert small.shape == (expected, expected, 3)
+    wanted = np.linspace(0, 255, expected)
+    assert np.abs(small[..., 0] - wanted[:, None]).max() <= 1.5
+    assert np.abs(small[..., 1] - wanted[None]).max() <= 1.5 and (small[..., 2] == 7).all()
+
+
 def test_maps_run_from_dark_to_bright():
     image = pixels(encode_map(np.array([[0.5, 0.75, 1.0], [0.4, 1.1, 0.5]]), 0.5)).astype(int)
     assert image.shape == (2, 3, 3)
