@@ -248,6 +248,11 @@ class BuildCuda(build_ext):
                 )
         write_record(target.parent, PLAN)
 
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable installation: the record goes along."""
+        super().copy_extensions_to_source()
+        write_record(ROOT / PACKAGE, PLAN)
+
 
 class Wheel(bdist_wheel):
     """Any Python 3 may load the library, so the CUDA wheel names its platform alone."""

@@ -108,6 +108,21 @@ def test_installed_wheel_says_what_it_is(wheel: tuple[Path, float], tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_editable_installation_holds_the_library(tmp_path: Path) -> None:
+    tree = copy_sources(tmp_path / "tree")
+    python = clean_environment(tmp_path / "env")
+    share_installed(tmp_path / "env")
+    arguments = ("install", "--no-build-isolation", "--editable", str(tree))
+    for mode, outcome in (("1", "loaded=True"), ("0", "BLIP3O_FAST_CUDA=0")):
+        settings = {"BLIP3O_FAST_CUDA": mode, "TORCH_CUDA_ARCH_LIST": "9.0a"}
+        result = pip(python, *arguments, **settings)
+        assert result.returncode == 0, result.stderr
+        code = "from blip3o_fast import ops; print(ops.cuda_build())"
+        out = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert outcome in out.stdout, out
+
+
+@pytest.mark.slow
 def test_no_spills_and_wide_accesses(library: Path) -> None:
     inspect_cuda = load_script(ROOT / "kernels" / "inspect_cuda.py")
     cuobjdump = inspect_cuda.find_cuobjdump()
