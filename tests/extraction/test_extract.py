@@ -178,10 +178,11 @@ def test_going_on_after_an_interruption(image_folder, towers, tmp_path, batches)
     with pytest.raises(RuntimeError, match="the device is gone"):
         extract(refs, failing(towers, batches), out, FP32)
     assert not (out / "manifest.json").exists()
-    kept = 3 * batches // 4 * 4
-    assert out.exists() == bool(kept)
+    # Batches are encoded in two threads: the one that fails may be any after the finished ones.
+    assert out.exists() == any(tmp_path.glob("out/shard_*.safetensors"))
     report = extract(refs, towers, out, FP32, resume=True)
-    assert (report.samples, report.added) == (20, 20 - kept)
+    kept = report.samples - report.added
+    assert report.samples == 20 and kept % 4 == 0 and kept <= 3 * batches
     assert same(contents(out), contents(whole))
     names = sorted(path.name for path in out.iterdir())
     assert names == sorted(path.name for path in whole.iterdir())
