@@ -44,7 +44,7 @@ class EVAAdapter(nn.Module):
 
     def forward(self, eva: Tensor) -> Tensor:
         """``[B, M, E]`` to ``[B, M, D]``."""
-        multiple = CUDA_WIDTH_MULTIPLE if eva.is_cuda else 1
+        multiple = width_multiple(eva)
         layers = list(self.adaptation_layers)
         D = self.residual_proj.out_features
         h = eva
@@ -59,6 +59,11 @@ class EVAAdapter(nn.Module):
         return ops.adapter_mix(
             self.gate[0](adapted), adapted, self.residual_proj(eva), impl=self.impls.adapter_mix
         )
+
+
+def width_multiple(x: Tensor) -> int:
+    """What the widths of activations are rounded up to on the device of ``x``."""
+    return CUDA_WIDTH_MULTIPLE if x.is_cuda else 1
 
 
 def padded_linear(x: Tensor, linear: nn.Linear, multiple: int) -> Tensor:

@@ -121,8 +121,9 @@ def test_solver_update(impl, change, message):
         ops.solver_update(**arguments, impl=impl)
 
 
-def test_solver_update_never_drops_a_gradient_silently():
-    x, velocity = torch.zeros(2, 3, 6), torch.ones(2, 3, 6, requires_grad=True)
+def test_solver_update_never_drops_a_gradient_silently(device):
+    x = torch.zeros(2, 3, 6, device=device)
+    velocity = torch.ones(2, 3, 6, device=device, requires_grad=True)
     with pytest.raises(ValueError, match=r"records no gradient.*torch.no_grad\(\)"):
         solver_update(x, velocity, velocity, 0.1, impl=Impl.TRITON)
     assert solver_update(x, velocity, velocity, 0.1, impl=None).requires_grad
@@ -130,8 +131,8 @@ def test_solver_update_never_drops_a_gradient_silently():
         assert not solver_update(x, velocity, velocity, 0.1, impl=Impl.TRITON).requires_grad
 
 
-def test_flow_loss_never_drops_a_gradient_silently():
-    velocity, x_t, x_1, noise, t = BY_NAME["flow_loss"].inputs()
+def test_flow_loss_never_drops_a_gradient_silently(device):
+    velocity, x_t, x_1, noise, t = BY_NAME["flow_loss"].inputs(device=device)
     with pytest.raises(ValueError, match=r"require no gradient.*velocity alone"):
         BY_NAME["flow_loss"].call(velocity, x_t.requires_grad_(), x_1, noise, t, impl=Impl.TRITON)
 
@@ -155,9 +156,9 @@ def test_rope_without_heads(heads, kv_heads):
 
 
 @each_case("sandwich_norm", "sandwich_join", "adapter_norm", "flow_loss")
-def test_rows_wider_than_one_program(case):
+def test_rows_wider_than_one_program(device, case):
     with pytest.raises(ValueError, match=r"expected a width from 1 to 8192.*pass impl=Impl.REF"):
-        case.call(*case.inputs(1, 1, 9000), impl=Impl.TRITON)
+        case.call(*case.inputs(1, 1, 9000, device=device), impl=Impl.TRITON)
 
 
 @each_case()

@@ -1,0 +1,148 @@
+"""The whole model on the kernels: recorded outputs, gradients, training, padded widths."""
+
+import pytest
+import torch
+from golden_data import MODELS, load_golden, relative_error
+
+from blip3o_fast import BLIP3oDiT, DiTConfig, RectifiedFlowLoss, ops
+from blip3o_fast.flow import interpolate
+from blip3o_fast.model import adapter
+from tests.kernels.oracle import randn
+
+TRITON, REFERENCE = ops.Impl.TRITON, ops.Impl.REFERENCE
+
+SMALL = DiTConfig(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=20,
+    eva_embedding_size=21,
+    clip_embedding_size=6,
+    num_tokens=4,
+    grid=(1, 2, 2),
+    eva_adapter_layers=2,
+    eva_adapter_dropout=0.0,
+    conventions="consistent",
+)
+"""The adapter's width between 21 and 16 is 18: padded rows where widths are padded."""
+
+
+def recorded(name, device):
+    golden = load_golden(name)
+    model = BLIP3oDiT(DiTConfig.from_dict(golden.config)).eval()
+    model.load_state_dict(golden.weights)
+    return model.to(device), {k: v.to(device) for k, v in golden.tensors.items()}
+
+
+def gradients(model, tensors, impl):
+    model.set_impl(impl)
+    model.zero_grad()
+    x, eva = (tensors[k].detach().requires_grad_() for k in ("x", "eva"))
+    velocity = model(x, tensors["t"], eva, return_dict=False)
+    loss = RectifiedFlowLoss(impl=impl)
+    terms = loss(velocity, tensors["noise"], tensors["velocity"], tensors["noise"], tensors["t"])
+    terms.total.backward()
+    named = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return {**named, "input": x.grad, "condition": eva.grad}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_forward(device, name):
+    model, tensors = recorded(name, device)
+    model.set_impl(TRITON)
+    with torch.no_grad():
+        out = model(tensors["x"], tensors["t"], tensors["eva"])
+    assert relative_error(out["velocity_prediction"], tensors["velocity"]) < 1e-5
+    assert relative_error(out["hidden_states"], tensors["hidden"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sandwich_rope", "prenorm_rope"])
+def test_gradients_of_the_recorded_models(device, name):
+    """Every parameter and both inputs, against autograd through the reference in fp64."""
+    model, tensors = recorded(name, device)
+    ours = gradients(model, tensors, TRITON)
+    same = gradients(model, tensors, REFERENCE)
+    truth = gradients(model.double(), {k: v.double() for k, v in tensors.items()}, REFERENCE)
+    assert set(ours) == set(truth) and len(ours) > 40
+    largest = max(g.abs().max() for g in truth.values())
+    for key, expected in truth.items():
+        error = (ours[key].double() - expected).norm()
+        allowed = 2 * (same[key].double() - expected).norm() + 1e-6 * expected.norm()
+        assert error <= allowed + 1e-9 * largest, f"{key}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_recorded_trajectory(device):
+    model, tensors = recorded("sandwich_rope", device)
+    model.set_impl(TRITON)
+    out = model.generate(tensors["eva"], 5, noise=tensors["noise"])
+    assert relative_error(out, tensors["generate.heun.guidance1"]) < 1e-5
+
+
+def test_every_op_of_the_model_is_told_which_kernel(device, monkeypatch):
+    """The reference of no row op runs anywhere in a training step on the kernels."""
+    from blip3o_fast import reference
+
+    names = [name for name in ops.ImplTable.__dataclass_fields__ if name != "solver_update"]
+    for name in names:
+        monkeypatch.setattr(reference, name, lambda *a, name=name, **k: pytest.fail(name))
+    train(TRITON, device, steps=1)
+
+
+def train(impl, device, steps, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = BLIP3oDiT(SMALL).to(device, dtype).train()
+    model.set_impl(impl)
+    loss = RectifiedFlowLoss(impl=impl)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        x_1, noise = (randn(4, 4, 6, device=device, dtype=dtype, seed=4 * step + i) for i in (0, 1))
+        x_1 = x_1 + 2
+        eva = randn(4, 4, 21, device=device, dtype=dtype, seed=4 * step + 2)
+        t = torch.linspace(0.1, 0.9, 4, device=device, dtype=dtype)
+        x_t = interpolate(x_1, noise, t)
+        terms = loss(model(x_t, t, eva, return_dict=False), x_t, x_1, noise, t)
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        losses.append(terms.total.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.slow
+def test_fifty_training_steps(device):
+    """fp32 curves differ by rounding alone: 1e-4 of the loss at every step, where it halves."""
+    ours, expected = (train(impl, device, steps=50) for impl in (TRITON, REFERENCE))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0.0)
+    assert expected[-5:].mean() < 0.7 * expected[:5].mean()
+
+
+@pytest.mark.parametrize("impl", [TRITON, REFERENCE], ids=lambda i: i.value)
+def test_padded_widths_change_nothing_but_the_rows(device, monkeypatch, impl):
+    """Outputs, gradients and the checkpoint's shapes are those of the published widths."""
+    torch.manual_seed(0)
+    model = adapter.EVAAdapter(SMALL, ops.ImplTable(adapter_norm=impl, adapter_mix=impl))
+    model = model.to(device, torch.float64)
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    assert (18,) in shapes.values()
+    eva = randn(2, 4, 21, dtype=torch.float64, device=device)
+    results = {}
+    for multiple in (1, 8):
+        monkeypatch.setattr(adapter, "width_multiple", lambda x, m=multiple: m)
+        leaf = eva.clone().requires_grad_()
+        out = model(leaf)
+        wanted = [leaf, *model.parameters()]
+        results[multiple] = [out, *torch.autograd.grad(out.square().sum(), wanted)]
+    for a, b in zip(results[1], results[8], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    assert {name: p.shape for name, p in model.state_dict().items()} == shapes
+
+
+def test_widths_are_padded_where_gemms_want_it(monkeypatch):
+    seen = []
+    norm = ops.adapter_norm
+    monkeypatch.setattr(adapter, "width_multiple", lambda x: 64)
+    monkeypatch.setattr(ops, "adapter_norm", lambda x, *a, **k: seen.append(x) or norm(x, *a, **k))
+    adapter.EVAAdapter(SMALL, ops.ImplTable())(torch.zeros(1, 2, 21))
+    assert seen and all(x.shape[-1] == 64 and x.is_contiguous() for x in seen)
