@@ -72,13 +72,6 @@ def test_gradients_of_the_recorded_models(device, name):
         assert error <= allowed + 1e-9 * largest, f"{key}: {error:.2e}, allowed {allowed:.2e}"
 
 
-def test_recorded_trajectory(device):
-    model, tensors = recorded("sandwich_rope", device)
-    model.set_impl(TRITON)
-    out = model.generate(tensors["eva"], 5, noise=tensors["noise"])
-    assert relative_error(out, tensors["generate.heun.guidance1"]) < 1e-5
-
-
 def test_every_op_of_the_model_is_told_which_kernel(device, monkeypatch):
     """The reference of no row op runs anywhere in a training step on the kernels."""
     from blip3o_fast import reference
