@@ -132,7 +132,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"blip3o-fast extract: {stopped}; run again to go on", file=sys.stderr)
         return STOPPED_BY_SIGTERM
     _tell(report, Path(args.output_dir))
-    return 0
+    # Asked during the last batch, all is done; what called this should still not go on.
+    return STOPPED_BY_SIGTERM if stop() else 0
 
 
 def _settings(args: argparse.Namespace) -> Settings:

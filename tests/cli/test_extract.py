@@ -223,6 +223,20 @@ def test_sigterm_keeps_the_samples_so_far(images, tmp_path, monkeypatch, capsys)
     assert EmbeddingDataset(out).read(range(4)).keys == ("0.png", "1.png", "2.png", "3.png")
 
 
+def test_sigterm_after_the_last_batch_is_not_forgotten(images, tmp_path, monkeypatch):
+    def extract_and_stop(*args, **options):
+        report = extract(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    extract = command.extract
+    monkeypatch.setattr(command, "extract", extract_and_stop)
+    monkeypatch.setattr(command, "load_towers", lambda *args, **options: fake_pair())
+    out = tmp_path / "out"
+    assert run("--images", images, "--output_dir", out) == 143
+    assert len(EmbeddingDataset(out)) == 4
+
+
 def test_every_option_is_explained():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
