@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -156,6 +157,39 @@ def test_unreadable_images_are_skipped_and_listed(image_folder, towers, tmp_path
         "a/1.png",
         "b/7.png",
     }
+
+
+def odd_images(folder):
+    """Files of every kind that users have, each of one colour; their colours by name."""
+    folder.mkdir()
+    red = {"cmyk.jpg": ("CMYK", (0, 255, 255, 0)), "one pixel.png": ("RGB", (255, 0, 0))}
+    for name, (mode, colour) in red.items():
+        size = (1, 1) if name.startswith("one") else (80, 60)
+        Image.new(mode, size, colour).save(folder / name)
+    wide = Image.new("RGB", (20_000, 40), (255, 0, 0))
+    wide.save(folder / "wide.png")
+    frames = [Image.new("RGB", (50, 50), colour) for colour in ("red", "lime")]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.full((40, 40), 32_896, np.uint16)).save(folder / "16 bit.png")
+    (folder / "nothing.jpg").write_bytes(b"")
+    whole = (folder / "cmyk.jpg").read_bytes()
+    (folder / "corrupted.jpg").write_bytes(whole[: len(whole) // 2])
+    names = ("animated.gif", "cmyk.jpg", "one pixel.png", "wide.png")
+    return {"16 bit.png": (128, 128, 128), **dict.fromkeys(names, (255, 0, 0))}
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_odd_images_are_right_or_listed(towers, tmp_path, crops):
+    expected = odd_images(tmp_path / "odd")
+    refs = [ref._replace(crops=crops) for ref in folder_images(tmp_path / "odd")]
+    report = extract(refs, towers, tmp_path / "out", FP32)
+    assert report.samples == len(expected) * max(1, crops)
+    assert {item.key for item in report.skipped} == {"corrupted.jpg", "nothing.jpg"}
+    for key, (_, photo, eva, clip) in contents(tmp_path / "out").items():
+        assert key.partition("#")[0] == photo
+        colour = torch.tensor(expected[photo], dtype=torch.float32)
+        assert (eva - colour).abs().max() <= 3, key
+        assert (clip - colour[0] / 2).abs().max() <= 1.5, key
 
 
 def failing(towers, batches):
