@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "translate a directory of EVA shards into CLIP shards",
     "extract": "turn images into shards of paired embeddings",
     "convert": "read published pickles and other formats into shards",
+    "bench": "time the library against its limits and its peers",
     "doctor": "show what would run here, and why",
 }
 

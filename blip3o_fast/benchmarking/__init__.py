@@ -1,0 +1,13 @@
+"""Measurement: the library against its limits and its peers, in one run.
+
+    shapes, work      what is run, and the flops and bytes that it cannot avoid
+    ceilings          what this device reaches on copies and matrix products
+    cases, *_cases    everything that is timed, by contender
+    clock             how it is timed
+    suite             a whole run, into a record
+    record, compare   the record as JSON, and one against another
+    table, plots      the record for people
+
+A time never stands without its limit: ``limit = max(flops / rate, bytes / bandwidth)`` with the
+rate and the bandwidth that the same run measured.
+"""

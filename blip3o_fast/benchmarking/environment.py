@@ -1,0 +1,79 @@
+"""Where a measurement was made: device, driver, clocks, versions, commit."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blip3o_fast
+
+PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "quack-kernels", "flash-attn")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """JSON-ready facts. ``device`` names what was measured; runs on different ones do not compare.
+
+    ``clocks`` holds what nvidia-smi says now (None on a CPU); ``load`` is the load average of the
+    machine before the measurement.
+    """
+    versions = {"blip3o_fast": blip3o_fast.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    commit = _output("git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(Path(__file__).parents[2]), "status", "--porcelain", "-uno")
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "driver": _nvidia("driver_version") if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "clocks": clocks() if device.type == "cuda" else None,
+        "platform": platform.platform(),
+        "versions": versions,
+        "commit": commit,
+        "changed": bool(changed) if commit else None,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and how many threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """The processor as Linux names it, or as Python does."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def clocks() -> dict[str, str | None]:
+    """Clocks, power and temperature of the GPU, as nvidia-smi prints them."""
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+    return {field: _nvidia(field) for field in fields}
+
+
+def _nvidia(field: str) -> str | None:
+    return _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader")
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,277 @@
+"""The fused ops and attention, forward and backward."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_fast import ops
+from blip3o_fast.benchmarking import peers, work
+from blip3o_fast.benchmarking.cases import Case, Contender, Task, check_agreement
+from blip3o_fast.benchmarking.ceilings import DTYPES
+from blip3o_fast.benchmarking.clock import Prepared, rotation_bytes
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.ops import Impl
+
+Sizes = list[tuple[int, ...]]
+MOST_COPIES = 64
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op as a function of tensors; the first ``differentiable`` of them receive gradients.
+
+    ``wide`` are the positions of tensors that are fp32 whatever the dtype of the rest.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    sizes: Callable[[Shape], Sizes]
+    differentiable: int
+    wide: frozenset[int] = frozenset()
+
+    def tensors(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Random inputs: zeros would let a device clock higher."""
+        tensors = [
+            (0.5 * torch.randn(size, device=device)).to(torch.float32 if i in self.wide else dtype)
+            for i, size in enumerate(self.sizes(shape))
+        ]
+        if self.name == "rope":  # a true rotation: both members of a pair turn by one angle
+            for table in tensors[1:]:
+                low, high = table.chunk(2, dim=-1)
+                high.copy_(low)
+        return tensors
+
+
+def _norm(shape: Shape) -> Sizes:
+    D = shape.config.hidden_size
+    return [(D,), (D,), (shape.batch, D), (shape.batch, D)]
+
+
+def _stream(shape: Shape) -> tuple[int, ...]:
+    return (shape.batch, shape.tokens, shape.config.hidden_size)
+
+
+def _state(shape: Shape) -> tuple[int, ...]:
+    return (shape.batch, shape.tokens, shape.config.clip_embedding_size)
+
+
+def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, *, shape: Shape, impl: Impl | None) -> Tensor:
+    H, K = shape.config.num_attention_heads, shape.config.num_key_value_heads
+    return ops.rope(qkv, cos, sin, num_heads=H, num_kv_heads=K, impl=impl)
+
+
+def _rope_sizes(shape: Shape) -> Sizes:
+    config = shape.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    table = (shape.tokens, config.head_dim)
+    return [(shape.batch, shape.tokens, heads * config.head_dim), table, table]
+
+
+def _join(x: Tensor, y: Tensor, scale: Tensor, *norms: Tensor, impl: Impl | None) -> Any:
+    post, pre = ops.Modulation(*norms[:4]), ops.Modulation(*norms[4:])
+    return ops.sandwich_join(x, y, scale, post, pre, eps=1e-6, impl=impl)
+
+
+def _adapter_sizes(shape: Shape) -> Sizes:
+    width = work.adapter_widths(shape.config, multiple=1)[1]
+    padded = work.adapter_widths(shape.config)[1]
+    return [(shape.batch, shape.tokens, padded), (width,), (width,)]
+
+
+def _update(x: Tensor, v: Tensor, previous: Tensor, dt: Tensor, *, impl: Impl | None) -> Tensor:
+    return ops.solver_update(
+        x, v, dt[0], previous=previous, weight=0.5, previous_weight=0.5, impl=impl
+    )
+
+
+def _loss(v: Tensor, x_t: Tensor, x_1: Tensor, noise: Tensor, t: Tensor, *, impl: Any) -> Tensor:
+    return ops.flow_loss(
+        *(v, x_t, x_1, noise, t.sigmoid()),
+        weights=ops.LossWeights(),
+        conventions="consistent",
+        masks=False,
+        impl=impl,
+    ).total
+
+
+SPECS = (
+    OpSpec(
+        "sandwich_norm",
+        partial(ops.sandwich_norm, eps=1e-6),
+        lambda s: [_stream(s), *_norm(s)],
+        5,
+    ),
+    OpSpec(
+        "sandwich_join",
+        _join,
+        lambda s: [_stream(s), _stream(s), (s.config.hidden_size,), *_norm(s), *_norm(s)],
+        11,
+    ),
+    OpSpec("rope", _rope, _rope_sizes, 1, frozenset((1, 2))),
+    OpSpec(
+        "swiglu",
+        ops.swiglu,
+        lambda s: [(s.batch, s.tokens, 2 * s.config.intermediate_size)],
+        1,
+    ),
+    OpSpec("adapter_norm", ops.adapter_norm, _adapter_sizes, 3),
+    OpSpec("adapter_mix", ops.adapter_mix, lambda s: [_stream(s)] * 3, 3),
+    OpSpec(
+        "solver_update",
+        _update,
+        lambda s: [_state(s), _state(s), _state(s), (1,)],
+        0,
+        frozenset((0, 3)),
+    ),
+    OpSpec(
+        "flow_loss",
+        _loss,
+        lambda s: [*[_state(s)] * 4, (s.batch,)],
+        1,
+        frozenset((1, 2, 3, 4)),
+    ),
+)
+"""Eight ops; attention is apart, since its implementations are other people's."""
+
+
+def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) -> Iterator[Case]:
+    """Every op at one shape, forward and backward.
+
+    Args:
+        shape: widths and rows.
+        dtype: of the activations.
+        device: where.
+        compiled: also time the reference under ``torch.compile``, which takes its time to compile.
+    """
+    size = DTYPES[dtype].itemsize
+    for spec in SPECS:
+        for backward in (False, True) if spec.differentiable else (False,):
+            task = Task(
+                "ops",
+                spec.name + (" backward" if backward else ""),
+                shape.name,
+                dtype,
+                work.row_op(spec.name, shape, size, backward=backward),
+            )
+            contenders = [
+                _contender(name, call, ours, spec, shape, dtype, device, backward)
+                for name, call, ours in implementations(spec, shape, dtype, device, compiled)
+            ]
+            yield Case(task, tuple(contenders))
+
+
+def implementations(
+    spec: OpSpec, shape: Shape, dtype: str, device: torch.device, compiled: bool
+) -> Iterator[tuple[str, Callable[..., Any], bool]]:
+    """Name, function of the tensors, and whether it is ours."""
+    extra = {"shape": shape} if spec.name == "rope" else {}
+    reference = partial(spec.call, impl=Impl.REFERENCE, **extra)
+    yield "reference", reference, device.type == "cpu"
+    if device.type == "cuda":
+        sample = torch.empty(1, 1, shape.config.hidden_size, dtype=DTYPES[dtype], device=device)
+        for impl in (Impl.TRITON, Impl.CUDA):
+            try:
+                ops.resolve_impl(impl, sample, op=spec.name)
+            except ValueError:
+                continue  # the record's list of absent peers says why
+            yield impl.value, partial(spec.call, impl=impl, **extra), True
+        yield from peers.op_peers(spec.name, shape)
+    if compiled:
+        yield "torch.compile", compile_reference(reference, device), False
+
+
+def compile_reference(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The reference under ``torch.compile``, tuned as far as it goes without a graph of its own."""
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    return torch.compile(call, mode=mode, dynamic=False, fullgraph=True)
+
+
+def _contender(
+    name: str,
+    call: Callable[..., Any],
+    ours: bool,
+    spec: OpSpec,
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    backward: bool,
+) -> Contender:
+    def prepare() -> Prepared:
+        torch.manual_seed(0)
+        first = spec.tensors(shape, DTYPES[dtype], device)
+        step = sum(x.nbytes for x in first)
+        count = max(1, min(MOST_COPIES, -(-rotation_bytes(device) // step)))
+        sets = [first, *(spec.tensors(shape, DTYPES[dtype], device) for _ in range(count - 1))]
+        extra = {"shape": shape} if spec.name == "rope" else {}
+        with torch.no_grad():
+            expected = spec.call(*first, impl=Impl.REFERENCE, **extra)
+            check_agreement(f"{spec.name} by {name}", call(*first), expected)
+        calls = [_backward(call, spec, t) if backward else _forward(call, t) for t in sets]
+        return Prepared(calls, warm=True, copies_bytes=count * step)
+
+    return Contender(name, prepare, ours)
+
+
+def _forward(call: Callable[..., Any], tensors: list[Tensor]) -> Callable[[], object]:
+    def forward() -> object:
+        with torch.no_grad():
+            return call(*tensors)
+
+    return forward
+
+
+def _backward(
+    call: Callable[..., Any], spec: OpSpec, tensors: list[Tensor]
+) -> Callable[[], object]:
+    leaves = [x.requires_grad_() for x in tensors[: spec.differentiable]]
+    result = call(*leaves, *tensors[spec.differentiable :])
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    grads = [torch.randn_like(x) for x in outputs]
+
+    def backward() -> object:
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
+
+    return backward
+
+
+def attention_cases(shape: Shape, dtype: str, device: torch.device) -> Iterator[Case]:
+    """Attention of one layer by every backend that can run, forward and backward."""
+    config, size = shape.config, DTYPES[dtype].itemsize
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    B, N = shape.batch, shape.tokens
+    spec = OpSpec(
+        "attention", ops.attention, lambda _: [(B, N, H, d), (B, N, K, d), (B, N, K, d)], 3
+    )
+    sample = spec.tensors(shape, DTYPES[dtype], device)
+    runnable = [b for b in ops.AttentionBackend if peers.backend_refusal(b, *sample) is None]
+    chosen = ops.attention_backend(*sample)[0]
+    for backward in (False, True):
+        name = "attention" + (" backward" if backward else "")
+        needed = work.attention(config, B, size, backward=backward)
+        contenders = [
+            _attention_contender(b, spec, shape, dtype, device, backward, ours=b is chosen)
+            for b in runnable
+        ]
+        yield Case(Task("attention", name, shape.name, dtype, needed), tuple(contenders))
+
+
+def _attention_contender(
+    backend: ops.AttentionBackend,
+    spec: OpSpec,
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    backward: bool,
+    *,
+    ours: bool,
+) -> Contender:
+    def call(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl | None = None) -> Tensor:
+        wanted = ops.AttentionBackend.REFERENCE if impl is Impl.REFERENCE else backend
+        return ops.attention(q, k, v, backend=wanted)
+
+    own = OpSpec(spec.name, call, spec.sizes, spec.differentiable)
+    return _contender(backend.value, call, ours, own, shape, dtype, device, backward)

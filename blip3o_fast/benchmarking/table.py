@@ -1,0 +1,104 @@
+"""A record as text for a terminal."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from blip3o_fast.benchmarking.compare import Comparison
+from blip3o_fast.benchmarking.record import Measurement, Record
+
+UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def render_record(record: Record) -> str:
+    """Device, ceilings, a table a group, and what is absent."""
+    environment = record.environment
+    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in record.rates.items())
+    lines = [
+        f"{environment['device']}; load {environment['load'][0]}",
+        f"measured ceilings: {record.bandwidth / 1e9:.3g} GB/s copy, {rates}",
+    ]
+    for group, rows in groupby(record.measurements, key=lambda m: m.group):
+        lines += ["", *render_group(group, list(rows))]
+    absent = {name: state for name, state in record.peers.items() if state.startswith("absent")}
+    present = [f"{name} {state}" for name, state in record.peers.items() if name not in absent]
+    lines += ["", f"peers present: {', '.join(present) or 'none'}"]
+    lines += [f"{name}: {state}" for name, state in absent.items()]
+    lines += [f"left out, {name}: {reason}" for name, reason in record.left_out.items()]
+    return "\n".join(lines)
+
+
+def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
+    """Times beside their limit; contenders of one task stand together."""
+    head = ("", "contender", "time", "+-", "limit", "of limit", "bound by", "host")
+    on_device = any(m.host is not None for m in rows)
+    cells: list[Sequence[str]] = []
+    previous = ""
+    for m in rows:
+        title = f"{m.name}, {m.shape}, {m.dtype}"
+        spread = (m.high - m.low) / 2 / m.median
+        host = seconds(m.host) if m.host is not None else ""
+        row = (
+            "" if title == previous else title,
+            m.contender + ("" if m.queued is not False else " (host-bound)"),
+            seconds(m.median),
+            f"{spread:.0%}",
+            seconds(m.limit),
+            f"{m.fraction:.0%}",
+            m.bound,
+            host,
+        )
+        cells.append(row)
+        previous = title
+    if not on_device:
+        head, cells = head[:-1], [row[:-1] for row in cells]
+    return [group, *align([head, *cells])]
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Every change beyond noise, and a verdict."""
+    lines = ["", "against the earlier run (noise band: the larger of the device's least band and "]
+    lines[-1] += "twice the spread of either run)"
+    lines += [f"warning: {text}" for text in comparison.warnings]
+    moved = [change for change in comparison.changes if change.verdict != "same"]
+    rows: list[Sequence[str]] = [
+        (
+            ", ".join(change.new.key),
+            seconds(change.old.median),
+            seconds(change.new.median),
+            f"{change.ratio - 1:+.0%}",
+            f"band {change.band:.0%}",
+            "REGRESSION" if change.is_regression else change.verdict,
+        )
+        for change in moved
+    ]
+    lines += align(rows)
+    same = len(comparison.changes) - len(moved)
+    lines.append(
+        f"{same} of {len(comparison.changes)} figures unchanged within noise; "
+        f"{len(comparison.regressions)} regressions; "
+        f"{len(comparison.added)} new, {len(comparison.gone)} gone"
+    )
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit: ``1.23 ms``."""
+    for unit, name in UNITS:
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value * 1e6:.2g} us"
+
+
+def align(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns padded to their widest cell: the first two to the left, numbers to the right."""
+    rows = list(rows)
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,108 @@
+"""A training step, and the loader that feeds it."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from blip3o_fast.benchmarking import work
+from blip3o_fast.benchmarking.cases import Case, Contender, Task
+from blip3o_fast.benchmarking.ceilings import DTYPES
+from blip3o_fast.benchmarking.clock import Prepared
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.config import DiTConfig
+from blip3o_fast.data import EmbeddingDataset, Manifest, SampleRecord, ShardWriter, Split
+from blip3o_fast.data.loader import Loader
+from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.training import TrainingOptions
+from blip3o_fast.training.distributed import World
+from blip3o_fast.training.run import prepare as make_plan
+from blip3o_fast.training.trainer import Trainer
+
+
+def training_cases(
+    shape: Shape, dtype: str, device: torch.device, *, compiled: bool
+) -> Iterator[Case]:
+    """A whole optimizer step on a batch in memory: draws, forward, loss, backward, clipping, AdamW.
+
+    ``dtype`` is that of autocast; weights and optimizer state are fp32.
+    """
+    with torch.device("meta"):
+        parameters = BLIP3oDiT(shape.config).get_num_parameters()
+    needed = work.training_step(shape, parameters, DTYPES[dtype].itemsize)
+    task = Task("training", "step", shape.name, dtype, needed, shape.batch)
+
+    def prepare(compile_it: bool) -> Prepared:
+        folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
+        write_shards(Path(folder.name) / "shards", shape.config, shape.batch + 8, held_out=8)
+        options = TrainingOptions(
+            chunked_embeddings_dir=str(Path(folder.name) / "shards"),
+            output_dir=str(Path(folder.name) / "run"),
+            model_size=shape.preset,
+            batch_size=shape.batch,
+            max_steps=1000,
+            precision=dtype,  # pyright: ignore[reportArgumentType]
+            device=device.type,  # pyright: ignore[reportArgumentType]
+            compile=compile_it,
+            progress=False,
+        )
+        trainer = Trainer(make_plan(options, World()), World())
+        trainer.model.train()
+        batch = next(trainer.loader)
+        step = iter(range(1000))
+
+        def close() -> None:
+            trainer.loader.close()
+            folder.cleanup()
+
+        return Prepared([lambda: trainer.step(batch, next(step))], kernel=False, close=close)
+
+    contenders = [Contender("trainer", lambda: prepare(False))]
+    if compiled:
+        contenders.append(Contender("trainer, torch.compile", lambda: prepare(True)))
+    yield Case(task, tuple(contenders))
+
+
+def loader_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """The next batch of a loader that does nothing else, from shards in bf16 that the page cache
+    holds: copies, checks and transfers, not the disk.
+    """
+    config = shape.config
+    widths = config.eva_embedding_size + config.clip_embedding_size
+    moved = 2 * 2 * shape.batch * shape.tokens * widths  # read and written once
+    task = Task("loader", "next batch", shape.name, "bf16", work.Work(0.0, moved), shape.batch)
+
+    def prepare(workers: int) -> Prepared:
+        folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
+        write_shards(Path(folder.name), config, max(4 * shape.batch, 32), held_out=0)
+        dataset = EmbeddingDataset(folder.name)
+        loader = Loader(dataset, batch_size=shape.batch, seed=0, device=device, workers=workers)
+
+        def close() -> None:
+            loader.close()
+            folder.cleanup()
+
+        return Prepared([lambda: next(loader)], kernel=False, close=close)
+
+    threads = (1, 2) if device.type == "cpu" else (1, 2, 4, 8)
+    contenders = [Contender(f"{n} threads", lambda n=n: prepare(n)) for n in threads]
+    yield Case(task, tuple(contenders))
+
+
+def write_shards(folder: Path, config: DiTConfig, samples: int, *, held_out: int) -> None:
+    """Random paired embeddings in bf16; about ``held_out`` of them are for validation."""
+    facts = Manifest(
+        tokens=config.num_tokens,
+        has_cls=False,
+        grid=config.patches,
+        eva_width=config.eva_embedding_size,
+        clip_width=config.clip_embedding_size,
+        dtype="bf16",
+        split=Split(held_out / samples),
+    )
+    with ShardWriter(folder, facts=facts) as writer:
+        for i in range(samples):
+            eva = torch.randn(1, config.num_tokens, config.eva_embedding_size)
+            clip = torch.randn(1, config.num_tokens, config.clip_embedding_size)
+            writer.add(eva, clip, [SampleRecord(f"sample{i}", "", f"photo{i}")])

@@ -1,0 +1,96 @@
+"""``blip3o-fast bench``: times beside their limits, and beside other implementations.
+
+Ends with tables, and ``bench.json`` and plots in the output folder. With ``--compare`` it exits
+with 1 if this library has become slower than an earlier run by more than noise.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from blip3o_fast.cli.switch import add_switch
+from blip3o_fast.errors import OptionError
+
+if TYPE_CHECKING:
+    from blip3o_fast.benchmarking.suite import Settings
+
+RECORD_NAME = "bench.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench``."""
+    add = parser.add_argument
+    add(
+        "--quick",
+        action="store_true",
+        help="few samples and no compilation: under 2 minutes on two cores",
+    )
+    add("--output_dir", default="bench", help="folder for bench.json and the plots")
+    add("--compare", metavar="FILE", help="bench.json of an earlier run on the same device")
+    add(
+        "--groups",
+        nargs="+",
+        help="of ops, attention, block, evaluation, generate, training, loader; None: all",
+    )
+    add("--published", metavar="FOLDER", help="checkout of the published implementation, a peer")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device")
+    add("--seconds", type=float, default=2.0, help="of measurement for a task")
+    add_switch(parser, "plots", default=True, text="draw the pictures (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; 1 on a regression."""
+    from blip3o_fast.benchmarking.compare import compare
+    from blip3o_fast.benchmarking.plots import draw_plots, require_plots
+    from blip3o_fast.benchmarking.record import read_record
+    from blip3o_fast.benchmarking.suite import run_suite
+    from blip3o_fast.benchmarking.table import render_comparison, render_record
+
+    settings = read_settings(args)
+    if args.plots:
+        require_plots()
+    earlier = read_record(args.compare) if args.compare else None
+    record = run_suite(settings, progress=lambda name: print(name, file=sys.stderr, flush=True))
+    folder = Path(args.output_dir)
+    record.write(folder / RECORD_NAME)
+    print(render_record(record))
+    if args.plots:
+        for name, data in draw_plots(record).items():
+            (folder / name).write_bytes(data)
+    print(f"\nRecord: {folder / RECORD_NAME}")
+    if earlier is None:
+        return 0
+    comparison = compare(earlier, record)
+    print(render_comparison(comparison))
+    return 1 if comparison.regressions else 0
+
+
+def read_settings(args: argparse.Namespace) -> "Settings":
+    """The settings that the options ask for."""
+    from blip3o_fast.benchmarking.checkout import check_checkout
+    from blip3o_fast.benchmarking.suite import GROUPS, Settings
+
+    groups = tuple(args.groups or GROUPS)
+    for group in groups:
+        if group not in GROUPS:
+            raise OptionError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
+    if not args.seconds > 0:
+        raise OptionError(f"seconds: expected a positive number, got {args.seconds}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device: expected a GPU that torch can use for cuda, found none")
+    published = None if args.published is None else Path(args.published)
+    if published is not None:
+        check_checkout(published)
+    kind = args.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return Settings(
+        device=torch.device(kind),
+        quick=args.quick,
+        groups=groups,
+        published=published,
+        seconds=args.seconds,
+    )
