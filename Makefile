@@ -40,7 +40,7 @@ test-gpu: ## the tests that need a GPU, with the Python that has its torch
 check: $(VENV)/dev ## lint, format, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 
 format: $(VENV)/dev ## mend what can be mended
