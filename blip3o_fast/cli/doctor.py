@@ -15,6 +15,10 @@ import blip3o_fast
 from blip3o_fast import ops
 from blip3o_fast.ops import ImplTable
 
+REASONS = {
+    ops.Impl.REFERENCE: "the specification in PyTorch",
+    ops.Impl.ATEN: "few passes of PyTorch's kernels; the reference while a gradient is recorded",
+}
 OPTIONAL = {
     "triton": ("triton", "fused kernels on a GPU"),
     "flash-attn": (None, "attention; SDPA serves without it"),
@@ -87,12 +91,13 @@ def find_versions() -> dict[str, str]:
 
 
 def op_choices(device: str) -> list[Choice]:
-    """The automatic choice for every op on ``device``."""
+    """The automatic choice for every op on ``device``, in inference."""
     sample = torch.empty(0, 256, 64, device=device, dtype=torch.float32)
     rows: list[Choice] = []
     for field in fields(ImplTable):
-        impl = ops.resolve_impl(None, sample, op=field.name)
-        why = "the specification in PyTorch" if impl is ops.Impl.REFERENCE else "fused kernel"
+        with torch.no_grad():
+            impl = ops.resolve_impl(None, sample, op=field.name)
+        why = REASONS.get(impl, "fused kernel")
         if device == "cuda" and impl is ops.Impl.REFERENCE:
             why = "Triton is not installed: pip install 'blip3o-fast[triton]'"
         rows.append(Choice(field.name, device, impl.value, why))

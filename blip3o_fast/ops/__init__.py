@@ -7,6 +7,7 @@ from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
 from blip3o_fast.ops.attention import attention, attention_backend
 from blip3o_fast.ops.flow_loss import flow_loss
+from blip3o_fast.ops.gated_linear import gated_linear
 from blip3o_fast.ops.rope import rope
 from blip3o_fast.ops.sandwich_join import sandwich_join
 from blip3o_fast.ops.sandwich_norm import sandwich_norm
@@ -28,6 +29,7 @@ __all__ = [
     "sandwich_join",
     "rope",
     "swiglu",
+    "gated_linear",
     "AttentionBackend",
     "attention",
     "attention_backend",

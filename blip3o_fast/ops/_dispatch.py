@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _cuda
+from blip3o_fast.ops import _aten, _cuda
 
 
 class Impl(Enum):
-    """An implementation of a fused op."""
+    """An implementation of a fused op. ``ATEN`` has no backward, and not every op has one."""
 
     REFERENCE = "reference"
+    ATEN = "aten"
     TRITON = "triton"
     CUDA = "cuda"
 
@@ -87,22 +88,27 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def resolve_impl(impl: Impl | None, x: Tensor, *, op: str = "") -> Impl:
+def resolve_impl(
+    impl: Impl | None, x: Tensor, *, op: str = "", rounding: Rounding = Rounding.FAST
+) -> Impl:
     """The implementation of ``op`` that will run on ``x``.
 
     None chooses for a CUDA tensor: the CUDA kernel where it was measured faster or Triton is not
-    installed, else Triton; and the reference for any other tensor. A named implementation is never
-    replaced by another. ``op`` is the name of the op, which says whether it has a CUDA kernel.
+    installed, else Triton. On a CPU: ATen's few passes where no gradient is recorded, the op has
+    them and ``rounding`` allows. Else the reference. A named implementation is never replaced by
+    another. ``op`` is the name of the op, which says what it has.
 
     Raises:
         ValueError: if the named implementation cannot run here, saying why and what to do.
     """
     if impl is None:
         if not x.is_cuda:
-            return Impl.REFERENCE
+            return Impl.REFERENCE if _aten_refusal(op, x, rounding) else Impl.ATEN
         if _cuda.is_chosen(op, x, triton=_TRITON_INSTALLED):
             return Impl.CUDA
         return Impl.TRITON if _TRITON_INSTALLED else Impl.REFERENCE
+    if impl is Impl.ATEN and (refusal := _aten_refusal(op, x, rounding)):
+        raise ValueError(f"impl=ATEN on {_described(x)}: {refusal}; pass impl=Impl.REFERENCE")
     if impl is Impl.TRITON:
         _require_triton(x)
     if impl is Impl.CUDA and (refusal := _cuda.refusal(op, x)):
@@ -115,6 +121,21 @@ def resolve_impl(impl: Impl | None, x: Tensor, *, op: str = "") -> Impl:
 def operators(impl: Impl) -> Any:
     """The registered operators of a fused implementation; their schemas are the same."""
     return _cuda.operators() if impl is Impl.CUDA else torch.ops.blip3o_fast
+
+
+def _aten_refusal(op: str, x: Tensor, rounding: Rounding) -> str | None:
+    """Why ATen's few passes cannot run ``op`` on ``x``, or None if they can."""
+    if op not in _aten.OPS:
+        return f"expected one of {', '.join(sorted(_aten.OPS))}, got {op or 'no op'}"
+    if x.device.type != "cpu":
+        return "expected a CPU tensor"
+    if rounding is not Rounding.FAST:
+        return "expected rounding=Rounding.FAST"
+    if torch.is_grad_enabled():
+        return "it has no backward: expected torch.no_grad()"
+    if torch.compiler.is_compiling():
+        return "expected eager mode, the compiler fuses the reference itself"
+    return None
 
 
 def _described(x: Tensor) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
+from blip3o_fast.ops import _aten
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
@@ -63,11 +64,14 @@ def rope(
         raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
     faithful = rounding is Rounding.FAITHFUL
     turned = num_heads + num_kv_heads
-    impl = resolve_impl(impl, qkv, op="rope")
+    impl = resolve_impl(impl, qkv, op="rope", rounding=rounding)
     if impl is Impl.REFERENCE:
         with outside_autocast(qkv):
             result = reference.rope(qkv, cos, sin, num_heads, num_kv_heads)
         return qkv.copy_(result) if inplace else result
+    if impl is Impl.ATEN:
+        with outside_autocast(qkv):
+            return _aten.rope(qkv, cos, sin, turned, inplace)
     if inplace:
         operators(impl).rope_(qkv, cos, sin, turned, faithful)
         return qkv

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
+from blip3o_fast.ops import _aten
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
@@ -59,10 +60,11 @@ def sandwich_join(
         if norm is not None:
             check_modulation(prefix, *norm, batch=B, width=D)
             check_tensors(x=x, **{prefix + k: v for k, v in norm._asdict().items()})
-    impl = resolve_impl(impl, x, op="sandwich_join")
-    if impl is Impl.REFERENCE:
+    impl = resolve_impl(impl, x, op="sandwich_join", rounding=rounding)
+    if impl in (Impl.REFERENCE, Impl.ATEN):
+        join = reference.sandwich_join if impl is Impl.REFERENCE else _aten.sandwich_join
         with outside_autocast(x):
-            return reference.sandwich_join(x, y, layer_scale, post, pre, eps)
+            return join(x, y, layer_scale, post, pre, eps)
     faithful = rounding is Rounding.FAITHFUL
     x_out, h = _SandwichJoin.apply(
         x, y, layer_scale, *(post or _ABSENT), *(pre or _ABSENT), eps, faithful, impl

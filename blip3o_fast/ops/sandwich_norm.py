@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
+from blip3o_fast.ops import _aten
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
@@ -45,10 +46,13 @@ def sandwich_norm(
     check_shape("x", x, "B N D")
     check_modulation("", w1, w2, shift, scale, batch=x.shape[0], width=x.shape[2])
     check_tensors(x=x, w1=w1, w2=w2, shift=shift, scale=scale)
-    impl = resolve_impl(impl, x, op="sandwich_norm")
+    impl = resolve_impl(impl, x, op="sandwich_norm", rounding=rounding)
     if impl is Impl.REFERENCE:
         with outside_autocast(x):
             return reference.sandwich_norm(x, w1, w2, shift, scale, eps)
+    if impl is Impl.ATEN:
+        with outside_autocast(x):
+            return _aten.sandwich_norm(x, reference.Modulation(w1, w2, shift, scale), eps)
     faithful = rounding is Rounding.FAITHFUL
     return _SandwichNorm.apply(x, w1, w2, shift, scale, eps, faithful, impl)
 

@@ -92,6 +92,7 @@ def _self_attention(
         num_heads=H,
         num_kv_heads=K,
         impl=impls.rope,
+        inplace=True,
     )
     q, k, v = qkv.unflatten(-1, (H + 2 * K, d)).split((H, K, K), dim=2)
     return F.linear(ops.attention(q, k, v).flatten(2), block.self_out)
@@ -115,4 +116,4 @@ def _cross_attention(
 
 
 def _mlp(block: BlockWeights, impls: ImplTable, h: Tensor) -> Tensor:
-    return ops.swiglu(F.linear(h, block.gate_up), impl=impls.swiglu)
+    return ops.gated_linear(h, block.gate_up, impl=impls.swiglu)
