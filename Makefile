@@ -29,7 +29,7 @@ demo: $(VENV)/demo ## real photos to a trained translator and its report in ./de
 	$(BIN)/blip3o-fast demo --output_dir demo
 
 test: $(VENV)/dev ## the tests that need no GPU, Triton kernels in its interpreter
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: $(VENV)/dev ## the tests that take long: kill tests, packaging
 	$(BIN)/python -m pytest -m slow

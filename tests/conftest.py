@@ -4,6 +4,11 @@ import os
 
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core: threads of several processes on the same cores wait for each other.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 if not torch.cuda.is_available():
     # Read when @triton.jit decorates, so it must be set before anything imports a kernel.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -110,7 +110,15 @@ def _cross_attention(
     H, d = config.num_attention_heads, config.head_dim
     q = F.linear(h, block.cross_q)
     if config.conventions == "consistent":
-        q = ops.rope(q, weights.cos, weights.sin, num_heads=H, num_kv_heads=0, impl=impls.rope)
+        q = ops.rope(
+            q,
+            weights.cos,
+            weights.sin,
+            num_heads=H,
+            num_kv_heads=0,
+            impl=impls.rope,
+            inplace=True,
+        )
     attended = ops.attention(q.unflatten(-1, (H, d)), keys, values)
     return F.linear(attended.flatten(2), block.cross_out)
 
