@@ -1,0 +1,83 @@
+"""Every fused op once, forward and backward, by every implementation that can run here.
+
+    python benchmarks/every_op.py [--device cuda]
+
+Small enough to run under compute-sanitizer: 3 samples of 49 tokens at the widths of tiny, so that
+no tile is full. Exits with 1 if a result differs from the reference in fp64.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blip3o_fast import ops
+from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
+from blip3o_fast.benchmarking.op_cases import SPECS, OpSpec
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.ops import Impl
+
+SHAPE = Shape("tiny", batch=3, tokens=49)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, compare, print a line an op."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    device = torch.device(parser.parse_args(arguments).device)
+    wrong = 0
+    for spec in SPECS:
+        for dtype in DTYPES:
+            for impl in implementations(spec, dtype, device):
+                what = f"{spec.name}, {str(dtype).removeprefix('torch.')}, {impl.value}"
+                try:
+                    compare(spec, dtype, device, impl)
+                    print(f"{what}: as the reference")
+                except Disagreement as error:
+                    print(f"{what}: {error}")
+                    wrong += 1
+    return 1 if wrong else 0
+
+
+def implementations(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> list[Impl]:
+    """What can run an op here; on a CPU the reference alone."""
+    if device.type == "cpu":
+        return [Impl.REFERENCE]
+    sample = torch.empty(1, 1, SHAPE.config.hidden_size, dtype=dtype, device=device)
+    found: list[Impl] = []
+    for impl in (Impl.TRITON, Impl.CUDA):
+        try:
+            found.append(ops.resolve_impl(impl, sample, op=spec.name))
+        except ValueError as error:
+            print(f"{spec.name}, {impl.value}: not here: {error}")
+    return found
+
+
+def compare(spec: OpSpec, dtype: torch.dtype, device: torch.device, impl: Impl) -> None:
+    """Outputs and gradients of one implementation beside those of the reference in fp64."""
+    torch.manual_seed(0)
+    tensors = spec.tensors(SHAPE, dtype, device)
+    results = outputs_and_gradients(spec, tensors, impl)
+    expected = outputs_and_gradients(spec, [x.double() for x in tensors], Impl.REFERENCE)
+    for got, want in zip(results, expected, strict=True):
+        check_agreement(spec.name, got, want)
+
+
+def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> list[Tensor]:
+    """Of the sum of all outputs, weighed with random numbers that are the same in every dtype."""
+    extra = {"shape": SHAPE} if spec.name == "rope" else {}
+    leaves = [x.detach().clone().requires_grad_() for x in tensors[: spec.differentiable]]
+    result = spec.call(*leaves, *tensors[spec.differentiable :], impl=impl, **extra)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    if not leaves:
+        return outputs
+    torch.manual_seed(1)
+    weights = [torch.randn(x.shape).bfloat16().to(x) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

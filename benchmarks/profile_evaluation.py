@@ -1,0 +1,210 @@
+"""Where the time of one evaluation goes: its dearest launches, each beside its own limit.
+
+    python benchmarks/profile_evaluation.py --json profile.json [--preset base] [--batch 64]
+
+torch.profiler watches the sampler's evaluation, every launch made by the host. Launches are put
+together by operator and shapes of its inputs; a GPU's time is that of the kernels, a CPU's that of
+the operator itself. A limit is ``max(flops / rate, bytes / bandwidth)`` with both measured in the
+same run, bytes counting every input once and every output once; small operators of torch itself
+have none, since their inputs stay in caches.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from blip3o_fast.benchmarking import work
+from blip3o_fast.benchmarking.ceilings import DTYPES, measure_ceilings
+from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.benchmarking.network_cases import Network, hoisted
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.benchmarking.table import align, seconds
+from blip3o_fast.config import PRESETS, DiTConfig
+from blip3o_fast.data.atomic import write_atomically
+
+KIND = "blip3o-fast profile"
+FORMAT = 1
+EVALUATIONS = 5
+WARM_UP = 3
+ELEMENTS_MOVED = {
+    "sandwich_norm": 2.0,
+    "sandwich_join": 4.0,
+    "rope": 2.0,
+    "rope_": 2.0,
+    "swiglu": 1.5,
+}
+"""Elements that a row op reads and writes, by elements of its first input."""
+
+ATTENTIONS = ("flash_att", "efficient_attention", "cudnn_attention")
+"""Parts of the names of what does attention, and not of what chooses among them."""
+
+
+@dataclass
+class Launch:
+    """An operator at some shapes, within one evaluation.
+
+    Attributes:
+        op: as torch names it.
+        shapes: of its tensor inputs.
+        calls: how often.
+        seconds: of all calls together.
+        share: of the evaluation's time.
+        limit: the least that all calls could take, None where nothing is counted.
+        launches: kernels of all calls; on a CPU the calls themselves.
+        kernels: names of what ran on a GPU.
+    """
+
+    op: str
+    shapes: list[list[int]]
+    calls: float
+    seconds: float
+    launches: float
+    share: float = 0.0
+    limit: float | None = None
+    kernels: list[str] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Profile, print a table, write JSON."""
+    args = parse_arguments(arguments)
+    device = torch.device(args.device)
+    shape = Shape(args.preset, args.batch)
+    environment = describe_environment(device)
+    ceilings = measure_ceilings(device, (args.dtype,), seconds=0.3)
+    launches = profile_launches(shape, args.dtype, device)
+    total = sum(launch.seconds for launch in launches)
+    size = DTYPES[args.dtype].itemsize
+    for launch in launches:
+        launch.share = launch.seconds / total
+        counted = count_work(launch, shape.config, shape.batch, size)
+        launch.limit = counted and ceilings.seconds(counted, args.dtype) * launch.calls
+    launches.sort(key=lambda launch: -launch.seconds)
+    needed = work.evaluation(shape.config, shape.batch, size)
+    content = {
+        "kind": KIND,
+        "format": FORMAT,
+        "task": {"shape": shape.name, "dtype": args.dtype},
+        "environment": environment,
+        "bandwidth": ceilings.bandwidth,
+        "rates": ceilings.rates,
+        "seconds": total,
+        "limit": ceilings.seconds(needed, args.dtype),
+        "launches": sum(launch.launches for launch in launches),
+        "dearest": [asdict(launch) for launch in launches[: args.most]],
+        "rest_seconds": sum(launch.seconds for launch in launches[args.most :]),
+    }
+    print(render(content, launches[: args.most]))
+    if args.json is not None:
+        write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--preset", default="base", choices=tuple(PRESETS))
+    parser.add_argument("--batch", type=int, default=64, help="samples")
+    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--most", type=int, default=10, help="launches shown")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser.parse_args(arguments)
+
+
+def profile_launches(shape: Shape, dtype: str, device: torch.device) -> list[Launch]:
+    """Every launch of one evaluation, on average over ``EVALUATIONS``."""
+    (call,) = hoisted(Network(shape, dtype, device), None).calls
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    for _ in range(WARM_UP):
+        call()
+    with profile(activities=activities, record_shapes=True) as recorded:
+        for _ in range(EVALUATIONS):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    events: Any = recorded.events()
+    found: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
+    for event in events:
+        if event.device_type.name == "CPU" and microseconds(event, device):
+            found[event.name, str(event.input_shapes)].append(event)
+    if not found:
+        raise SystemExit(f"expected launches on {device}, the profiler saw none")
+    return [merge(group, device) for group in found.values()]
+
+
+def microseconds(event: Any, device: torch.device) -> float:
+    """What an operator itself took: its kernels on a GPU, its own part of the host's time else."""
+    if device.type == "cuda":
+        return sum(kernel.duration for kernel in event.kernels)
+    return event.self_cpu_time_total if "::" in event.name else 0.0
+
+
+def merge(events: list[Any], device: torch.device) -> Launch:
+    """One launch of equal events of all evaluations."""
+    kernels = [kernel.name for event in events for kernel in event.kernels]
+    return Launch(
+        op=events[0].name,
+        shapes=[list(shape) for shape in events[0].input_shapes if shape],
+        calls=len(events) / EVALUATIONS,
+        seconds=sum(microseconds(event, device) for event in events) / 1e6 / EVALUATIONS,
+        launches=len(kernels if device.type == "cuda" else events) / EVALUATIONS,
+        kernels=sorted(set(kernels)),
+    )
+
+
+def count_work(launch: Launch, config: DiTConfig, batch: int, size: int) -> work.Work | None:
+    """Of one call: what its shapes say, None for operators that are not counted."""
+    name = launch.op.rpartition("::")[2]
+    if name in ("mm", "addmm"):
+        (rows, inner), (_, columns) = launch.shapes[-2:]
+        elements = rows * inner + inner * columns + rows * columns
+        return work.Work(2.0 * rows * inner * columns, elements * size)
+    if name in ELEMENTS_MOVED:
+        elements = torch.Size(launch.shapes[0]).numel()
+        return work.Work(0.0, ELEMENTS_MOVED[name] * elements * size)
+    if any(word in launch.op for word in ATTENTIONS):
+        return work.attention(config, batch, size)
+    return None
+
+
+def render(content: dict[str, Any], launches: list[Launch]) -> str:
+    """A table for a terminal."""
+    head = ("operator", "inputs", "calls", "time", "of all", "limit", "of limit")
+    rows: list[tuple[str, ...]] = [head]
+    for launch in launches:
+        limit = launch.limit
+        rows.append(
+            (
+                launch.op,
+                " ".join("x".join(map(str, shape)) for shape in launch.shapes[:3]),
+                f"{launch.calls:g}",
+                seconds(launch.seconds),
+                f"{launch.share:.0%}",
+                "" if limit is None else seconds(limit),
+                "" if limit is None else f"{limit / launch.seconds:.0%}",
+            )
+        )
+    task, environment = content["task"], content["environment"]
+    return "\n".join(
+        (
+            f"one evaluation of {task['shape']} in {task['dtype']} on {environment['device']}: "
+            f"{seconds(content['seconds'])} in {content['launches']:g} launches, "
+            f"limit {seconds(content['limit'])}",
+            *align(rows),
+            f"all others: {seconds(content['rest_seconds'])}",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The profile of an evaluation, and the run of every op that the sanitizer watches."""
+
+from types import SimpleNamespace
+
+import every_op
+import profile_evaluation as profile
+import pytest
+import torch
+
+from blip3o_fast.benchmarking import work
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.config import DiTConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_projections_of_an_evaluation_are_found_and_counted():
+    shape = Shape("tiny", 1, 16)
+    launches = profile.profile_launches(shape, "fp32", CPU)
+    counted = [(x, profile.count_work(x, shape.config, 1, 4)) for x in launches]
+    flops = sum(w.flops * x.calls for x, w in counted if w is not None)
+    assert flops == pytest.approx(work.evaluation(shape.config, 1, 4).flops, rel=1e-6)
+    assert all(x.seconds > 0 for x in launches)
+
+
+def test_kernels_of_equal_operators_are_added_up():
+    def event(*durations):
+        kernels = [SimpleNamespace(name=f"kernel{i}", duration=d) for i, d in enumerate(durations)]
+        return SimpleNamespace(name="aten::mm", input_shapes=[[8, 4], [4, 2]], kernels=kernels)
+
+    events = [event(10.0, 5.0)] * profile.EVALUATIONS * 3
+    launch = profile.merge(events, CUDA)
+    assert launch.calls == 3 and launch.launches == 6
+    assert launch.seconds == pytest.approx(3 * 15e-6)
+    assert launch.kernels == ["kernel0", "kernel1"]
+
+
+@pytest.mark.parametrize(
+    "op, shapes, expected",
+    [
+        (
+            "aten::addmm",
+            [[6], [8, 4], [4, 6]],
+            work.Work(2 * 8 * 4 * 6, (8 * 4 + 4 * 6 + 8 * 6) * 2),
+        ),
+        ("blip3o_fast::sandwich_join", [[1, 8, 384]], work.Work(0.0, 4 * 8 * 384 * 2)),
+        ("blip3o_fast_cuda::rope_", [[1, 8, 640]], work.Work(0.0, 2 * 8 * 640 * 2)),
+        ("blip3o_fast::swiglu", [[1, 8, 2048]], work.Work(0.0, 8 * (2048 + 1024) * 2)),
+        ("aten::mul", [[8]], None),
+    ],
+)
+def test_work_by_shapes(op, shapes, expected):
+    launch = profile.Launch(op, shapes, 1, 1.0, 1)
+    assert profile.count_work(launch, DiTConfig.preset("tiny"), 1, 2) == expected
+
+
+def test_every_op_agrees_with_the_reference_in_fp64(capsys):
+    assert every_op.main(["--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("as the reference") == 2 * len(every_op.SPECS)
+
+
+def test_an_op_that_is_wrong_in_its_gradient_alone_is_found(monkeypatch, capsys):
+    good = next(spec for spec in every_op.SPECS if spec.name == "swiglu")
+
+    def wrong(x, *, impl=None):
+        out = good.call(x, impl=impl)
+        return out if x.dtype is torch.float64 else out + (x - x.detach())[..., : out.shape[-1]]
+
+    broken = every_op.OpSpec("swiglu", wrong, good.sizes, good.differentiable)
+    monkeypatch.setattr(every_op, "SPECS", (broken,))
+    assert every_op.main(["--device", "cpu"]) == 1
+    assert "expected the reference up to" in capsys.readouterr().out
