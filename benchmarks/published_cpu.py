@@ -4,7 +4,8 @@
 
 CHECKOUT is a clone of github.com/Hafeezmhk7/eva-clip-v2_4 at commit cc03ace. Every competitor has
 the same random weights, 256 tokens and batch 1, and takes its turn in every round; the table shows
-medians, and beside them the fastest, which a busy machine spoils less. The plan's time is that of an Euler step inside ``generate``: evaluation and state update.
+medians, and beside them the fastest, which a busy machine spoils less. The plan's time is that of
+an Euler step inside ``generate``: evaluation and state update.
 
 The limit is the time that the evaluation's GEMMs and attention products take alone, in the same
 run. The last line is JSON.
