@@ -6,10 +6,12 @@ Three small models learn from the shards of ``blip3o-fast demo``: with the consi
 loss, with the consistent network and the published loss (the other sign of the clean estimate, its
 masks and caps), and with the published network and loss. Each translates the same held-out crops
 from the same noise under both samplers. Prints a table and writes it as JSON, with the mean
-predictor and ridge regression as the two baselines.
+predictor and ridge regression as the two baselines, and draws the held-out cosine while learning
+beside them, sampled as each model samples by default in one evaluation.
 """
 
 import argparse
+import io
 import json
 import platform
 import time
@@ -29,6 +31,7 @@ from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.training import TrainingOptions
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.run import claimed, prepare
+from blip3o_fast.training.tracking import METRICS_NAME
 from blip3o_fast.training.trainer import Trainer
 
 Conventions = Literal["consistent", "published"]
@@ -49,6 +52,9 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="folder of the three runs")
     parser.add_argument("--json", help="where to write the table; None: conventions.json there")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each model")
+    parser.add_argument(
+        "--validate_every", type=int, default=50, help="steps between points of the curve"
+    )
     parser.add_argument("--max_samples", type=int, default=48, help="held-out crops translated")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 4, 10, 50])
     args = parser.parse_args()
@@ -66,8 +72,11 @@ def main() -> None:
             lambda batch, p=predictor: p.predict(batch.eva.float()),
         )
         rows.append(measured | {"network": name, "loss": "", "sampler": "", "evaluations": 0})
+    curves: dict[str, list[tuple[int, float]]] = {}
     for network, loss in MODELS:
-        model = trained(args, folder / f"{network}_{loss}", network, loss)
+        run = folder / f"{network}_{loss}"
+        model = trained(args, run, network, loss)
+        curves[f"{network} network, {loss} loss"] = learning_curve(run)
         for sampler in SAMPLERS:
             settings = EvaluationSettings(time_grid=sampler, batch_size=16)
             for count in args.evaluations:
@@ -89,16 +98,19 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": round(time.monotonic() - started),
         "rows": rows,
+        "curves": curves,
     }
     path = Path(args.json or folder / "conventions.json")
     write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+    levels = {r["network"]: r["token_cosine"] for r in rows if not r["loss"]}
+    write_atomically(path.with_suffix(".png"), draw(curves, levels))
 
 
 def trained(
     args: argparse.Namespace, folder: Path, network: Conventions, loss: Conventions
 ) -> BLIP3oDiT:
     """Train, or go on; the weight average after the last step."""
-    values: dict[str, Any] = {**MODEL, **TRAINING, "eval_every_n_steps": args.steps}
+    values: dict[str, Any] = {**MODEL, **TRAINING, "eval_every_n_steps": args.validate_every}
     options = TrainingOptions(
         chunked_embeddings_dir=args.shards,
         output_dir=str(folder),
@@ -113,6 +125,29 @@ def trained(
     with claimed(plan):
         trainer.run()
     return load_trained_model(folder / f"step_{args.steps}")
+
+
+def learning_curve(run: Path) -> list[tuple[int, float]]:
+    """Step and held-out token cosine of every validation of a run."""
+    records = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
+    return [(r["step"], r["token_cosine"]) for r in records if r["kind"] == "validation"]
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], levels: dict[str, float]) -> bytes:
+    """A PNG of the curves over the baselines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    for (name, level), style in zip(levels.items(), (":", "--"), strict=True):
+        axes.axhline(level, linestyle=style, color="0.4", label=name)
+    axes.set(xlabel="optimizer step", ylabel="token cosine on held-out photos")
+    axes.legend(frameon=False, fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def row(
