@@ -1,0 +1,185 @@
+"""What a sample, a parameter or a step costs: the counts behind ``SCALING.md``.
+
+Flops are those of ``blip3o_fast.benchmarking.work``: matrix products and attention, two a
+multiply-add. Rates are the ones that data sheets state; nothing here was measured.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from blip3o_fast.benchmarking import work
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.config import DiTConfig, Size
+from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.sampling import memory
+
+SAMPLES = 27_000_000
+TOKENS = 256
+STORED = 2
+"""Bytes of a number in a shard and of an activation in bf16 or fp16."""
+FP32 = 4
+ADAM_MOMENTS = 2
+PREFETCHED = 4
+"""Batches that ``--prefetch`` keeps in device memory."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An H100 SXM and what it is wired to, as data sheets state them; bytes and flops a second.
+
+    Attributes:
+        flops: dense bf16.
+        bandwidth: of HBM3.
+        memory: bytes of HBM3.
+        cache: bytes of L2.
+        nvlink: of one GPU, each direction.
+        network: of one 400 Gb/s adapter, each direction.
+        pcie: of a Gen5 x16 slot, each direction.
+        gpus: in one machine.
+    """
+
+    flops: float = 989e12
+    bandwidth: float = 3.35e12
+    memory: float = 80e9
+    cache: float = 50 * 2**20
+    nvlink: float = 450e9
+    network: float = 400e9 / 8
+    pcie: float = 64e9
+    gpus: int = 8
+
+
+H100 = Machine()
+
+
+@lru_cache
+def parameters(config: DiTConfig) -> int:
+    """Of the model."""
+    with torch.device("meta"):
+        return BLIP3oDiT(config).get_num_parameters()
+
+
+def sample_bytes(config: DiTConfig) -> tuple[int, int]:
+    """Of one stored sample: EVA tokens, CLIP tokens."""
+    N = config.num_tokens
+    return N * config.eva_embedding_size * STORED, N * config.clip_embedding_size * STORED
+
+
+def translating_flops(size: Size, tokens: int, steps: int, solver: str) -> float:
+    """Of one sample, the condition prepared once."""
+    assert solver in ("euler", "heun")
+    return work.generation(Shape(size, 1, tokens), steps, solver, STORED).flops
+
+
+def training_flops(size: Size, tokens: int) -> float:
+    """Of one sample: forward with nothing hoisted, and backward."""
+    return work.training_step(Shape(size, 1, tokens), 0, STORED).flops
+
+
+def evaluation_seconds(size: Size, tokens: int, batch: int) -> tuple[float, float]:
+    """Of one evaluation on ``H100``: what its flops take, and what its bytes take."""
+    needed = work.evaluation(Shape(size, batch, tokens).config, batch, STORED)
+    return needed.flops / H100.flops, needed.bytes / H100.bandwidth
+
+
+def block_activations(config: DiTConfig) -> int:
+    """Bytes a token that one block keeps for its backward pass under autocast.
+
+    The fused ops keep inputs only: stream, branch and opened branch of three joins; q, k, v and the
+    result of two attentions, with the fp32 log-sum of each head; packed gate and up, their product.
+    """
+    D, inner = config.hidden_size, config.intermediate_size
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    joins, attentions = 9 * D, (H + 2 * K) * d + 2 * K * d + 3 * D
+    return STORED * (joins + attentions + 3 * inner) + 2 * H * FP32
+
+
+def checkpointed_activations(config: DiTConfig) -> int:
+    """Bytes a token that a block keeps with ``--gradient_checkpointing``: stream and branch."""
+    return STORED * 2 * config.hidden_size
+
+
+def other_activations(config: DiTConfig, *, multiple: int = 64, mask: int = 1) -> int:
+    """Bytes a token that adapter, input, output and loss keep.
+
+    Args:
+        config: of the model.
+        multiple: what the adapter's widths are rounded up to; 64 on a GPU.
+        mask: bytes of an element of a dropout mask; 1 on a GPU.
+    """
+    D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
+    widths = sum(work.adapter_widths(config, multiple)[1:])
+    adapter = 2 * E * STORED + widths * (2 * STORED + mask)
+    return adapter + (5 * D + C) * STORED + 4 * C * FP32
+
+
+def training_state(config: DiTConfig, *, average: bool = True) -> int:
+    """Bytes of weights, gradients, moments and average in fp32, and of the weights in bf16."""
+    return parameters(config) * (FP32 * (2 + ADAM_MOMENTS + average) + STORED)
+
+
+def training_sample(config: DiTConfig, *, checkpointing: bool = False) -> int:
+    """Bytes that one more sample in a GPU's batch takes.
+
+    Activations; the batch as stored, once for the step and once for each prefetched one; in fp32
+    EVA tokens twice (as read, and with dropped conditions), targets and noise.
+    """
+    E, C, L = config.eva_embedding_size, config.clip_embedding_size, config.num_hidden_layers
+    kept = L * block_activations(config)
+    if checkpointing:
+        kept = L * checkpointed_activations(config) + block_activations(config)
+    inputs = (1 + PREFETCHED) * (E + C) * STORED + (2 * E + 2 * C) * FP32
+    return config.num_tokens * (kept + other_activations(config) + inputs)
+
+
+def most_samples(config: DiTConfig, *, checkpointing: bool = False) -> int:
+    """Samples of a training step that one GPU's memory holds, if it held nothing else."""
+    left = H100.memory - training_state(config)
+    return max(0, int(left // training_sample(config, checkpointing=checkpointing)))
+
+
+def sampling_weights(config: DiTConfig) -> int:
+    """Bytes of the plan's packed weights in bf16."""
+    return STORED * (work.core_weights(config) + work.conditioning_weights(config))
+
+
+def micro_batch(config: DiTConfig) -> int:
+    """Samples that the plan evaluates together on ``H100``."""
+    fits = int(H100.cache // memory.evaluation_bytes(config, torch.bfloat16))
+    return min(memory.LARGEST_MICRO_BATCH, max(memory.SMALLEST_ON_CUDA, fits))
+
+
+def sampling_sample(config: DiTConfig) -> int:
+    """Bytes that one more sample of a call takes: condition, noise and result in fp32."""
+    E, C = config.eva_embedding_size, config.clip_embedding_size
+    return config.num_tokens * (E + 2 * C) * FP32
+
+
+def sampling_working(config: DiTConfig) -> int:
+    """Bytes that a sample of the micro-batch takes besides, at most."""
+    dtype = torch.bfloat16
+    evaluating = memory.evaluation_bytes(config, dtype)
+    preparing = memory.conditioning_bytes(config, dtype)
+    kept = memory.state_bytes(config) + memory.context_bytes(config, dtype)
+    return max(evaluating, preparing) + kept
+
+
+def all_reduce_seconds(config: DiTConfig, gpus: int, *, adapters: int = 8) -> tuple[float, float]:
+    """Of one step's fp32 gradients over ``H100``: within machines, and between them.
+
+    Rings move ``2 (n - 1) / n`` of the gradients through each member. Of several machines, each GPU
+    reduces its eighth with its counterparts, through ``adapters`` adapters a machine.
+    """
+    gradients = parameters(config) * FP32
+    local = min(gpus, H100.gpus)
+    machines = gpus // local
+    within = 2 * (local - 1) / local * gradients / H100.nvlink
+    between = 2 * (machines - 1) / machines * gradients / adapters / H100.network
+    return within, between
+
+
+def checkpoint_bytes(config: DiTConfig, *, average: bool) -> tuple[int, int]:
+    """Of ``model.safetensors`` and of ``trainer.pt``: moments, and raw weights beside averages."""
+    count = parameters(config)
+    return count * FP32, count * FP32 * (ADAM_MOMENTS + average)

@@ -1,0 +1,129 @@
+"""Makes ``SCALING.md``: the text of ``SCALING.template.md`` with the numbers of ``scale_counts``.
+
+python benchmarks/scaling.py            write it
+python benchmarks/scaling.py --check    exit with 1 if it is not what would be written
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+import scale_counts as counts
+import scaling_tables as page
+from scale_counts import FP32, H100, SAMPLES, TOKENS
+from scaling_tables import BACKWARD, DISK, GLOBAL_BATCHES, GPUS, HALF, config, step_seconds
+from tables import duration, number
+
+from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
+from blip3o_fast.training.options import TrainingOptions
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER / "SCALING.md"
+TEMPLATE = FOLDER / "SCALING.template.md"
+SAMPLES_A_GPU = GLOBAL_BATCHES[-1] // GPUS[-1]
+SLOW_STORAGE = 10e9
+HOST_CROSSINGS = 4
+"""Of a byte of a batch: into the page cache, out, into a page-locked buffer, out."""
+INDEX = 8
+"""Bytes of a sample's place (two int32) and of its number in an epoch's order (int64)."""
+PAIR = 56 + 8 + 28
+"""Bytes of a tuple of two, its slot in a list and one of its integers, in 64-bit CPython."""
+
+
+def render() -> str:
+    """The page."""
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values())
+
+
+def values() -> dict[str, str]:
+    """Every name in the template."""
+    return {
+        "rates": page.rates_table(),
+        "sizes": page.sizes_table(),
+        "data": page.data_table(),
+        "bounds": page.bounds_table(),
+        "translation": page.translation_table(),
+        "training": page.training_table(),
+        "feeds": page.feeds_table(),
+        "reduce": page.reduce_table(),
+        "training_memory": page.training_memory_table(),
+        "sampling_memory": page.sampling_memory_table(),
+        "throughput": page.throughput_table(),
+        "checkpoints": page.checkpoints_table(),
+        "shards": page.shards_table(),
+        **sentences(),
+    }
+
+
+def sentences() -> dict[str, str]:
+    """Numbers within sentences."""
+    base, options = config("base"), TrainingOptions("shards", "run")
+    eva, clip = counts.sample_bytes(base)
+    whole = eva + clip
+    trained = H100.flops * HALF / counts.training_flops("base", TOKENS) * whole
+    pinned = (options.num_workers + 1) * SAMPLES_A_GPU * whole
+    within, between = counts.all_reduce_seconds(base, GPUS[-1])
+    _, alone = counts.all_reduce_seconds(base, GPUS[-1], adapters=1)
+    backward = step_seconds(1) * BACKWARD
+    return {
+        "samples": f"{SAMPLES / 1e6:g} million",
+        "intensity": f"{H100.flops / H100.bandwidth:.0f}",
+        "sample_size": number(whole, "B"),
+        "set": number(whole * SAMPLES, "B"),
+        "one_read": read_rate(1, "euler"),
+        "many_read": read_rate(50, "heun"),
+        "epoch_read": number(trained, "B/s"),
+        "epoch_read_all": number(trained * GPUS[-1], "B/s"),
+        "host_traffic": number(trained * H100.gpus * HOST_CROSSINGS, "B/s"),
+        "slow": number(SLOW_STORAGE, "B/s"),
+        "slow_epoch": duration(whole * SAMPLES / SLOW_STORAGE),
+        "gradients": number(counts.parameters(base) * FP32, "B"),
+        "large_state": number(counts.training_state(config("large")), "B"),
+        "hidden_from": str(math.ceil((within + between) / backward)),
+        "hidden_from_alone": str(math.ceil((within + alone) / backward)),
+        "a_gpu": str(SAMPLES_A_GPU),
+        "workers": str(options.num_workers),
+        "pinned": number(pinned, "B"),
+        "pinned_machine": number(H100.gpus * pinned, "B"),
+        "indices": number(SAMPLES * INDEX, "B"),
+        "pair": str(PAIR),
+        "pairs": number(SAMPLES * PAIR, "B"),
+        "pairs_machine": number(H100.gpus * SAMPLES * PAIR, "B"),
+        "open_shards": str(_OPEN_SHARDS),
+        "keep_last": str(options.keep_last),
+        "epoch_steps": f"{SAMPLES // GLOBAL_BATCHES[-1]:,}",
+        "save_every": str(options.save_every_n_steps),
+        "save_seconds": duration(options.save_every_n_steps * step_seconds(SAMPLES_A_GPU)),
+        "eval_every": str(options.eval_every_n_steps),
+        "eval_samples": str(options.eval_num_samples),
+        "eval_steps": str(options.eval_inference_steps),
+        "disk": number(DISK, "B/s"),
+    }
+
+
+def read_rate(steps: int, solver: str) -> str:
+    """What one GPU reads that translates at half of the peak."""
+    eva, _ = counts.sample_bytes(config("base"))
+    flops = counts.translating_flops("base", TOKENS, steps, solver)
+    return number(H100.flops * HALF / flops * eva, "B/s")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    text = render()
+    if not parser.parse_args(arguments).check:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    print(f"{PAGE}: not what benchmarks/scaling.py makes; run it", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

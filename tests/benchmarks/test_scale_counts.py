@@ -1,0 +1,114 @@
+"""The counts behind ``SCALING.md`` against what the library does."""
+
+from types import SimpleNamespace
+
+import pytest
+import scale_counts as counts
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.flow import RectifiedFlowLoss
+from blip3o_fast.ops import Impl
+from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.sampling import SamplingPlan, memory
+
+CPU = torch.device("cpu")
+
+
+def small(layers, tokens):
+    return Shape("tiny", 1, tokens).config.replace(num_hidden_layers=layers)
+
+
+def inputs(config):
+    N, C, E = config.num_tokens, config.clip_embedding_size, config.eva_embedding_size
+    return torch.randn(1, N, C), torch.rand(1), torch.randn(1, N, E)
+
+
+def kept_for_backward(layers, tokens):
+    """Bytes that autograd holds after a forward pass under autocast, parameters left out."""
+    config = small(layers, tokens)
+    model = BLIP3oDiT(config).train()
+    model.set_impl(Impl.TRITON)
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    x, t, eva = inputs(config)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = model(x, t, eva, return_dict=False)
+        loss = RectifiedFlowLoss(impl=Impl.TRITON)
+        terms = loss(velocity, x, x + 1, x + 2, t)
+    assert terms.total.requires_grad
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+
+
+def test_activations_are_what_autograd_keeps():
+    def a_token(layers):
+        return (kept_for_backward(layers, 9) - kept_for_backward(layers, 4)) / 5
+
+    one, two = a_token(1), a_token(2)
+    config = small(1, 4)
+    assert two - one == counts.block_activations(config)
+    # A CPU pads no width, and its dropout keeps a mask in bf16.
+    others = counts.other_activations(config, multiple=1, mask=2)
+    assert one - counts.block_activations(config) == others
+
+
+def test_flops_are_what_torch_counts():
+    config = small(2, 16)
+    model = BLIP3oDiT(config).train()
+    x, t, eva = inputs(config)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, eva, return_dict=False).sum().backward()
+    shape = SimpleNamespace(config=config, batch=1)
+    counted = counts.work.training_step(shape, 0, 2).flops
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.02)
+
+
+def test_micro_batch_is_that_of_the_plan(monkeypatch):
+    properties = SimpleNamespace(L2_cache_size=counts.H100.cache)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for size in ("tiny", "base"):
+        config = Shape(size).config
+        expected = memory.micro_batch(
+            config, torch.bfloat16, torch.device("cuda"), guided=False, working_memory=None
+        )
+        assert counts.micro_batch(config) == expected
+
+
+def test_sampling_weights_are_those_that_the_plan_packs():
+    from blip3o_fast.sampling.engine import engine_key, find_engine
+
+    config = small(2, 16)
+    model = BLIP3oDiT(config)
+    plan = SamplingPlan(model, steps=1, dtype=torch.bfloat16)
+    engine = find_engine(model, engine_key(model, torch.bfloat16, plan.impl, False))
+    adapter = sum(p.numel() for p in engine.weights.adapter.parameters() if p.ndim == 2)
+    packed = engine.weights.nbytes() + counts.STORED * adapter
+    assert counts.sampling_weights(config) == packed
+
+
+def test_a_ring_moves_twice_the_gradients_but_for_a_share():
+    config = Shape("base").config
+    gradients = 4 * 227_474_014
+    within, between = counts.all_reduce_seconds(config, 8)
+    assert within == pytest.approx(gradients * 2 * 7 / 8 / 450e9) and between == 0
+    _, eight = counts.all_reduce_seconds(config, 64)
+    _, one = counts.all_reduce_seconds(config, 64, adapters=1)
+    assert eight == pytest.approx(gradients / 8 * 2 * 7 / 8 / 50e9) and one == 8 * eight
+    assert counts.all_reduce_seconds(config, 1) == (0, 0)
+
+
+def test_published_sizes_and_bytes():
+    config = Shape("base").config
+    assert counts.sample_bytes(config) == (256 * 4096 * 2, 256 * 1024 * 2)
+    assert counts.checkpoint_bytes(config, average=True) == (4 * 227_474_014, 12 * 227_474_014)
+    assert counts.training_state(config, average=False) == 18 * 227_474_014
+    heun = counts.translating_flops("base", 256, 50, "heun")
+    one, two = (counts.translating_flops("base", 256, n, "euler") for n in (1, 2))
+    assert heun == pytest.approx(one + 99 * (two - one))

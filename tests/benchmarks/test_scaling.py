@@ -1,0 +1,79 @@
+"""The page about scale: text and numbers cannot disagree, and its commands exist."""
+
+import argparse
+import re
+import shlex
+import string
+
+import pytest
+import scaling
+import tables
+
+from blip3o_fast.cli import extract, generate, main, train
+
+
+def test_the_committed_page_is_what_is_made():
+    assert scaling.main(["--check"]) == 0
+
+
+def test_a_page_that_differs_is_named(tmp_path, monkeypatch, capsys):
+    changed = tmp_path / "SCALING.md"
+    changed.write_text(scaling.render().replace("70.8 TB", "70.9 TB"))
+    monkeypatch.setattr(scaling, "PAGE", changed)
+    assert scaling.main(["--check"]) == 1 and str(changed) in capsys.readouterr().err
+    assert scaling.main([]) == 0 and scaling.main(["--check"]) == 0
+
+
+def test_every_value_is_used():
+    template = string.Template(scaling.TEMPLATE.read_text())
+    assert set(template.get_identifiers()) == set(scaling.values())
+
+
+def test_it_says_that_nothing_was_measured():
+    assert "No figure on this page was measured" in scaling.render()
+
+
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", scaling.TEMPLATE.read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_have_the_flags_that_they_name(line):
+    words = shlex.split(line)
+    words = words[words.index("blip3o_fast" if words[0] == "torchrun" else "blip3o-fast") + 1 :]
+    assert words[0] in main.COMMANDS
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    {"train": train, "generate": generate, "extract": extract}[words[0]].add_arguments(parser)
+    parser.parse_args(words[1:])
+
+
+def test_the_flags_named_in_sentences_exist():
+    parser = argparse.ArgumentParser(conflict_handler="resolve")
+    for command in (train, generate, extract):
+        command.add_arguments(parser)
+    text = re.sub(r"```.*?```", "", scaling.TEMPLATE.read_text(), flags=re.DOTALL)
+    known = " ".join(s for action in parser._actions for s in action.option_strings).split()
+    named = set(re.findall(r"`(--\w+)[ `]", text + "".join(scaling.values().values())))
+    assert named and named <= {*known, "--groups"}
+
+
+@pytest.mark.parametrize(
+    "value, unit, text",
+    [
+        (70.8e12, "B", "70.8 TB"),
+        (999.6, "B", "1,000 B"),
+        (1e9, "B/s", "1 GB/s"),
+        (0.0571, "s", "57.1 ms"),
+        (52e-6, "s", "52 us"),
+        (0.495, "s", "495 ms"),
+    ],
+)
+def test_numbers(value, unit, text):
+    assert tables.number(value, unit) == text
+
+
+def test_durations():
+    assert [tables.duration(x) for x in (5.5, 90, 5400)] == ["5.5 s", "1.5 min", "1.5 h"]
