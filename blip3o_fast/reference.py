@@ -44,6 +44,17 @@ class LossTerms(NamedTuple):
     consistency: Tensor
 
 
+class Quantised(NamedTuple):
+    """Rows ``[..., K]`` in e4m3, and the fp32 number ``[..., 1]`` that multiplies each row back."""
+
+    values: Tensor
+    scales: Tensor
+
+
+E4M3_MAX = 448.0
+"""The largest number of ``torch.float8_e4m3fn``."""
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Reductions run in fp32, and in fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
@@ -157,6 +168,27 @@ def solver_update(
         slope = unconditional + guidance_scale * (conditional - unconditional)
     x = x + dt * slope
     return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def quantise_rows(x: Tensor) -> Quantised:
+    """Every row ``[..., K]``, K at least 1, over its largest magnitude, as e4m3 (arXiv:2209.05433).
+
+    In fp32: ``scale = max |x| / 448``, and ``x * (1 / scale)`` to the nearest, ties to even. That
+    product exceeds 448 by two roundings of fp32 at most, and becomes 448: nothing overflows. Scales
+    are normal numbers, so a row of zeros stays one. A row with a NaN or an infinity is NaN when it
+    is multiplied back.
+    """
+    wide = x.float()
+    smallest = torch.finfo(torch.float32).tiny
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=E4M3_MAX * smallest)
+    scales = largest / E4M3_MAX
+    return Quantised((wide * (1 / scales)).to(torch.float8_e4m3fn), scales)
+
+
+def scaled_linear(x: Quantised, weight: Quantised) -> Tensor:
+    """``x W^T`` in bf16: x ``[..., K]``, W ``[out, K]``; sums in fp32, scaled when complete."""
+    total = x.values.float() @ weight.values.float().T
+    return (total * x.scales * weight.scales[:, 0]).bfloat16()
 
 
 def flow_loss(

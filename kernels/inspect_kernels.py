@@ -6,7 +6,8 @@ Each launcher is called as the library calls it, on CPU tensors, with a driver t
 instead of a device; compilation is real, the launch is left out. The table shows registers, stack
 (spills and local arrays), shared memory, 16-byte loads and stores, and the instructions that a
 kernel should not hold: fp64 arithmetic below fp64, local memory, atomics. Exit status 1 means that
-a kernel holds one of these, spills, or moves the rows of an aligned width in less than 16 bytes.
+a kernel holds one of these, spills, or moves the rows of an aligned width in less than 16 bytes (8
+for rows of e4m3, which sm_80 does not have).
 """
 
 import argparse
@@ -42,6 +43,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 ARCHS = (80, 90, 100)
+E4M3_ARCH = 89
+"""The first that converts to e4m3."""
+
 TOKENS = 256
 WIDTH = 768
 HEAD = 64
@@ -79,6 +83,7 @@ class Report(NamedTuple):
     shared: int
     wide_loads: int
     wide_stores: int
+    half_stores: int
     fp64: int
     local: int
     atomics: int
@@ -131,6 +136,20 @@ def _sandwich_join(p: Precision) -> None:
         sandwich_join.backward(x, x, x, x, ls, _norm(p), _norm(p), eps=EPS, parameters=parameters)
     sandwich_join.forward(x, x, ls, None, _norm(p), eps=EPS, faithful=False)
     sandwich_join.backward(x, x, x, x, ls, None, _norm(p), eps=EPS, parameters=True)
+
+
+def _swiglu_quantised(p: Precision) -> None:
+    swiglu.forward_quantised(_rows(p, 2, TOKENS, 6144))
+
+
+def _sandwich_norm_quantised(p: Precision) -> None:
+    sandwich_norm.forward_quantised(_rows(p, 2, TOKENS, WIDTH), _norm(p), eps=EPS)
+
+
+def _sandwich_join_quantised(p: Precision) -> None:
+    x = _rows(p, 2, TOKENS, WIDTH)
+    sandwich_join.forward_quantised(x, x, None, None, _norm(p), eps=EPS)
+    sandwich_join.forward_quantised(x, x, None, _norm(p), _norm(p), eps=EPS)
 
 
 def _rope(p: Precision) -> None:
@@ -198,6 +217,12 @@ SPECIMENS: dict[str, Callable[[Precision], None]] = {
     "flow_loss": _flow_loss,
 }
 
+QUANTISED: dict[str, Callable[[Precision], None]] = {
+    "swiglu": _swiglu_quantised,
+    "sandwich_norm": _sandwich_norm_quantised,
+    "sandwich_join": _sandwich_join_quantised,
+}
+
 
 class _TargetDriver:
     """Stands where a GPU's driver would, and names the architecture to compile for."""
@@ -234,6 +259,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
             "PUBLISHED",
             "GUIDED",
             "CLAMPED",
+            "QUANTISED",
         )
         variant = "+".join(name.lower() for name in constants if kwargs.get(name))
         module = self.fn.__module__.rpartition(".")[2]
@@ -286,6 +312,7 @@ def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
         shared=kernel.shared,
         wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", kernel.ptx)),
         wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", kernel.ptx)),
+        half_stores=len(re.findall(r"st\.global\S*\.v2\.b32|st\.global\.b64", kernel.ptx)),
         fp64=kernel.ptx.count(".f64"),
         local=len(re.findall(r"\.local\b", kernel.ptx)),
         atomics=len(re.findall(r"\b(?:atom|red)\.", kernel.ptx)),
@@ -305,7 +332,8 @@ def problems(reports: list[Report]) -> list[str]:
             "local memory": r.local > 0 or r.stack > 0,
             "atomics": r.atomics > 0,
             "no 16-byte load": not r.wide_loads and not _is_stage(r),
-            "no 16-byte store": not r.wide_stores and not _is_stage(r),
+            "no 16-byte store": not (r.wide_stores or _is_stage(r) or _is_quantised(r)),
+            "no 8-byte store": _is_quantised(r) and not (r.wide_stores or r.half_stores),
         }
         name = f"{r.kernel} {r.variant or 'plain'} {r.precision} sm_{r.arch}"
         found += [f"{name}: {rule}" for rule, broken in rules.items() if broken]
@@ -316,6 +344,10 @@ def _is_stage(report: Report) -> bool:
     return report.kernel.partition(".")[2].removesuffix("_kernel") in STAGES
 
 
+def _is_quantised(report: Report) -> bool:
+    return "quantised" in report.variant.split("+")
+
+
 def inspect(ops: list[str], precisions: list[str], archs: list[int]) -> list[Report]:
     """Compile and judge the chosen part of the matrix."""
     reports: list[Report] = []
@@ -324,6 +356,8 @@ def inspect(ops: list[str], precisions: list[str], archs: list[int]) -> list[Rep
             for op in ops:
                 with compiling_for(arch) as kernels:
                     SPECIMENS[op](PRECISIONS[precision])
+                    if arch >= E4M3_ARCH and op in QUANTISED:
+                        QUANTISED[op](PRECISIONS[precision])
                 reports += [report(op, precision, arch, kernel) for kernel in kernels]
     return reports
 

@@ -21,7 +21,7 @@ import pytest
 
 
 def _repair_interpreter() -> None:
-    """Make the interpreter's bf16 casts round to nearest even, as devices do; it truncates.
+    """Make the interpreter's casts round to nearest even, as devices do; it truncates to bf16.
 
     And let a device function call another without looking again through all of ``triton.language``
     for what an earlier call has patched: half of the interpreter's time.
@@ -43,6 +43,9 @@ def _repair_interpreter() -> None:
         if source.name == "fp32" and target.name == "bf16":
             wide = torch.from_numpy(np.ascontiguousarray(data))
             return wide.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        if source.name == "fp32" and target.name == "fp8e4nv":
+            wide = torch.from_numpy(np.ascontiguousarray(data)).clamp(-448, 448)
+            return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         raise NotImplementedError(f"{source} to {target}")
 
     interpreter.InterpretedFunction.__call__ = call

@@ -8,12 +8,19 @@ from blip3o_fast.ops.adapter_norm import adapter_norm
 from blip3o_fast.ops.attention import attention, attention_backend
 from blip3o_fast.ops.flow_loss import flow_loss
 from blip3o_fast.ops.gated_linear import gated_linear
+from blip3o_fast.ops.quantised import (
+    e4m3_refusal,
+    sandwich_join_quantised,
+    sandwich_norm_quantised,
+    scaled_linear,
+    swiglu_quantised,
+)
 from blip3o_fast.ops.rope import rope
 from blip3o_fast.ops.sandwich_join import sandwich_join
 from blip3o_fast.ops.sandwich_norm import sandwich_norm
 from blip3o_fast.ops.solver_update import solver_update
 from blip3o_fast.ops.swiglu import swiglu
-from blip3o_fast.reference import LossTerms, LossWeights, Modulation
+from blip3o_fast.reference import LossTerms, LossWeights, Modulation, Quantised, quantise_rows
 
 __all__ = [
     "Impl",
@@ -37,4 +44,11 @@ __all__ = [
     "adapter_mix",
     "solver_update",
     "flow_loss",
+    "Quantised",
+    "quantise_rows",
+    "e4m3_refusal",
+    "scaled_linear",
+    "sandwich_norm_quantised",
+    "sandwich_join_quantised",
+    "swiglu_quantised",
 ]

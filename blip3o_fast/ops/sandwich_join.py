@@ -50,16 +50,7 @@ def sandwich_join(
         ``(x_out, h)``, both ``[B, N, D]`` in the dtype of ``x``; ``h`` is None when ``pre`` is.
         Differentiable once in every tensor.
     """
-    check_shape("x", x, "B N D")
-    B, N, D = x.shape
-    check_shape("y", y, "B N D", B=B, N=N, D=D)
-    check_tensors(x=x, y=y, layer_scale=layer_scale)
-    if layer_scale is not None:
-        check_shape("layer_scale", layer_scale, "D", D=D)
-    for prefix, norm in (("post.", post), ("pre.", pre)):
-        if norm is not None:
-            check_modulation(prefix, *norm, batch=B, width=D)
-            check_tensors(x=x, **{prefix + k: v for k, v in norm._asdict().items()})
+    check_join(x, y, layer_scale, post, pre)
     impl = resolve_impl(impl, x, op="sandwich_join", rounding=rounding)
     if impl in (Impl.REFERENCE, Impl.ATEN):
         join = reference.sandwich_join if impl is Impl.REFERENCE else _aten.sandwich_join
@@ -70,6 +61,26 @@ def sandwich_join(
         x, y, layer_scale, *(post or _ABSENT), *(pre or _ABSENT), eps, faithful, impl
     )
     return x_out, None if pre is None else h
+
+
+def check_join(
+    x: Tensor,
+    y: Tensor,
+    layer_scale: Tensor | None,
+    post: Modulation | None,
+    pre: Modulation | None,
+) -> None:
+    """Raise ``ValueError`` unless ``x`` and ``y`` are ``[B, N, D]`` and the others fit them."""
+    check_shape("x", x, "B N D")
+    B, N, D = x.shape
+    check_shape("y", y, "B N D", B=B, N=N, D=D)
+    check_tensors(x=x, y=y, layer_scale=layer_scale)
+    if layer_scale is not None:
+        check_shape("layer_scale", layer_scale, "D", D=D)
+    for prefix, norm in (("post.", post), ("pre.", pre)):
+        if norm is not None:
+            check_modulation(prefix, *norm, batch=B, width=D)
+            check_tensors(x=x, **{prefix + k: v for k, v in norm._asdict().items()})
 
 
 _ABSENT = (None,) * 4

@@ -43,9 +43,7 @@ def sandwich_norm(
     Returns:
         ``[B, N, D]`` in the dtype of ``x``. Differentiable once in every tensor.
     """
-    check_shape("x", x, "B N D")
-    check_modulation("", w1, w2, shift, scale, batch=x.shape[0], width=x.shape[2])
-    check_tensors(x=x, w1=w1, w2=w2, shift=shift, scale=scale)
+    check_norm(x, w1, w2, shift, scale)
     impl = resolve_impl(impl, x, op="sandwich_norm", rounding=rounding)
     if impl is Impl.REFERENCE:
         with outside_autocast(x):
@@ -55,6 +53,13 @@ def sandwich_norm(
             return _aten.sandwich_norm(x, reference.Modulation(w1, w2, shift, scale), eps)
     faithful = rounding is Rounding.FAITHFUL
     return _SandwichNorm.apply(x, w1, w2, shift, scale, eps, faithful, impl)
+
+
+def check_norm(x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is ``[B, N, D]`` and the others modulate it."""
+    check_shape("x", x, "B N D")
+    check_modulation("", w1, w2, shift, scale, batch=x.shape[0], width=x.shape[2])
+    check_tensors(x=x, w1=w1, w2=w2, shift=shift, scale=scale)
 
 
 def check_modulation(

@@ -30,16 +30,21 @@ def swiglu(
     Returns:
         ``[..., I]`` in the dtype of ``gate_up``. Differentiable once.
     """
-    if gate_up.dim() < 1 or gate_up.shape[-1] % 2:
-        raise ValueError(
-            f"gate_up: expected an even last axis [..., 2I], got {list(gate_up.shape)}"
-        )
-    check_tensors(gate_up=gate_up)
+    check_gate_up(gate_up)
     impl = resolve_impl(impl, gate_up, op="swiglu")
     if impl is Impl.REFERENCE:
         with outside_autocast(gate_up):
             return reference.swiglu(gate_up)
     return _SwiGLU.apply(gate_up, rounding is Rounding.FAITHFUL, impl)
+
+
+def check_gate_up(gate_up: Tensor) -> None:
+    """Raise ``ValueError`` unless ``gate_up`` is ``[..., 2I]``."""
+    if gate_up.dim() < 1 or gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"gate_up: expected an even last axis [..., 2I], got {list(gate_up.shape)}"
+        )
+    check_tensors(gate_up=gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -138,6 +138,18 @@ def elementwise_launch(rows: int, width: int) -> ElementwiseLaunch:
     return ElementwiseLaunch(tile_rows, columns, (grid,))
 
 
+def whole_rows_launch(rows: int, width: int) -> tuple[ElementwiseLaunch, int]:
+    """Tile, grid and warps of an elementwise kernel whose tiles hold whole rows.
+
+    Up to 2,048 columns a tile is that of ``elementwise_launch``, of 4 warps; a wider row has as
+    many elements a thread, 16.
+    """
+    columns = row_block(width)
+    tile_rows = min(next_power_of_2(rows), max(1, ELEMENTWISE_ELEMENTS // columns))
+    num_warps = max(4, min(MAX_WARPS, columns // 512))
+    return ElementwiseLaunch(tile_rows, columns, (cdiv(rows, tile_rows),)), num_warps
+
+
 def batched_rows(x: Tensor) -> Tensor:
     """``x`` as ``[B, N, W]``; a view unless more than three axes cannot be merged in place."""
     if x.dim() > 3:

@@ -5,6 +5,7 @@ ls, post and pre may be absent. h is computed from x_out as stored, so that back
 x_out and y alone, sees the same numbers.
 
 Forward, per row: reads 2 D elements (x, y), writes 2 D (x_out, h); separate ops would move 13 D.
+Quantised, h is D bytes and a scale.
 Backward, per row: reads 4 D (dx_out, dh, x_out, y), writes 2 D (dx, dy), and 6 D fp32 partial sums
 per program; dx = dx_out + the gradient through pre, and dx drives the gradient through post.
 Accumulates in fp32 (fp64 for fp64).
@@ -35,6 +36,7 @@ from blip3o_kernels.launch import (
     run_rows,
     unit_stride,
 )
+from blip3o_kernels.quantise import quantised_like, store_quantised
 from blip3o_kernels.reduction import column_sum
 from blip3o_kernels.tiles import load_row, load_vector, token_range
 from blip3o_kernels.typed import cdiv, jit
@@ -58,6 +60,7 @@ def _forward_kernel(
     pre_scale,
     x_out,
     h_out,
+    h_scales,
     tokens,
     rows,
     chunks,
@@ -79,6 +82,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     FAITHFUL: tl.constexpr,
+    QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
     cols = tl.arange(0, BLOCK)
@@ -138,7 +142,11 @@ def _forward_kernel(
                 WIDTH,
                 FAITHFUL,
             )
-            tl.store(h_out + target, h.to(h_out.dtype.element_ty), mask=inside)
+            if QUANTISED:
+                row = sample * tokens + token
+                store_quantised(h_out, h_scales, row, h, cols, inside, WIDTH)
+            else:
+                tl.store(h_out + target, h.to(h_out.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -267,9 +275,32 @@ def forward(
     faithful: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``(x_out, h)``, each ``[B, N, D]``; h is None without ``pre``."""
+    h = None if pre is None else x.new_empty(x.shape)
+    return _forward(x, y, layer_scale, post, pre, h, None, eps, faithful), h
+
+
+def forward_quantised(
+    x: Tensor, y: Tensor, layer_scale: Tensor | None, post: Norm | None, pre: Norm, *, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x_out, h, scales)``: h ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
+    h, scales = quantised_like(x)
+    return _forward(x, y, layer_scale, post, pre, h, scales, eps, False), h, scales
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    layer_scale: Tensor | None,
+    post: Norm | None,
+    pre: Norm | None,
+    h: Tensor | None,
+    scales: Tensor | None,
+    eps: float,
+    faithful: bool,
+) -> Tensor:
+    """Write h and its scales where they are wanted; x_out."""
     samples, tokens, width = x.shape
     x_out = x.new_empty(x.shape)
-    h = None if pre is None else x.new_empty(x.shape)
     layer_scale, post, pre = _unit_strides(layer_scale, post, pre)
     launch = forward_launch(width, samples * tokens)
 
@@ -283,6 +314,7 @@ def forward(
             *(pre or _ABSENT),
             x_out,
             h,
+            scales,
             tokens,
             launch.rows,
             chunks,
@@ -298,13 +330,15 @@ def forward(
             BLOCK=launch.block,
             ACC=accumulator(x, y, layer_scale, *(post or ()), *(pre or ())),
             FAITHFUL=faithful,
+            QUANTISED=scales is not None,
             num_warps=launch.num_warps,
             enable_fp_fusion=False,
         )
 
     if x.numel():
-        run_rows("sandwich_join.forward", x, launch, samples * tokens, run)
-    return x_out, h
+        name = "sandwich_join.forward" if scales is None else "sandwich_join.forward_quantised"
+        run_rows(name, x, launch, samples * tokens, run)
+    return x_out
 
 
 class Gradients(NamedTuple):

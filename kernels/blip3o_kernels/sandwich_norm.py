@@ -4,8 +4,9 @@ The mathematics stands in ``blip3o_kernels.double_norm``. x is ``[B, N, D]``, w1
 shift and scale ``[B, D]``, constant over the tokens of a sample.
 
 Forward, per row: reads D elements, writes D; parameters are read once for the rows that a program
-walks. Backward, per row: reads 2 D (dout, x), writes D, and 3 D fp32 partial sums per program.
-Nothing but the inputs is saved. Accumulates in fp32 (fp64 for fp64).
+walks. Quantised, it writes D bytes and a scale. Backward, per row: reads 2 D (dout, x), writes D,
+and 3 D fp32 partial sums per program. Nothing but the inputs is saved. Accumulates in fp32 (fp64
+for fp64).
 """
 
 import triton.language as tl
@@ -28,11 +29,15 @@ from blip3o_kernels.launch import (
     register_limit,
     run_rows,
 )
+from blip3o_kernels.quantise import quantised_like, store_quantised
 from blip3o_kernels.tiles import load_row, load_vector, token_range
 from blip3o_kernels.typed import cdiv, jit
 
 FORWARD_PROGRAMS = 8
 """Resident on a multiprocessor at 4 warps: 64 registers a thread, which leaves nothing to spill."""
+
+QUANTISED_PROGRAMS = 7
+"""Resident on a multiprocessor at 4 warps: 72 registers a thread; 64 spill on sm_100."""
 
 BACKWARD_PROGRAMS = 5
 """Resident on a multiprocessor at 4 warps: 96 registers a thread, where free choice takes 109."""
@@ -46,6 +51,7 @@ def _forward_kernel(
     shift,
     scale,
     out,
+    out_scales,
     tokens,
     rows,
     chunks,
@@ -59,6 +65,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     FAITHFUL: tl.constexpr,
+    QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
     cols = tl.arange(0, BLOCK)
@@ -83,8 +90,11 @@ def _forward_kernel(
             WIDTH,
             FAITHFUL,
         )
-        target = out + (sample * tokens + token) * WIDTH
-        tl.store(target + cols, h.to(out.dtype.element_ty), mask=inside)
+        target = sample * tokens + token
+        if QUANTISED:
+            store_quantised(out, out_scales, target, h, cols, inside, WIDTH)
+        else:
+            tl.store(out + target * WIDTH + cols, h.to(out.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -138,10 +148,25 @@ def _backward_kernel(
 
 def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
     """``[B, N, D]`` to ``[B, N, D]``."""
-    samples, tokens, width = x.shape
     out = x.new_empty(x.shape)
+    _forward(x, norm, out, None, eps, faithful)
+    return out
+
+
+def forward_quantised(x: Tensor, norm: Norm, *, eps: float) -> tuple[Tensor, Tensor]:
+    """``[B, N, D]`` to ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
+    out, scales = quantised_like(x)
+    _forward(x, norm, out, scales, eps, False)
+    return out, scales
+
+
+def _forward(
+    x: Tensor, norm: Norm, out: Tensor, scales: Tensor | None, eps: float, faithful: bool
+) -> None:
+    samples, tokens, width = x.shape
     norm = norm.with_unit_strides()
     launch = forward_launch(width, samples * tokens)
+    programs = FORWARD_PROGRAMS if scales is None else QUANTISED_PROGRAMS
 
     def run(launch: RowLaunch) -> None:
         chunks = cdiv(tokens, launch.rows)
@@ -149,6 +174,7 @@ def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
             x,
             *norm,
             out,
+            scales,
             tokens,
             launch.rows,
             chunks,
@@ -160,14 +186,15 @@ def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
             BLOCK=launch.block,
             ACC=accumulator(x, *norm),
             FAITHFUL=faithful,
+            QUANTISED=scales is not None,
             num_warps=launch.num_warps,
-            maxnreg=register_limit(launch, FORWARD_PROGRAMS),
+            maxnreg=register_limit(launch, programs),
             enable_fp_fusion=False,
         )
 
     if out.numel():
-        run_rows("sandwich_norm.forward", x, launch, samples * tokens, run)
-    return out
+        name = "sandwich_norm.forward" if scales is None else "sandwich_norm.forward_quantised"
+        run_rows(name, x, launch, samples * tokens, run)
 
 
 def backward(

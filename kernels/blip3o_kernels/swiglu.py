@@ -1,6 +1,6 @@
 """``out = silu(gate) * up`` with ``gate_up = [gate | up]`` packed in a row (arXiv:2002.05202).
 
-Forward, per column of the output: reads 2 elements, writes 1.
+Forward, per column of the output: reads 2 elements, writes 1; quantised, a byte, and a scale a row.
 Backward: with s = sigmoid(gate), ``d_up = g gate s`` and ``d_gate = g up s (1 + gate (1 - s))``;
 reads 3 elements, writes 2. Nothing but ``gate_up`` is saved.
 Accumulates in fp32 (fp64 for fp64). ``faithful`` rounds ``silu(gate)`` to the dtype before the
@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.arithmetic import rounded, sigmoid
-from blip3o_kernels.launch import accumulator, batched_rows, elementwise_launch, on_device
+from blip3o_kernels.launch import (
+    ElementwiseLaunch,
+    accumulator,
+    batched_rows,
+    elementwise_launch,
+    on_device,
+    whole_rows_launch,
+)
+from blip3o_kernels.quantise import quantised, quantised_like, row_scale
 from blip3o_kernels.tiles import load_tile, offsets, tile
 from blip3o_kernels.typed import jit
 
@@ -20,6 +28,7 @@ from blip3o_kernels.typed import jit
 def _forward_kernel(
     gate_up,
     out,
+    scales,
     rows,
     tokens,
     width,
@@ -30,6 +39,7 @@ def _forward_kernel(
     COLS: tl.constexpr,
     ACC: tl.constexpr,
     FAITHFUL: tl.constexpr,
+    QUANTISED: tl.constexpr,
 ):
     row, col, inside = tile(rows, width, ROWS, COLS)
     source = gate_up + offsets(row, col, tokens, stride_b, stride_n, stride_d)
@@ -39,7 +49,13 @@ def _forward_kernel(
     silu = gate * sigmoid(gate)
     if FAITHFUL:
         silu = rounded(silu, out.dtype.element_ty)
-    result = (silu * up).to(out.dtype.element_ty)
+    if QUANTISED:
+        product = (silu * up).to(tl.float32)
+        scale = row_scale(product, 1)[:, None]
+        result = quantised(product, scale)
+        tl.store(scales + row, scale, mask=row < rows)
+    else:
+        result = (silu * up).to(out.dtype.element_ty)
     tl.store(out + row.to(tl.int64) * width + col, result, mask=inside)
 
 
@@ -78,28 +94,51 @@ def forward(gate_up: Tensor, *, faithful: bool) -> Tensor:
     """``[..., 2I]`` to ``[..., I]``."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
-    if not out.numel():
-        return out
+    if out.numel():
+        _forward(gate_up, out, None, elementwise_launch(out.numel() // width, width), 4, faithful)
+    return out
+
+
+def forward_quantised(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """``[..., 2I]`` to ``[..., I]`` in e4m3 with scales ``[..., 1]``, rounded once.
+
+    A program holds whole rows, I at most ``MAX_WIDTH``.
+    """
+    width = gate_up.shape[-1] // 2
+    out, scales = quantised_like(gate_up, width)
+    if out.numel():
+        launch, num_warps = whole_rows_launch(scales.numel(), width)
+        _forward(gate_up, out, scales, launch, num_warps, False)
+    return out, scales
+
+
+def _forward(
+    gate_up: Tensor,
+    out: Tensor,
+    scales: Tensor | None,
+    launch: ElementwiseLaunch,
+    num_warps: int,
+    faithful: bool,
+) -> None:
     source = batched_rows(gate_up)
     tokens = source.shape[1]
-    rows = source.shape[0] * tokens
-    launch = elementwise_launch(rows, width)
     with on_device(gate_up):
         _forward_kernel[launch.grid](
             source,
             out,
-            rows,
+            scales,
+            source.shape[0] * tokens,
             tokens,
-            width,
+            out.shape[-1],
             *source.stride(),
             ROWS=launch.rows,
             COLS=launch.columns,
             ACC=accumulator(gate_up),
             FAITHFUL=faithful,
-            num_warps=4,
+            QUANTISED=scales is not None,
+            num_warps=num_warps,
             enable_fp_fusion=False,
         )
-    return out
 
 
 def backward(grad: Tensor, gate_up: Tensor) -> Tensor:

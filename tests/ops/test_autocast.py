@@ -49,3 +49,11 @@ def test_attention_is_cast_like_a_product(device, backend):
     expected = ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=backend)
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_device_without_autocast(case):
+    """Shapes alone, on the meta device, which autocast does not know."""
+    results = outputs(case.call(*case.inputs(device="meta"), impl=ops.Impl.REFERENCE))
+    expected = outputs(case.call(*case.inputs(), impl=ops.Impl.REFERENCE))
+    assert [x.shape for x in results] == [x.shape for x in expected]

@@ -42,6 +42,12 @@ def specimens(device):
             (y, None, x, y, w, *norm, *[None] * 4, 1e-6, False),
             (None, y, x, y, None, *[None] * 4, *norm, 1e-6, True),
         ],
+        "sandwich_norm_quantised": [(x, *norm, 1e-6)],
+        "sandwich_join_quantised": [
+            (x, y, w, *norm, *norm, 1e-6),
+            (x, y, None, *[None] * 4, *norm, 1e-6),
+        ],
+        "swiglu_quantised": [(x,), (r(2, 3, 16)[..., ::2],)],
         "adapter_norm": [(x, w[:5].contiguous(), w[:5].contiguous(), 1e-5, False)],
         "adapter_norm_backward": [(y, x, w[:5].clone(), w[:5].clone(), 1e-5, f) for f in (0, 1)],
         "adapter_mix": [(x, y, x + y, False)],
@@ -58,6 +64,7 @@ def specimens(device):
 NAMES = (
     *("swiglu", "swiglu_backward", "rope", "rope_", "rope_backward"),
     *("sandwich_norm", "sandwich_norm_backward", "sandwich_join", "sandwich_join_backward"),
+    *("sandwich_norm_quantised", "sandwich_join_quantised", "swiglu_quantised"),
     *("adapter_norm", "adapter_norm_backward", "adapter_mix", "adapter_mix_backward"),
     *("solver_update", "flow_loss", "flow_loss_backward"),
 )
