@@ -42,6 +42,7 @@ check: $(VENV)/dev ## lint, format, types, layering
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
+	$(BIN)/python benchmarks/render.py --check
 
 format: $(VENV)/dev ## mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,129 @@
+"""The results under ``benchmarks/results``: every JSON file there, told apart by what it holds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blip3o_fast.benchmarking.record import KIND, Record, read_record
+
+Kind = Literal["bench", "check", "profile", "published", "conventions"]
+KINDS: dict[str, Kind] = {
+    KIND: "bench",
+    "blip3o-fast gpu check": "check",
+    "blip3o-fast profile": "profile",
+    "published_cpu": "published",
+    "conventions": "conventions",
+}
+"""What a file calls itself, under ``kind`` or ``benchmark``."""
+FORMAT = 1
+NEEDED: dict[Kind, frozenset[str]] = {
+    "bench": frozenset(),
+    "check": frozenset(("format", "mode", "commit", "environment", "steps")),
+    "profile": frozenset(
+        ("format", "task", "environment", "seconds", "limit", "launches", "dearest", "rest_seconds")
+    ),
+    "published": frozenset(
+        (
+            *("seconds", "fastest", "ratio", "difference", "rounds", "layers"),
+            *("load", "cpu", "threads", "versions"),
+        )
+    ),
+    "conventions": frozenset(("data", "steps", "torch", "machine", "rows")),
+}
+SUMMARY = "summary.json"
+COPIES = ("environment.json",)
+"""What ``gpu_check.sh`` leaves beside its summary, which holds the same."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One file.
+
+    Attributes:
+        path: of the file.
+        kind: what wrote it.
+        content: the JSON object.
+        record: of ``blip3o-fast bench``, None of anything else.
+        commit: that was measured, None if nothing says.
+        pictures: PNG files that belong to it.
+    """
+
+    path: Path
+    kind: Kind
+    content: dict[str, Any]
+    record: Record | None
+    commit: str | None
+    pictures: tuple[Path, ...]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results below a folder, in the order of their paths.
+
+    Raises:
+        ValueError: naming a file that is no result, or an incomplete one.
+    """
+    paths = sorted(path for path in folder.rglob("*.json") if path.name not in COPIES)
+    return [read_result(path) for path in paths]
+
+
+def read_result(path: Path) -> Result:
+    """One file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}") from None
+    kind = find_kind(path, content)
+    missing = sorted(NEEDED[kind] - content.keys())
+    if missing:
+        raise ValueError(f"{path}: expected the fields of {kind}, {', '.join(missing)} missing")
+    if content.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
+    record = read_record(path) if kind == "bench" else None
+    return Result(
+        path, kind, content, record, find_commit(path, content), find_pictures(path, kind)
+    )
+
+
+def find_pictures(path: Path, kind: Kind) -> tuple[Path, ...]:
+    """The one of the same name; of a bench, which draws several, those that have no such file."""
+    own = path.with_suffix(".png")
+    if kind != "bench":
+        return (own,) if own.is_file() else ()
+    pictures = sorted(path.parent.glob("*.png"))
+    return tuple(x for x in pictures if not x.with_suffix(".json").is_file())
+
+
+def find_kind(path: Path, content: object) -> Kind:
+    """What wrote a file.
+
+    Raises:
+        ValueError: if nothing here did.
+    """
+    if isinstance(content, dict):
+        named = content.get("kind", content.get("benchmark"))
+        if named in KINDS:
+            return KINDS[named]
+        if NEEDED["conventions"] <= content.keys():
+            return "conventions"
+    raise ValueError(
+        f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_evaluation.py, "
+        "published_cpu.py or conventions.py"
+    )
+
+
+def find_commit(path: Path, content: dict[str, Any]) -> str | None:
+    """The commit, and whether files differed from it; else that of the check which wrote it.
+
+    A copy of a checkout without its history knows no commit; ``gpu_check.sh --commit`` is told.
+    """
+    environment = content.get("environment") or content
+    commit = environment.get("commit")
+    if commit:
+        return commit[:10] + (" with changes" if environment.get("changed") else "")
+    for folder in (path.parent, path.parent.parent):
+        summary = folder / SUMMARY
+        if summary.is_file() and (commit := json.loads(summary.read_text()).get("commit")):
+            return commit[:10]
+    commit = content.get("commit")
+    return commit[:10] if commit else None

@@ -1,0 +1,231 @@
+"""Results as Markdown: each figure beside its limit and its peers, under where it was measured."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from read_results import Kind, Result
+from tables import duration, number, table, three_digits
+
+from blip3o_fast.benchmarking.record import Measurement, Record
+
+HEADLINES = ("evaluation", "generate", "training")
+"""Groups of ``blip3o-fast bench`` that a reader asks for first."""
+
+
+def section(result: Result, folder: Path) -> str:
+    """All of one result; links are relative to ``folder``."""
+    name = result.path.relative_to(folder).as_posix()
+    parts = [f"### {name}", where(result), *SECTIONS[result.kind](result)]
+    if result.pictures:
+        places = [path.relative_to(folder).as_posix() for path in result.pictures]
+        parts.append("\n".join(f"![{Path(place).stem}]({place})" for place in places))
+    return "\n\n".join(parts)
+
+
+def headline(result: Result) -> str:
+    """The shortest account of one result, empty where it has none."""
+    if result.record is not None:
+        rows = [m for m in result.record.measurements if m.group in HEADLINES]
+        return f"{where(result)}\n\n{against_peers(rows)}" if rows else ""
+    if result.kind == "published":
+        return "\n\n".join((where(result), *published(result)))
+    return ""
+
+
+def where(result: Result) -> str:
+    """Device, versions, commit and date in one sentence."""
+    content = result.content
+    facts = content.get("environment") or content
+    device = facts.get("device") or f"{facts.get('cpu') or facts.get('machine') or 'not recorded'}"
+    if "device" not in facts and facts.get("threads"):
+        device += f", {facts['threads']} threads"
+    versions = facts.get("versions") or {"torch": facts.get("torch", "not recorded")}
+    parts = [f"**{device}**"]
+    if facts.get("driver"):
+        parts.append(f"driver {facts['driver']}, CUDA {facts['cuda']}")
+    parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    parts.append(f"commit {result.commit}" if result.commit else "commit not recorded")
+    if facts.get("date"):
+        parts.append(facts["date"][:10])
+    if facts.get("load"):
+        parts.append(f"load {facts['load'][0]:.1f}")
+    return "; ".join(parts) + "."
+
+
+def bench(result: Result) -> Iterator[str]:
+    """A run of ``blip3o-fast bench``."""
+    record = result.record
+    assert record is not None
+    yield ceilings(record)
+    yield against_peers(record.measurements)
+    groups = groupby(record.measurements, key=lambda m: m.group)
+    parts = [f"**{name}**\n\n{contenders(list(rows))}" for name, rows in groups]
+    yield details("Every contender", "\n\n".join(parts))
+    absent = [f"{name}: {state}" for name, state in record.peers.items() if "absent" in state]
+    left = [f"{name}: {reason}" for name, reason in record.left_out.items()]
+    if absent or left:
+        yield details("Left out", "\n".join(f"* {line}" for line in (*absent, *left)))
+
+
+def ceilings(record: Record) -> str:
+    """What the limits are made of."""
+    rates = [f"{number(rate, 'FLOP/s')} {dtype}" for dtype, rate in record.rates.items()]
+    quick = " A quick run: few samples." if record.settings.get("quick") else ""
+    measured = ", ".join((f"{number(record.bandwidth, 'B/s')} copy", *rates))
+    return f"Limits are work over what this run measured: {measured}.{quick}"
+
+
+def against_peers(rows: Sequence[Measurement]) -> str:
+    """The fastest of ours at each task, its limit, and the fastest of the others."""
+    lines: list[Sequence[str]] = []
+    for task, group in groupby(rows, key=lambda m: m.key[:-1]):
+        together = list(group)
+        ours = [m for m in together if m.ours]
+        if not ours:
+            continue
+        best = min(ours, key=lambda m: m.median)
+        others = [m for m in together if not m.ours]
+        peer, ratio = "none in this run", ""
+        if others:
+            other = min(others, key=lambda m: m.median)
+            peer = f"{other.contender}, {time(other.median)}"
+            ratio = f"{three_digits(other.median / best.median)}x"
+        limit = (time(best.limit), f"{best.fraction:.0%}", best.bound)
+        lines.append((title(task), best.contender, time(best.median), *limit, peer, ratio))
+    head = ("what", "ours", "time", "limit", "of limit", "bound by", "fastest peer", "peer / ours")
+    return table(head, lines)
+
+
+def contenders(rows: Sequence[Measurement]) -> str:
+    """Every contender of a group."""
+    head = ("what", "contender", "time", "+-", "limit", "of limit", "bound by")
+    return table(
+        head,
+        [
+            (
+                title(m.key[:-1]),
+                m.contender + (" (host-bound)" if m.queued is False else ""),
+                time(m.median),
+                f"{(m.high - m.low) / 2 / m.median:.0%}",
+                time(m.limit),
+                f"{m.fraction:.0%}",
+                m.bound,
+            )
+            for m in rows
+        ],
+    )
+
+
+def title(task: Sequence[str]) -> str:
+    """``evaluation, base-b64, bf16``."""
+    _, name, shape, dtype = task
+    return f"{name}, {shape}, {dtype}"
+
+
+def published(result: Result) -> Iterator[str]:
+    """Beside the published implementation on a CPU."""
+    content = result.content
+    rows = [
+        (
+            name,
+            time(value),
+            time(content["fastest"][name]),
+            f"{three_digits(content['ratio'][name])}x",
+            time(limit),
+            f"{limit / value:.0%}",
+        )
+        for name, value in content["seconds"].items()
+        if not name.startswith("GEMM limit")
+        for limit in (content["seconds"][f"GEMM limit, {name.rpartition(', ')[2]}"],)
+    ]
+    head = ("one evaluation, batch 1", "median", "fastest", "published / it")
+    head += ("GEMMs alone", "of that limit")
+    yield table(head, rows)
+    yield (
+        f"Base with {content['layers']} blocks, {content['rounds']} turns each; ratio and limit "
+        f"are of medians. The two implementations differ by {content['difference']:.1e} (relative, fp32)."
+    )
+
+
+def conventions(result: Result) -> Iterator[str]:
+    """The same data, steps and sizes under both conventions."""
+    content = result.content
+    yield f"{content['data']}; {content['steps']} steps each. Token cosine, 95% interval."
+    counts = sorted({row["evaluations"] for row in content["rows"] if row["evaluations"]})
+    kinds = groupby(content["rows"], key=lambda r: (r["network"], r["loss"], r["sampler"]))
+    rows: list[Sequence[str]] = []
+    for kind, group in kinds:
+        by_count = {row["evaluations"]: cosine(row) for row in group}
+        # A baseline evaluates no network; its figure stands once.
+        cells = [by_count.get(n, by_count.get(0, "") if n == counts[0] else "") for n in counts]
+        rows.append((*kind, *cells))
+    head = [f"{n} evaluation{'s' * (n > 1)}" for n in counts]
+    yield table(("network", "loss", "sampler", *head), rows)
+
+
+def cosine(row: dict[str, Any]) -> str:
+    """A token cosine with its interval."""
+    low, high = row["token_cosine_interval"]
+    return f"{row['token_cosine']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def check(result: Result) -> Iterator[str]:
+    """What ``gpu_check.sh`` ran."""
+    rows = [
+        (
+            step["name"],
+            step["verdict"],
+            f"{step['seconds']:.0f} s",
+            step["reason"].replace("|", "/"),
+        )
+        for step in result.content["steps"]
+    ]
+    if result.content["mode"] == "cpu":
+        yield "Without a GPU: a test of the script."
+    yield table(("step", "verdict", "took", "reason"), rows)
+
+
+def profile(result: Result) -> Iterator[str]:
+    """The dearest launches of one evaluation."""
+    content = result.content
+    task, total = content["task"], content["seconds"]
+    yield (
+        f"One evaluation of {task['shape']} in {task['dtype']}: {time(total)} in "
+        f"{content['launches']:g} launches, limit {time(content['limit'])}."
+    )
+    rows: list[Sequence[str]] = []
+    for launch in content["dearest"]:
+        limit = launch["limit"]
+        beside = ("", "") if limit is None else (time(limit), f"{limit / launch['seconds']:.0%}")
+        shapes = " ".join("x".join(map(str, shape)) for shape in launch["shapes"][:3])
+        times = (f"{launch['calls']:g}", time(launch["seconds"]), f"{launch['share']:.0%}")
+        rows.append((f"`{launch['op']}`", shapes, *times, *beside))
+    rest = content["rest_seconds"]
+    rows.append(("all others", "", "", time(rest), f"{rest / total:.0%}", "", ""))
+    yield table(("operator", "inputs", "calls", "time", "of all", "limit", "of limit"), rows)
+
+
+def cell(text: str) -> str:
+    """Text without what would end a cell of a table."""
+    return text.replace("|", "/")
+
+
+def details(summary: str, text: str) -> str:
+    """Text behind a line to click on."""
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def time(value: float) -> str:
+    """A time of any length."""
+    return duration(value) if value >= 60 else number(value, "s")
+
+
+SECTIONS: dict[Kind, Callable[[Result], Iterator[str]]] = {
+    "bench": bench,
+    "check": check,
+    "profile": profile,
+    "published": published,
+    "conventions": conventions,
+}

@@ -1,0 +1,241 @@
+"""Documents made from results: text and data cannot disagree."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import conventions
+import published_cpu
+import pytest
+import read_results
+import render
+
+from blip3o_fast.benchmarking.record import Measurement, Record
+
+EMPTY = f"text\n\n{render.BEGIN}\n{render.END}\n\nmore text\n"
+ENVIRONMENT = {
+    "device": "a device",
+    "device_type": "cpu",
+    "driver": None,
+    "cuda": None,
+    "load": [0.5],
+    "versions": {"torch": "2.12.0"},
+    "commit": "0123456789abcdef",
+    "changed": True,
+    "date": "2026-01-02T03:04:05+00:00",
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(EMPTY)
+    (tmp_path / "benchmarks" / "README.md").write_text(EMPTY)
+    return tmp_path
+
+
+def made(kind, **values):
+    """A record's dataclass with zeros for what a test does not care about."""
+    names = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    return kind(**{**dict.fromkeys(names, 0.0), **values})
+
+
+def measurement(contender, median, ours, **values):
+    task = {"group": "evaluation", "name": "evaluation", "shape": "base-b64", "dtype": "bf16"}
+    times = {"median": median, "low": 0.9 * median, "high": 1.1 * median, "limit": 1e-3}
+    return made(
+        Measurement, contender=contender, ours=ours, bound="compute", **{**task, **times, **values}
+    )
+
+
+def write_bench(folder, *measurements, **environment):
+    record = made(
+        Record,
+        settings={"quick": True},
+        environment={**ENVIRONMENT, **environment},
+        bandwidth=3e12,
+        rates={"bf16": 8e14},
+        peers={"triton": "3.6.0", "apex": "absent: not installed"},
+        measurements=measurements,
+        left_out={"torch.compile": "takes minutes"},
+    )
+    record.write(folder / "bench.json")
+
+
+ROWS = (
+    measurement("plan", 4e-3, True),
+    measurement("plan, CUDA graph", 2e-3, True),
+    measurement("reference", 9e-3, False),
+    measurement("torch.compile", 5e-3, False),
+)
+
+
+def texts(root):
+    assert render.main([], root) == 0
+    return [(root / name).read_text() for name in ("README.md", "benchmarks/README.md")]
+
+
+def test_the_committed_documents_are_what_the_results_say():
+    assert render.main(["--check"]) == 0
+
+
+def test_without_results_the_block_says_so(root):
+    for text in texts(root):
+        assert text == EMPTY.replace(render.BEGIN, f"{render.BEGIN}\n{render.NONE}")
+    assert (root / "benchmarks" / "SCALING.md").is_file()
+
+
+def test_the_fastest_of_ours_stands_beside_limit_and_fastest_peer(root):
+    write_bench(root / "benchmarks/results/gpu", *ROWS)
+    expected = (
+        "| evaluation, base-b64, bf16 | plan, CUDA graph | 2 ms | 1 ms | 50% | compute "
+        "| torch.compile, 5 ms | 2.5x |"
+    )
+    for text in texts(root):
+        assert expected in text
+        assert "**a device**" in text and "commit 0123456789 with changes" in text
+        assert "torch 2.12.0" in text and "2026-01-02" in text
+        assert text.startswith("text\n\n") and text.endswith("\n\nmore text\n")
+    own = texts(root)[1]
+    assert "3 TB/s copy, 800 TFLOP/s bf16. A quick run" in own
+    assert "| evaluation, base-b64, bf16 | reference | 9 ms | 10% | 1 ms | 11% | compute |" in own
+    assert "* apex: absent: not installed" in own and "* torch.compile: takes minutes" in own
+
+
+def test_a_task_without_a_peer_says_so(root):
+    write_bench(root / "benchmarks/results", ROWS[0])
+    assert "| none in this run |  |" in texts(root)[0]
+
+
+def test_check_names_every_document_that_differs(root, capsys):
+    texts(root)
+    assert render.main(["--check"], root) == 0
+    write_bench(root / "benchmarks/results", *ROWS)
+    assert render.main(["--check"], root) == 1
+    named = capsys.readouterr().err
+    assert str(root / "README.md") in named and str(root / "benchmarks/README.md") in named
+    assert "SCALING" not in named
+    (root / "benchmarks" / "SCALING.md").write_text("other")
+    assert render.main(["--check"], root) == 1
+    assert "SCALING.md" in capsys.readouterr().err
+    assert render.main([], root) == 0 and render.main(["--check"], root) == 0
+
+
+def test_a_changed_digit_is_found(root):
+    write_bench(root / "benchmarks/results", *ROWS)
+    texts(root)
+    page = root / "README.md"
+    page.write_text(page.read_text().replace("2.5x", "3.5x"))
+    assert render.main(["--check"], root) == 1
+
+
+def test_a_copy_without_history_takes_the_commit_of_its_check(root):
+    folder = root / "benchmarks/results/gpu"
+    write_bench(folder / "bench", ROWS[0], commit=None)
+    step = {"name": "tests", "verdict": "failed", "seconds": 61.2, "reason": "1 | 2 failed"}
+    summary = {
+        "kind": "blip3o-fast gpu check",
+        "format": 1,
+        "mode": "gpu",
+        "commit": "fedcba987654",
+    }
+    content = {**summary, "environment": {**ENVIRONMENT, "commit": None}, "steps": [step]}
+    (folder / "summary.json").write_text(json.dumps(content))
+    (folder / "environment.json").write_text("{}")
+    own = texts(root)[1]
+    assert own.count("commit fedcba9876") == 2
+    assert "| tests | failed | 61 s | 1 / 2 failed |" in own
+
+
+def test_pictures_beside_a_record_are_shown(root):
+    write_bench(root / "benchmarks/results/gpu", ROWS[0])
+    (root / "benchmarks/results/gpu/roofline.png").touch()
+    assert "![roofline](results/gpu/roofline.png)" in texts(root)[1]
+
+
+def test_a_picture_of_another_result_is_not_taken_for_ones_own(root):
+    write_bench(root / "benchmarks/results", ROWS[0])
+    content = {"data": "", "steps": 1, "torch": "", "machine": "", "rows": []}
+    (root / "benchmarks/results/conventions.json").write_text(json.dumps(content))
+    (root / "benchmarks/results/conventions.png").touch()
+    assert texts(root)[1].count("![conventions](results/conventions.png)") == 1
+
+
+def test_published_cpu_as_it_prints_itself(root, capsys):
+    seconds = {
+        "published, fp32": [4.5, 4.4, 5.5],
+        "GEMM limit, fp32": [0.3],
+        "plan, fp32": [0.5],
+        "GEMM limit, bf16": [0.15],
+        "plan, bf16": [0.24, 0.25, 0.26],
+    }
+    args = SimpleNamespace(rounds=5, threads=2, layers=12)
+    published_cpu.report(seconds, 2e-6, args)
+    line = capsys.readouterr().out.splitlines()[-1]
+    (root / "benchmarks/results/published_cpu.json").write_text(line)
+    for text in texts(root):
+        assert "| plan, bf16 | 250 ms | 240 ms | 18x | 150 ms | 60% |" in text
+        assert "differ by 2.0e-06" in text and "2 threads" in text and "commit not recorded" in text
+
+
+def test_conventions_by_number_of_evaluations(root):
+    def row(network, evaluations, cosine):
+        names = {"network": network, "loss": "", "sampler": "", "evaluations": evaluations}
+        return {**names, "token_cosine": cosine, "token_cosine_interval": [cosine - 0.1, 0.95]}
+
+    rows = [row("ridge", 0, 0.813), row("consistent", 1, 0.838), row("consistent", 50, 0.702)]
+    content = {"data": "800 crops", "steps": 300, "torch": "2.12.0", "machine": "x", "rows": rows}
+    (root / "benchmarks/results/conventions.json").write_text(json.dumps(content))
+    own = texts(root)[1]
+    assert "| ridge |  |  | 0.813 [0.713, 0.950] |  |" in own
+    assert "| consistent |  |  | 0.838 [0.738, 0.950] | 0.702 [0.602, 0.950] |" in own
+    assert "1 evaluation |" in own and "50 evaluations |" in own
+
+
+def test_conventions_writes_the_fields_that_are_read():
+    tree = ast.parse(Path(conventions.__file__).read_text())
+    dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    keys = [{key.value for key in node.keys if isinstance(key, ast.Constant)} for node in dicts]
+    assert any(read_results.NEEDED["conventions"] <= found for found in keys)
+
+
+def test_a_profile_lists_the_dearest_launches(root):
+    launch = {"op": "aten::mm", "shapes": [[64, 32], [32, 16]], "calls": 12.0, "share": 0.6}
+    content = {
+        **{"kind": "blip3o-fast profile", "format": 1, "environment": ENVIRONMENT},
+        **{"task": {"shape": "base-b64", "dtype": "bf16"}, "seconds": 1e-2, "limit": 5e-3},
+        **{"launches": 180.0, "rest_seconds": 4e-3},
+        "dearest": [{**launch, "seconds": 6e-3, "limit": 3e-3, "launches": 12.0, "kernels": []}],
+    }
+    (root / "benchmarks/results/profile.json").write_text(json.dumps(content))
+    own = texts(root)[1]
+    assert "| `aten::mm` | 64x32 32x16 | 12 | 6 ms | 60% | 3 ms | 50% |" in own
+    assert "10 ms in 180 launches, limit 5 ms" in own
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("not json", "expected a JSON object"),
+        ("[]", "expected a result of"),
+        ('{"kind": "x"}', "expected a result of"),
+        ('{"benchmark": "published_cpu"}', "cpu, difference"),
+        ('{"kind": "blip3o-fast benchmarks", "format": 1}', "expected the fields of a record"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named(root, capsys, content, said):
+    path = root / "benchmarks/results/odd.json"
+    path.write_text(content)
+    assert render.main([], root) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and said in error
+    assert (root / "README.md").read_text() == EMPTY
+
+
+@pytest.mark.parametrize("text", ["no block", f"{render.END}\n{render.BEGIN}", EMPTY + EMPTY])
+def test_a_document_without_one_block_is_named(root, capsys, text):
+    (root / "README.md").write_text(text)
+    assert render.main([], root) == 1
+    assert str(root / "README.md") in capsys.readouterr().err
