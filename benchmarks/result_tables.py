@@ -145,7 +145,8 @@ def published(result: Result) -> Iterator[str]:
     yield table(head, rows)
     yield (
         f"Base with {content['layers']} blocks, {content['rounds']} turns each; ratio and limit "
-        f"are of medians. The two implementations differ by {content['difference']:.1e} (relative, fp32)."
+        "are of medians. The two implementations differ by "
+        f"{content['difference']:.1e} (relative, fp32)."
     )
 
 
