@@ -13,7 +13,6 @@ beside them, sampled as each model samples by default in one evaluation.
 import argparse
 import io
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from blip3o_fast import BLIP3oDiT, load_trained_model
+from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.cli.demo import MODEL, TRAINING
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.data.atomic import write_atomically
@@ -89,13 +89,13 @@ def main() -> None:
         print(f"{network} network, {loss} loss: {time.monotonic() - started:.0f} s", flush=True)
     print(table(rows, args.evaluations))
     facts = {
+        "benchmark": "conventions",
+        "environment": describe_environment(CPU),
         "data": f"{len(training)} crops of {training.photos} photos to learn from, "
         f"{args.max_samples} of {len(heldout)} held-out crops translated",
         "steps": args.steps,
         "model": MODEL,
         "training": TRAINING,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": round(time.monotonic() - started),
         "rows": rows,
         "curves": curves,

@@ -17,12 +17,10 @@ import itertools
 import json
 import logging
 import os
-import platform
 import sys
 import time
 import types
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import blip3o_fast
 from blip3o_fast import SamplingPlan, accelerate
+from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.sampling import plain_velocity
 
 MODEL_FILE = "src/modules/models/blip3o_dit.py"
@@ -198,31 +196,15 @@ def report(times: dict[str, list[float]], difference: float, args: argparse.Name
     print(f"published and plain model differ by {difference:.1e} (relative, fp32)")
     facts = {
         "benchmark": "published_cpu",
+        "environment": describe_environment(torch.device("cpu")),
         "seconds": seconds,
         "fastest": fastest,
         "ratio": {name: base / value for name, value in seconds.items()},
         "difference": difference,
         "rounds": args.rounds,
-        "threads": args.threads,
         "layers": args.layers,
-        "load": os.getloadavg(),
-        "cpu": cpu_name(),
-        "versions": {
-            "blip3o_fast": blip3o_fast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "numpy": version("numpy"),
-        },
     }
     print(json.dumps(facts))
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it, or as Python does."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} x{len(names)}" if names else platform.processor()
 
 
 if __name__ == "__main__":
