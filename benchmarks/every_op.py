@@ -7,6 +7,7 @@ no tile is full. Exits with 1 if a result differs from the reference in fp64.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from blip3o_fast import ops
-from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
 from blip3o_fast.benchmarking.op_cases import SPECS, OpSpec
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import Impl
 
 SHAPE = Shape("tiny", batch=3, tokens=49)
-DTYPES = (torch.bfloat16, torch.float32)
+ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+"""Distance of a result from the reference in fp64, relative to the norm of that, by dtype."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,15 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(parser.parse_args(arguments).device)
     wrong = 0
     for spec in SPECS:
-        for dtype in DTYPES:
+        for dtype, allowed in ALLOWED.items():
             for impl in implementations(spec, dtype, device):
                 what = f"{spec.name}, {str(dtype).removeprefix('torch.')}, {impl.value}"
-                try:
-                    compare(spec, dtype, device, impl)
-                    print(f"{what}: as the reference")
-                except Disagreement as error:
-                    print(f"{what}: {error}")
-                    wrong += 1
+                distance = worst_distance(spec, dtype, device, impl)
+                good = distance <= allowed
+                print(f"{what}: {'good' if good else 'WRONG'}, {distance:.1e} of {allowed:.0e}")
+                wrong += not good
     return 1 if wrong else 0
 
 
@@ -56,14 +55,20 @@ def implementations(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> l
     return found
 
 
-def compare(spec: OpSpec, dtype: torch.dtype, device: torch.device, impl: Impl) -> None:
-    """Outputs and gradients of one implementation beside those of the reference in fp64."""
+def worst_distance(spec: OpSpec, dtype: torch.dtype, device: torch.device, impl: Impl) -> float:
+    """Of an implementation's outputs and gradients from those of the reference in fp64.
+
+    NaN anywhere is infinitely far.
+    """
     torch.manual_seed(0)
     tensors = spec.tensors(SHAPE, dtype, device)
     results = outputs_and_gradients(spec, tensors, impl)
     expected = outputs_and_gradients(spec, [x.double() for x in tensors], Impl.REFERENCE)
-    for got, want in zip(results, expected, strict=True):
-        check_agreement(spec.name, got, want)
+    distances = [
+        float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+        for got, want in zip(results, expected, strict=True)
+    ]
+    return max(x if math.isfinite(x) else math.inf for x in distances)
 
 
 def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> list[Tensor]:
@@ -76,7 +81,8 @@ def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> li
         return outputs
     torch.manual_seed(1)
     weights = [torch.randn(x.shape).bfloat16().to(x) for x in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+    gradients = torch.autograd.grad(outputs, leaves, weights)
+    return [*(x.detach() for x in outputs), *gradients]
 
 
 if __name__ == "__main__":

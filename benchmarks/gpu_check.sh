@@ -35,7 +35,7 @@ usage() {
 }
 
 declare -A own_limit=(
-  [environment]=20 [build]=80 [ops]=40 [tests]=130 [bench]=130 [profile]=40 [memcheck]=60 [racecheck]=60
+  [environment]=45 [build]=100 [ops]=45 [tests]=110 [bench]=125 [profile]=40 [memcheck]=55 [racecheck]=55
 )
 steps="environment,build,ops,tests,bench,profile,memcheck,racecheck"
 python=${PYTHON:-python3}
