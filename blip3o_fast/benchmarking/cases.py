@@ -1,16 +1,17 @@
 """What is timed: one contender at one task."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blip3o_fast.benchmarking.clock import Prepared
+from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.benchmarking.work import Work
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Relative distance from the reference above which a contender computes something else."""
+"""Relative distance from the reference above which a contender computes something else. The coarser
+dtype counts: a velocity computed in bf16 may be returned in fp32."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,8 @@ class Contender:
 
     Attributes:
         name: as tables show it.
-        prepare: makes it ready; raises if it cannot run here.
+        prepare: makes it ready; raises if it cannot run here, or computes something else.
         ours: whether this library is to blame for its speed.
-        device: the kind that it needs, None for any.
     """
 
     name: str
@@ -56,7 +56,6 @@ class Case:
 
     task: Task
     contenders: tuple[Contender, ...]
-    tags: frozenset[str] = field(default_factory=frozenset)
 
 
 class Disagreement(ValueError):
@@ -64,22 +63,28 @@ class Disagreement(ValueError):
 
 
 def check_agreement(name: str, result: object, expected: object) -> None:
-    """Raise ``Disagreement`` unless the first tensor of both is the same up to rounding."""
-    got, want = (_first(value).double() for value in (result, expected))
-    if got.shape != want.shape:
-        raise Disagreement(
-            f"{name}: expected the shape {list(want.shape)} of the reference, got {list(got.shape)}"
-        )
-    difference = float((got - want).norm() / want.norm().clamp_min(1e-30))
-    allowed = TOLERANCE.get(_first(result).dtype, 1e-4)
-    if not difference <= allowed:
-        raise Disagreement(
-            f"{name}: expected the reference up to {allowed:g} (relative), got {difference:.2g}"
-        )
+    """Raise ``Disagreement`` unless all tensors of both are the same up to rounding."""
+    got, want = list(_tensors(result)), list(_tensors(expected))
+    if len(got) != len(want):
+        raise Disagreement(f"{name}: expected {len(want)} tensors, got {len(got)}")
+    for a, b in zip(got, want, strict=True):
+        if a.shape != b.shape:
+            raise Disagreement(
+                f"{name}: expected the shape {list(b.shape)} of the reference, got {list(a.shape)}"
+            )
+        difference = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+        allowed = max(TOLERANCE[x.dtype] for x in (a, b))
+        if not difference <= allowed:
+            raise Disagreement(
+                f"{name}: expected the reference up to {allowed:g} (relative), got {difference:.2g}"
+            )
 
 
-def _first(value: object) -> Tensor:
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Tensors of a result in order; None stands for what is not there."""
     if isinstance(value, Tensor):
-        return value.detach()
-    assert isinstance(value, tuple | list)
-    return _first(value[0])
+        yield value.detach()
+    elif value is not None:
+        assert isinstance(value, tuple | list)
+        for part in value:
+            yield from _tensors(part)

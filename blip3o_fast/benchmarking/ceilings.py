@@ -1,11 +1,13 @@
-"""What this device reaches: bandwidth of a copy, rate of a matrix product."""
+"""What this device reaches: copies in memory, matrix products, deliveries from the host."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from blip3o_fast.benchmarking.clock import Budget, Prepared, time_together
+from blip3o_fast.benchmarking.clock import Budget, time_together
+from blip3o_fast.benchmarking.watch import Call, Prepared, make_watch
 from blip3o_fast.benchmarking.work import Work
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
@@ -15,43 +17,89 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits of a device: bytes a second, and flops a second by dtype."""
+    """Measured limits of a device.
+
+    Attributes:
+        bandwidth: bytes a second that a copy in its memory reads and writes.
+        rates: flops a second of a matrix product, by dtype.
+        transfer: bytes a second that the host delivers to it: from page-locked memory to a GPU; on
+            a CPU a copy by all cores, whatever the number of torch's threads.
+    """
 
     bandwidth: float
     rates: dict[str, float]
+    transfer: float
+
+    def times(self, work: Work, dtype: str) -> dict[str, float]:
+        """The least seconds that each kind of work takes: ``memory``, ``compute``, ``transfer``."""
+        return {
+            "memory": work.bytes / self.bandwidth,
+            "compute": work.flops / self.rates[dtype],
+            "transfer": work.transfer / self.transfer,
+        }
 
     def seconds(self, work: Work, dtype: str) -> float:
         """The least time that ``work`` takes here."""
-        return max(work.bytes / self.bandwidth, work.flops / self.rates[dtype])
+        return max(self.times(work, dtype).values())
 
     def bound(self, work: Work, dtype: str) -> str:
-        """``memory`` or ``compute``: which of the two limits is the higher."""
-        moving = work.bytes / self.bandwidth
-        return "memory" if moving >= work.flops / self.rates[dtype] else "compute"
+        """``memory``, ``compute`` or ``transfer``: the highest of the limits."""
+        times = self.times(work, dtype)
+        return max(times, key=lambda kind: times[kind])
+
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """The higher of both: what a device has once reached, it can do."""
+        rates = {dtype: max(rate, other.rates[dtype]) for dtype, rate in self.rates.items()}
+        bandwidth, transfer = (
+            max(self.bandwidth, other.bandwidth),
+            max(self.transfer, other.transfer),
+        )
+        return Ceilings(bandwidth, rates, transfer)
 
 
 def measure_ceilings(
     device: torch.device, dtypes: Iterable[str], *, seconds: float = 1.0
 ) -> Ceilings:
-    """Copy a large buffer and multiply large matrices of each dtype, ``seconds`` each.
-
-    The best quintile counts, not the median: a ceiling is what the device can do.
-    """
+    """Copy large buffers and multiply large matrices of each dtype, ``seconds`` each."""
     budget = Budget(seconds, rounds=5)
-    size = COPY_BYTES[device.type]
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = Prepared([lambda target=target, source=source: target.copy_(source)])
-    (timing,) = time_together([copy], device, budget)
-    bandwidth = 2 * size / timing.low
-    del source, target, copy
-
+    bandwidth, transfer = _measure_copies(device, budget)
     side = GEMM_SIDE[device.type]
     rates: dict[str, float] = {}
     for name in dtypes:
         a, b = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
         out = torch.empty_like(a)
-        product = Prepared([lambda a=a, b=b, out=out: torch.mm(a, b, out=out)])
-        (timing,) = time_together([product], device, budget)
-        rates[name] = 2.0 * side**3 / timing.low
-    return Ceilings(bandwidth, rates)
+        product = _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, budget)
+        rates[name] = 2.0 * side**3 / product
+    return Ceilings(bandwidth, rates, transfer)
+
+
+def _measure_copies(device: torch.device, budget: Budget) -> tuple[float, float]:
+    """Bandwidth and transfer rate."""
+    size = COPY_BYTES[device.type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> object:
+        return target.copy_(source)
+
+    bandwidth = 2 * size / _fastest(copy, device, budget)
+    if device.type == "cuda":
+        host = torch.ones(size // 4, dtype=torch.uint8, pin_memory=True)
+        part = target[: host.numel()]
+        seconds = _fastest(lambda: part.copy_(host, non_blocking=True), device, budget)
+        return bandwidth, host.numel() / seconds
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        transfer = size / _fastest(copy, device, budget)
+        return bandwidth, max(transfer, bandwidth / 2)  # all cores wait for the busiest one
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest(call: Call, device: torch.device, budget: Budget) -> float:
+    """The best quintile, not the median: a ceiling is what the device can do."""
+    watch, prepared = make_watch(device), Prepared([call])
+    watch.first(prepared)
+    (timing,) = time_together([prepared], watch, budget)
+    return timing.low

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip3o_fast.benchmarking.clock import Call
+from blip3o_fast.benchmarking.environment import find_commit
 from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.benchmarking.watch import Call
 from blip3o_fast.errors import OptionError
 from blip3o_fast.pretrained import BLIP3oDiT
 
@@ -26,16 +27,33 @@ def check_checkout(checkout: Path) -> Path:
         OptionError: if the checkout does not hold it.
     """
     file = checkout / MODEL_FILE
+    if not checkout.is_dir():
+        raise OptionError(f"published: expected a folder, found none at {checkout}")
     if not file.is_file():
-        raise OptionError(f"published: expected {MODEL_FILE} in {checkout}, found none")
+        raise OptionError(
+            f"published: expected a checkout of the published implementation, with {MODEL_FILE} "
+            f"in it; {checkout} has none"
+        )
     return file
+
+
+def describe_checkout(checkout: Path | None) -> str:
+    """Which published implementation this is; ``absent: `` and the reason without one."""
+    if checkout is None:
+        return "absent: no checkout was named; --published FOLDER"
+    commit, changed = find_commit(checkout.resolve())
+    if commit is None:
+        return "a copy without its history"
+    return f"commit {commit[:12]}" + (", changed" if changed else "")
 
 
 def open_checkout(checkout: Path | None, shape: Shape) -> Callable[[BLIP3oDiT], Call] | None:
     """What makes, of a model of ours, an evaluation of the published one with random weights.
 
     Its weights are its own: only time is compared. It has the published sizes with 256 tokens and
-    runs in the dtype and on the device of the given model.
+    runs on the device of the given model. It does not run in 16-bit weights, since its embedding of
+    the time stays fp32; where ours has them, its weights are fp32 under autocast, which is how its
+    own evaluator runs it.
 
     Raises:
         OptionError: if the checkout does not hold the model.
@@ -46,15 +64,16 @@ def open_checkout(checkout: Path | None, shape: Shape) -> Callable[[BLIP3oDiT], 
 
     def make(model: BLIP3oDiT) -> Call:
         config, weight = model.config, model.input_proj.weight
-        published = load_published(file, shape).to(weight.device, weight.dtype)
+        published = load_published(file, shape).to(weight.device)
         size = (shape.batch, shape.tokens)
-        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        x = torch.randn(*size, config.clip_embedding_size, **options)
-        eva = torch.randn(*size, config.eva_embedding_size, **options)
-        times = torch.full((shape.batch,), 0.5, **options)
+        x = torch.randn(*size, config.clip_embedding_size, device=weight.device)
+        eva = torch.randn(*size, config.eva_embedding_size, device=weight.device)
+        times = torch.full((shape.batch,), 0.5, device=weight.device)
+        narrow = weight.dtype != torch.float32
+        kind, dtype = weight.device.type, weight.dtype if narrow else None
 
         def evaluate() -> object:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=narrow):
                 return published(x, times, eva, return_dict=False)
 
         return evaluate

@@ -54,20 +54,25 @@ class Comparison:
         return tuple(change for change in self.changes if change.is_regression)
 
 
+def check_device(old: Record, device: str) -> None:
+    """Raise ``ValueError`` unless ``old`` was measured on ``device``."""
+    before = old.environment["device"]
+    if before != device:
+        raise ValueError(
+            f"compare: expected a record of this device, {device}, got one of {before}; times of "
+            "different devices do not compare"
+        )
+
+
 def compare(old: Record, new: Record) -> Comparison:
-    """Compare two runs on one kind of device.
+    """Compare two runs on one kind of device. Groups that ``new`` left out are not gone.
 
     Raises:
         ValueError: if the devices differ, or nothing was measured in both.
     """
-    before, now = old.environment["device"], new.environment["device"]
-    if before != now:
-        raise ValueError(
-            f"compare: expected a record of this device, {now}, got one of {before}; times of "
-            "different devices do not compare"
-        )
+    check_device(old, new.environment["device"])
     least = LEAST_BAND[new.environment["device_type"]]
-    earlier = {m.key: m for m in old.measurements}
+    earlier = {m.key: m for m in old.measurements if m.group in new.settings["groups"]}
     changes = tuple(
         Change(earlier[m.key], m, noise_band(earlier[m.key], m, least))
         for m in new.measurements
@@ -93,7 +98,10 @@ def noise_band(old: Measurement, new: Measurement, least: float) -> float:
 def _drift(old: Record, new: Record, least: float) -> list[str]:
     """Whether the device itself was faster or slower: then no figure says much."""
     found: list[str] = []
-    pairs = [("copy bandwidth", old.bandwidth, new.bandwidth)]
+    pairs = [
+        ("copy bandwidth", old.bandwidth, new.bandwidth),
+        ("transfer rate", old.transfer, new.transfer),
+    ]
     pairs += [
         (f"GEMM rate in {dtype}", old.rates[dtype], rate)
         for dtype, rate in new.rates.items()

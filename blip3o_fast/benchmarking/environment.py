@@ -13,21 +13,23 @@ import torch
 
 import blip3o_fast
 
-PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "quack-kernels", "flash-attn")
+PACKAGES = (
+    *("torch", "triton", "numpy", "liger-kernel", "quack-kernels"),
+    *("apex", "flash-attn", "flash-attn-4", "flash_attn_3"),
+)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """JSON-ready facts. ``device`` names what was measured; runs on different ones do not compare.
 
     ``clocks`` holds what nvidia-smi says now (None on a CPU); ``load`` is the load average of the
-    machine before the measurement.
+    machine now. ``commit`` is that of the clone that the library runs from, None outside one.
     """
     versions = {"blip3o_fast": blip3o_fast.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    commit = _output("git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(Path(__file__).parents[2]), "status", "--porcelain", "-uno")
+    commit, changed = find_commit(Path(__file__).resolve().parents[2])
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -40,16 +42,30 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "commit": commit,
-        "changed": bool(changed) if commit else None,
+        "changed": changed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def find_commit(root: Path) -> tuple[str | None, bool | None]:
+    """The commit of the clone at ``root`` and whether files differ from it.
+
+    An installed library may lie in the virtual environment of another project's clone, whose commit
+    says nothing about it: then None.
+    """
+    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:
+        return None, None
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return _output("git", "-C", str(root), "rev-parse", "HEAD"), bool(changed)
 
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's and how many threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def processor_name() -> str:

@@ -1,6 +1,7 @@
 """A block, an evaluation of the network, and whole translations."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.cases import Case, Contender, Task, check_agreement
 from blip3o_fast.benchmarking.ceilings import DTYPES
-from blip3o_fast.benchmarking.clock import Call, Prepared
 from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.benchmarking.watch import Call, Prepared
 from blip3o_fast.flow import find_solver
 from blip3o_fast.flow import time_grid as make_grid
 from blip3o_fast.ops import Impl
@@ -23,6 +24,7 @@ from blip3o_fast.sampling.evaluation import evaluate
 from blip3o_fast.sampling.stepper import Method, Stepper
 
 TIME = 0.5
+"""Of a single evaluation: the second of two Euler steps begins here."""
 GRAPHED_STEPS = 50
 
 
@@ -32,12 +34,7 @@ class Network:
     def __init__(self, shape: Shape, dtype: str, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, DTYPES[dtype], device
         self._made: tuple[BLIP3oDiT, Tensor, Tensor] | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Of the model, without making it."""
-        with torch.device("meta"):
-            return BLIP3oDiT(self.shape.config).get_num_parameters()
+        self._velocity: Tensor | None = None
 
     def get(self) -> tuple[BLIP3oDiT, Tensor, Tensor]:
         """Model in evaluation mode, state ``[B, N, C]`` and condition ``[B, N, E]``."""
@@ -52,48 +49,71 @@ class Network:
             self._made = model, x, eva
         return self._made
 
-    def free(self) -> None:
-        """Forget the model."""
-        self._made = None
+    def velocity(self) -> Tensor:
+        """What every contender has to compute: by the reference, nothing hoisted, at ``TIME``."""
+        if self._velocity is None:
+            model, x, eva = self.get()
+            with using(model, Impl.REFERENCE):
+                self._velocity = plain_velocity(model, eva, guided=False)(x, TIME).detach()
+        return self._velocity
 
 
 def block_cases(
     shape: Shape, dtype: str, device: torch.device, *, compiled: bool
 ) -> Iterator[Case]:
-    """One transformer block, forward, with its modulations computed from the time."""
+    """One transformer block, forward, with its modulations computed from the time.
+
+    The blocks of the model take turns, so that none finds its weights in a cache.
+    """
     network = Network(shape, dtype, device)
-    config, size = shape.config, DTYPES[dtype].itemsize
-    one = config.replace(num_hidden_layers=1)
-    rows = shape.batch * shape.tokens
-    D, K, d = config.hidden_size, config.num_key_value_heads, config.head_dim
-    kept = work.linear(rows, D, 2 * K * d, size)
-    inner = [part for part in work.evaluation(one, shape.batch, size) if "put" not in part.name]
-    task = Task("block", "forward", shape.name, dtype, work.total(inner) + kept, shape.batch)
+    needed = work.block(shape.config, shape.batch, DTYPES[dtype].itemsize)
+    task = Task("block", "forward", shape.name, dtype, needed, shape.batch)
 
-    def prepare(impl: Impl | None, compile_it: bool) -> Prepared:
+    def prepare(name: str, impl: Impl | None, compile_it: bool) -> Prepared:
         model, _, _ = network.get()
-        model.set_impl(impl)
-        block, times = model.layers()[0], torch.full((shape.batch,), TIME, device=device)
-        stream = torch.randn(shape.batch, shape.tokens, D, device=device, dtype=network.dtype)
-        with torch.no_grad():
-            activated = torch.nn.functional.silu(model.timestep_embedder(times))
-            following = model.openings(activated)[1]
-        cos, sin = model.rotary.cos, model.rotary.sin
-        function: Any = _compiled(block, device) if compile_it else block
+        calls = [block_call(network, index, impl, compile_it) for index in range(len(model.blocks))]
+        check_agreement(
+            f"block by {name}", calls[0](), block_call(network, 0, Impl.REFERENCE, False)()
+        )
+        weights = sum(x.nbytes for x in model.blocks.parameters())
+        return Prepared(calls, warm=True, rotation=weights)
 
-        def call() -> object:
-            model.set_impl(impl)
-            with torch.no_grad():
-                return function(stream, stream, stream, activated, cos, sin, following)
+    def contender(
+        name: str, impl: Impl | None, *, ours: bool, compile_it: bool = False
+    ) -> Contender:
+        return Contender(name, lambda: prepare(name, impl, compile_it), ours)
 
-        return Prepared([call])
-
-    contenders = [Contender("fused ops", lambda: prepare(None, False))]
-    if device.type == "cuda":
-        contenders.append(Contender("reference", lambda: prepare(Impl.REFERENCE, False), False))
+    on_cpu = device.type == "cpu"
+    contenders = [contender("reference", Impl.REFERENCE, ours=on_cpu)]
+    if not on_cpu:
+        contenders.insert(0, contender("fused ops", None, ours=True))
     if compiled:
-        contenders.append(Contender("torch.compile", lambda: prepare(Impl.REFERENCE, True), False))
+        contenders.append(contender("torch.compile", Impl.REFERENCE, ours=False, compile_it=True))
     yield Case(task, tuple(contenders))
+
+
+def block_call(network: Network, index: int, impl: Impl | None, compile_it: bool) -> Call:
+    """Block ``index`` of the model on random tokens."""
+    model, _, _ = network.get()
+    shape, device = network.shape, network.device
+    torch.manual_seed(index)
+    size = (shape.batch, shape.tokens, shape.config.hidden_size)
+    stream, context = (torch.randn(size, device=device, dtype=network.dtype) for _ in range(2))
+    times = torch.full((shape.batch,), TIME, device=device)
+    with torch.no_grad():
+        activated = torch.nn.functional.silu(model.timestep_embedder(times))
+        following = model.openings(activated)[index + 1]
+    block: Any = model.layers()[index]
+    if compile_it:
+        mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+        block = torch.compile(block, mode=mode, dynamic=False)
+    arguments = (stream, stream, context, activated, model.rotary.cos, model.rotary.sin, following)
+
+    def call() -> object:
+        with using(model, impl):
+            return block(*arguments)
+
+    return call
 
 
 def evaluation_cases(
@@ -109,35 +129,26 @@ def evaluation_cases(
     ``published`` makes, of a model, a call of the published implementation at this shape.
     """
     network = Network(shape, dtype, device)
-    needed = work.evaluation_floor(shape.config, shape.batch, DTYPES[dtype].itemsize)
+    needed = work.evaluation(shape.config, shape.batch, DTYPES[dtype].itemsize)
     task = Task("evaluation", "evaluation", shape.name, dtype, needed, shape.batch)
-
-    def plain(impl: Impl | None, compile_it: bool) -> Prepared:
-        model, x, eva = network.get()
-        run = plain_velocity(model, eva, guided=False)
-        if compile_it:
-            forward = _compiled(model, device)
-            state, tokens = x.to(network.dtype), eva.to(network.dtype)
-            times = torch.full((shape.batch,), TIME, device=device)
-            return _inference(lambda: forward(state, times, tokens, False), model, impl)
-        return _inference(lambda: run(x, TIME), model, impl)
 
     contenders = [
         Contender("plan", lambda: hoisted(network, None)),
-        Contender("nothing hoisted", lambda: plain(None, False)),
+        Contender("nothing hoisted", lambda: plain(network, None)),
     ]
     if device.type == "cuda":
         contenders += [
             Contender("plan, CUDA graph", lambda: graphed(network)),
-            Contender("reference", lambda: plain(Impl.REFERENCE, False), False),
+            Contender("reference", lambda: plain(network, Impl.REFERENCE), False),
             Contender("reference, hoisted", lambda: hoisted(network, Impl.REFERENCE), False),
         ]
     if compiled:
+        reference = Impl.REFERENCE
         contenders += [
-            Contender("torch.compile", lambda: plain(Impl.REFERENCE, True), False),
+            Contender("torch.compile", lambda: plain(network, reference, compile_it=True), False),
             Contender(
                 "torch.compile, hoisted",
-                lambda: hoisted(network, Impl.REFERENCE, compile_it=True),
+                lambda: hoisted(network, reference, compile_it=True),
                 False,
             ),
         ]
@@ -150,20 +161,42 @@ def evaluation_cases(
     yield Case(task, tuple(contenders))
 
 
+def plain(network: Network, impl: Impl | None, *, compile_it: bool = False) -> Prepared:
+    """One evaluation by the model itself: adapter, keys and values, modulations and all."""
+    model, x, eva = network.get()
+    velocity: Callable[[], Any]
+    if compile_it:
+        forward = _compiled(model, network.device)
+        times = torch.full((network.shape.batch,), TIME, device=network.device)
+        state, tokens = x.to(network.dtype), eva.to(network.dtype)
+        velocity = partial(forward, state, times, tokens, False)
+    else:
+        velocity = partial(plain_velocity(model, eva, guided=False), x, TIME)
+
+    def call() -> object:
+        with using(model, impl):
+            return velocity()
+
+    check_agreement("evaluation, nothing hoisted", call(), network.velocity())
+    return Prepared([call], kernel=False)
+
+
 def hoisted(network: Network, impl: Impl | None, *, compile_it: bool = False) -> Prepared:
     """One evaluation by the plan's own function, every launch made by the host."""
     stepper, evaluation = make_stepper(network, impl)
-    run = evaluation
-    if compile_it:
-        run = _compiled_evaluation(network, evaluation)
-    arguments = (stepper.state, stepper.context, stepper.sites[0])
-    with torch.no_grad():
-        check_agreement("evaluation", run(*arguments), evaluation(*arguments))
-    return Prepared([_no_grad(lambda: run(*arguments))], kernel=False)
+    run = _compiled_evaluation(network, evaluation) if compile_it else evaluation
+    state = network.get()[1].float()
+
+    def call() -> object:
+        with torch.no_grad():
+            return run(state, stepper.context, stepper.sites[0])
+
+    check_agreement("evaluation, hoisted", call(), network.velocity())
+    return Prepared([call], kernel=False)
 
 
 def make_stepper(network: Network, impl: Impl | None) -> tuple[Stepper, Callable[..., Tensor]]:
-    """A batch at the start of a step, its modulations in place, and the plan's evaluation."""
+    """A batch, its modulations at ``TIME`` in place, and the plan's evaluation."""
     model, x, eva = network.get()
     engine = find_engine(model, engine_key(model, network.dtype, impl, False))
     method = Method(find_solver("euler"), 1.0, None)
@@ -179,6 +212,7 @@ def make_stepper(network: Network, impl: Impl | None) -> tuple[Stepper, Callable
             context,
             engine.impls.solver_update,
         )
+        stepper.counter.fill_(1)
         stepper.advance()
     return stepper, cast("Callable[..., Tensor]", engine.evaluate)
 
@@ -191,7 +225,7 @@ def graphed(network: Network) -> Prepared:
     model, x, eva = network.get()
     steps = GRAPHED_STEPS
     plan = SamplingPlan(model, steps=steps, solver="euler", dtype=network.dtype)
-    return Prepared([_no_grad(lambda: plan(eva, noise=x))], kernel=False, per_call=steps)
+    return Prepared([lambda: plan(eva, noise=x)], kernel=False, per_call=steps)
 
 
 def generate_cases(
@@ -222,24 +256,15 @@ def generate_cases(
     yield Case(task, tuple(contenders))
 
 
-def _no_grad(call: Call) -> Call:
-    def quiet() -> object:
+@contextmanager
+def using(model: BLIP3oDiT, impl: Impl | None) -> Iterator[None]:
+    """Run the ops of ``model`` in ``impl``, without gradients."""
+    model.set_impl(impl)
+    try:
         with torch.no_grad():
-            return call()
-
-    return quiet
-
-
-def _inference(call: Call, model: BLIP3oDiT, impl: Impl | None) -> Prepared:
-    def run() -> object:
-        model.set_impl(impl)
-        try:
-            with torch.no_grad():
-                return call()
-        finally:
-            model.set_impl(None)
-
-    return Prepared([run], kernel=False)
+            yield
+    finally:
+        model.set_impl(None)
 
 
 def _compiled(module: Any, device: torch.device) -> Callable[..., Any]:

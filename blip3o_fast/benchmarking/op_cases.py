@@ -12,8 +12,8 @@ from blip3o_fast import ops
 from blip3o_fast.benchmarking import peers, work
 from blip3o_fast.benchmarking.cases import Case, Contender, Task, check_agreement
 from blip3o_fast.benchmarking.ceilings import DTYPES
-from blip3o_fast.benchmarking.clock import Prepared, rotation_bytes
 from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.benchmarking.watch import Prepared, rotation_bytes
 from blip3o_fast.ops import Impl
 
 Sizes = list[tuple[int, ...]]
@@ -169,7 +169,7 @@ def implementations(
 ) -> Iterator[tuple[str, Callable[..., Any], bool]]:
     """Name, function of the tensors, and whether it is ours."""
     extra = {"shape": shape} if spec.name == "rope" else {}
-    reference = partial(spec.call, impl=Impl.REFERENCE, **extra)
+    reference = reference_call(spec, shape)
     yield "reference", reference, device.type == "cpu"
     if device.type == "cuda":
         sample = torch.empty(1, 1, shape.config.hidden_size, dtype=DTYPES[dtype], device=device)
@@ -182,6 +182,12 @@ def implementations(
         yield from peers.op_peers(spec.name, shape)
     if compiled:
         yield "torch.compile", compile_reference(reference, device), False
+
+
+def reference_call(spec: OpSpec, shape: Shape) -> Callable[..., Any]:
+    """An op of plain PyTorch."""
+    extra = {"shape": shape} if spec.name == "rope" else {}
+    return partial(spec.call, impl=Impl.REFERENCE, **extra)
 
 
 def compile_reference(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -206,17 +212,18 @@ def _contender(
         step = sum(x.nbytes for x in first)
         count = max(1, min(MOST_COPIES, -(-rotation_bytes(device) // step)))
         sets = [first, *(spec.tensors(shape, DTYPES[dtype], device) for _ in range(count - 1))]
-        extra = {"shape": shape} if spec.name == "rope" else {}
-        with torch.no_grad():
-            expected = spec.call(*first, impl=Impl.REFERENCE, **extra)
-            check_agreement(f"{spec.name} by {name}", call(*first), expected)
-        calls = [_backward(call, spec, t) if backward else _forward(call, t) for t in sets]
-        return Prepared(calls, warm=True, copies_bytes=count * step)
+        make = _backward if backward else _forward
+        calls = [make(call, spec, tensors) for tensors in sets]
+        expected = make(reference_call(spec, shape), spec, first)
+        check_agreement(f"{spec.name} by {name}", calls[0](), expected())
+        return Prepared(calls, warm=True, rotation=count * step)
 
     return Contender(name, prepare, ours)
 
 
-def _forward(call: Callable[..., Any], tensors: list[Tensor]) -> Callable[[], object]:
+def _forward(call: Callable[..., Any], spec: OpSpec, tensors: list[Tensor]) -> Callable[[], object]:
+    del spec
+
     def forward() -> object:
         with torch.no_grad():
             return call(*tensors)
@@ -230,7 +237,9 @@ def _backward(
     leaves = [x.requires_grad_() for x in tensors[: spec.differentiable]]
     result = call(*leaves, *tensors[spec.differentiable :])
     outputs = [result] if isinstance(result, Tensor) else list(result)
-    grads = [torch.randn_like(x) for x in outputs]
+    torch.manual_seed(1)  # every contender is given the same gradients
+    # Not randn_like: it fills memory in its order, which differs between contenders.
+    grads = [torch.randn(x.shape, device=x.device, dtype=x.dtype) for x in outputs]
 
     def backward() -> object:
         return torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)

@@ -2,24 +2,32 @@
 
 import io
 import re
-from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blip3o_fast.benchmarking.record import Measurement, Record
+from blip3o_fast.benchmarking.roofline import draw_roofline
+from blip3o_fast.benchmarking.style import COLOURS, GREY, GRID, INK, MARKS, decimal_axis, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-ROW_INTENSITY = 0.5
-"""Where a row op stands: its flops are not counted, so its place is a convention."""
+WIDTH, HEIGHT, DPI = 8.0, 4.6, 150
+PUBLISHED = "published"
 
-WIDTH, HEIGHT, DPI = 7.0, 4.6, 150
-MARKS = "osD^vPX*<>"
-COLOURS = (
-    *("#1d5fd1", "#c2570c", "#2b8a3e", "#862e9c", "#c92a2a"),
-    *("#087f5b", "#5f3dc4", "#6b7280", "#e67700", "#0b7285"),
-)
+
+class Point(NamedTuple):
+    """A value of a contender at a batch, beside its limit where there is one."""
+
+    m: Measurement
+    value: float
+    limit: float | None = None
+
+    @property
+    def line(self) -> str:
+        """What the point belongs to."""
+        return f"{self.m.contender}, {self.m.dtype}"
 
 
 def require_plots() -> None:
@@ -37,7 +45,7 @@ def draw_plots(record: Record) -> dict[str, bytes]:
     """File names and PNG contents; a picture without data is not drawn."""
     require_plots()
     drawings = {
-        "roofline.png": _draw_roofline,
+        "roofline.png": draw_roofline,
         "evaluation.png": _draw_evaluation,
         "speedup.png": _draw_speedup,
         "memory.png": _draw_memory,
@@ -46,129 +54,103 @@ def draw_plots(record: Record) -> dict[str, bytes]:
     return {name: data for name, data in pictures.items() if data is not None}
 
 
-def _draw(record: Record, draw: "Callable[[Axes, Record], bool]") -> bytes | None:
+def _draw(record: Record, draw: "Callable[[Figure, Record], bool]") -> bytes | None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#d9dde5", linewidth=0.6)
-    axes.set_axisbelow(True)
-    if not draw(axes, record):
+    if not draw(figure, record):
         return None
-    figure.text(0.995, 0.005, record.environment["device"], ha="right", fontsize=7, color="#6b7280")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+    figure.axes[0].set_title(record.environment["device"], fontsize=7, color=GREY, loc="left")
     out = io.BytesIO()
     figure.savefig(out, dpi=DPI, format="png", metadata={"Software": "blip3o-fast"})
     return out.getvalue()
 
 
-def _draw_roofline(axes: "Axes", record: Record) -> bool:
-    """Every measurement of ours: rate against intensity, under the measured ceilings.
+def _draw_evaluation(figure: "Figure", record: Record) -> bool:
+    points = [
+        Point(m, m.median / m.batch * 1e3, m.limit / m.batch * 1e3) for m in _evaluations(record)
+    ]
+    title = "Time of one evaluation of the velocity, by sample"
+    return _draw_contenders(figure, points, "ms per evaluation and sample", title)
 
-    Row ops have no flops to count and sit on the left edge, at the rate of bytes that they reach.
-    """
-    groups: defaultdict[str, list[Measurement]] = defaultdict(list)
-    for m in record.measurements:
-        if m.ours and m.group != "loader":
-            groups[m.group].append(m)
-    if not groups:
+
+def _draw_speedup(figure: "Figure", record: Record) -> bool:
+    rows = _evaluations(record)
+    theirs = {(m.batch, m.dtype): m.median for m in rows if m.contender == PUBLISHED}
+    points = [
+        Point(m, theirs[m.batch, m.dtype] / m.median)
+        for m in rows
+        if m.contender != PUBLISHED and (m.batch, m.dtype) in theirs
+    ]
+    title = "One evaluation: times as fast as the published implementation in the same dtype"
+    return _draw_contenders(figure, points, "published / contender", title)
+
+
+def _draw_memory(figure: "Figure", record: Record) -> bool:
+    points = [Point(m, m.peak / 2**20) for m in _evaluations(record) if m.peak is not None]
+    return _draw_contenders(figure, points, "MiB", "Memory that one evaluation allocates")
+
+
+def _draw_contenders(figure: "Figure", points: list[Point], label: str, title: str) -> bool:
+    if not points:
         return False
-    low, high = ROW_INTENSITY / 2, 4e4
-    colours = dict(zip(record.rates, COLOURS, strict=False))
-    xs = [low * (high / low) ** (i / 200) for i in range(201)]
-    for dtype, rate in record.rates.items():
-        roof = [min(rate, x * record.bandwidth) / 1e9 for x in xs]
-        axes.plot(xs, roof, color=colours[dtype], linewidth=1.2, label=f"limit, {dtype}")
-    for (group, rows), mark in zip(groups.items(), MARKS, strict=False):
-        points = [_point(m) for m in rows]
-        shades = [colours[m.dtype] for m in rows]
-        axes.scatter(*zip(*points, strict=True), c=shades, marker=mark, s=22)
-        axes.scatter([], [], c="#1f2430", marker=mark, s=22, label=group)
-    worst = sorted((m for rows in groups.values() for m in rows), key=lambda m: m.fraction)[:4]
-    for m in worst:
-        text = f"{m.name} {m.fraction:.0%}"
-        axes.annotate(text, _point(m), (5, -7), textcoords="offset points", fontsize=6)
-    axes.set(xscale="log", yscale="log", xlim=(low, high))
-    axes.set(xlabel="operations per byte that must move (row ops: left edge)", ylabel="Gop/s")
-    axes.set_title("Every kernel under the ceilings of this run", fontsize=10)
-    axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower right")
-    return True
-
-
-def _point(m: Measurement) -> tuple[float, float]:
-    """Intensity and rate."""
-    operations = m.flops or m.bytes * ROW_INTENSITY
-    return operations / m.bytes, operations / m.median / 1e9
-
-
-def _draw_evaluation(axes: "Axes", record: Record) -> bool:
-    rows = [m for m in record.measurements if m.group == "evaluation"]
-    if not rows:
-        return False
-    return _draw_lines(
-        axes,
-        {f"{m.contender}, {m.dtype}": [] for m in rows},
-        [(f"{m.contender}, {m.dtype}", m, m.median / m.batch * 1e3) for m in _one_model(rows)],
-        "ms per evaluation and sample",
-        "One evaluation of the velocity",
-        limits=[(m.batch, m.limit / m.batch * 1e3) for m in _one_model(rows)],
-    )
-
-
-def _draw_speedup(axes: "Axes", record: Record) -> bool:
-    rows = _one_model([m for m in record.measurements if m.group == "evaluation"])
-    theirs = {m.batch: m.median for m in rows if m.contender == "published"}
-    if not theirs:
-        return False
-    ours = [m for m in rows if m.contender != "published" and m.batch in theirs]
-    values = [(f"{m.contender}, {m.dtype}", m, theirs[m.batch] / m.median) for m in ours]
-    title = "Times as fast as the published implementation"
-    return _draw_lines(axes, {}, values, "published / contender", title)
-
-
-def _draw_memory(axes: "Axes", record: Record) -> bool:
-    rows = [m for m in record.measurements if m.group == "evaluation" and m.peak is not None]
-    if not rows:
-        return False
-    values = [(m.contender, m, (m.peak or 0) / 2**20) for m in _one_model(rows)]
-    return _draw_lines(axes, {}, values, "MiB", "Memory that one evaluation allocates")
-
-
-def _draw_lines(
-    axes: "Axes",
-    order: dict[str, list[tuple[int, float]]],
-    values: list[tuple[str, Measurement, float]],
-    label: str,
-    title: str,
-    limits: list[tuple[int, float]] | None = None,
-) -> bool:
-    lines = dict(order)
-    for name, m, value in values:
-        lines.setdefault(name, []).append((m.batch, value))
-    batches = sorted({m.batch for _, m, _ in values})
+    axes = figure.subplots()
+    batches = sorted({point.m.batch for point in points})
     if len(batches) == 1:
-        names = [name for name, points in lines.items() if points]
-        heights = [lines[name][0][1] for name in names]
-        bars = axes.barh(names, heights, color=COLOURS[0], height=0.6)
-        axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=3)
-        axes.invert_yaxis()
-        axes.set_xlabel(label)
+        _draw_bars(axes, points, label)
         title += f", batch {batches[0]}"
     else:
-        for (name, points), colour, mark in zip(lines.items(), COLOURS, MARKS, strict=False):
-            axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=mark, label=name)
-        if limits:
-            axes.plot(*zip(*sorted(set(limits)), strict=True), "--", color="#1f2430", label="limit")
-        axes.set(xscale="log", yscale="log", xlabel="batch", ylabel=label)
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.minorticks_off()
-        axes.legend(fontsize=7, frameon=False)
-    axes.set_title(title, fontsize=10)
+        _draw_lines(axes, points, batches, label)
+    figure.suptitle(title, fontsize=10)
     return True
 
 
-def _one_model(rows: list[Measurement]) -> list[Measurement]:
-    """Rows of the published 256 tokens, of base where it was measured."""
+def _draw_bars(axes: "Axes", points: list[Point], label: str) -> None:
+    heights = [point.value for point in points]
+    colours = [COLOURS[0] if point.m.ours else GREY for point in points]
+    bars = axes.barh([point.line for point in points], heights, color=colours, height=0.6)
+    axes.bar_label(bars, [number(height) for height in heights], fontsize=8, padding=3)
+    limits = [(i, point.limit) for i, point in enumerate(points) if point.limit is not None]
+    for i, limit in limits:
+        axes.plot([limit, limit], [i - 0.38, i + 0.38], color=INK, linewidth=1.6)
+    if limits:
+        axes.plot([], [], color=INK, linewidth=1.6, label="limit")
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+
+
+def _draw_lines(axes: "Axes", points: list[Point], batches: list[int], label: str) -> None:
+    """A contender that was not timed at every batch has marks and no line between them."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for point in points:
+        lines.setdefault(point.line, []).append((point.m.batch, point.value))
+    for i, (name, values) in enumerate(lines.items()):
+        style = "-" if len(values) == len(batches) else "none"
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        xs, ys = zip(*sorted(values), strict=True)
+        marks = {"color": colour, "marker": mark, "markersize": 5}
+        axes.plot(xs, ys, linestyle=style, label=name, **marks)
+    limits = {(point.m.dtype, point.m.batch, point.limit) for point in points if point.limit}
+    for dtype in sorted({dtype for dtype, _, _ in limits}):
+        xs, ys = zip(*sorted((b, limit) for kind, b, limit in limits if kind == dtype), strict=True)
+        axes.plot(xs, ys, "--", color=INK, label=f"limit, {dtype}")
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel=label)
+    decimal_axis(axes.yaxis)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _evaluations(record: Record) -> list[Measurement]:
+    """Evaluations of the published 256 tokens, of base where it was measured."""
+    rows = [m for m in record.measurements if m.group == "evaluation"]
     plain = [m for m in rows if re.fullmatch(r"[a-z]+-b\d+", m.shape)]
     base = [m for m in plain if m.shape.startswith("base-")]
     return base or plain

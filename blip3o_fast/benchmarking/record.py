@@ -18,8 +18,10 @@ class Measurement:
 
     Times are seconds of the task; ``low`` and ``high`` are quintiles of the samples. ``limit`` is
     the least time that this device, as measured in the same run, could take; ``bound`` says whether
-    that is ``memory`` or ``compute``. ``host``, ``warm``, ``peak`` and ``queued`` are those of
-    ``clock.Timing``.
+    that is ``memory``, ``compute`` or ``transfer``. ``host``, ``warm`` and ``queued`` are those of
+    ``clock.Timing``, ``rotation`` that of ``watch.Prepared``: ``median`` is cold where it is
+    not 0. ``peak`` is what a call allocates at most beyond what was there before it, in bytes (None
+    on a CPU).
     """
 
     group: str
@@ -34,9 +36,11 @@ class Measurement:
     samples: int
     flops: float
     bytes: float
+    transfer: float
     limit: float
     bound: str
     batch: int = 0
+    rotation: int = 0
     host: float | None = None
     warm: float | None = None
     peak: int | None = None
@@ -62,6 +66,7 @@ class Record:
         environment: as ``describe_environment`` gives it.
         bandwidth: bytes a second of a copy, measured in this run.
         rates: flops a second of a matrix product, by dtype, measured in this run.
+        transfer: bytes a second that the host delivers to the device, measured in this run.
         peers: every peer: its version, or ``absent: `` and the reason.
         measurements: in the order in which they were made.
         left_out: what was not measured, and why.
@@ -71,6 +76,7 @@ class Record:
     environment: dict[str, Any]
     bandwidth: float
     rates: dict[str, float]
+    transfer: float
     peers: dict[str, str]
     measurements: tuple[Measurement, ...]
     left_out: dict[str, str]

@@ -2,22 +2,25 @@
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from blip3o_fast.benchmarking.cases import Case, Contender
+from blip3o_fast.benchmarking.cases import Case, Contender, Task
 from blip3o_fast.benchmarking.ceilings import Ceilings, measure_ceilings
-from blip3o_fast.benchmarking.checkout import open_checkout
-from blip3o_fast.benchmarking.clock import Budget, Prepared, Timing, time_together
-from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.benchmarking.checkout import describe_checkout, open_checkout
+from blip3o_fast.benchmarking.clock import Budget, Timing, time_together
+from blip3o_fast.benchmarking.environment import clocks, describe_environment
 from blip3o_fast.benchmarking.network_cases import block_cases, evaluation_cases, generate_cases
 from blip3o_fast.benchmarking.op_cases import attention_cases, op_cases
 from blip3o_fast.benchmarking.peers import find_peers
 from blip3o_fast.benchmarking.record import Measurement, Record
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import loader_cases, training_cases
+from blip3o_fast.benchmarking.watch import Prepared, make_watch
 
 GROUPS = ("ops", "attention", "block", "evaluation", "generate", "training", "loader")
 
@@ -48,8 +51,21 @@ class Settings:
         return Budget(self.seconds, rounds=5)
 
 
+class Result(NamedTuple):
+    """A contender's timing, before it is known what its device reached in the whole run."""
+
+    task: Task
+    contender: Contender
+    timing: Timing
+    rotation: int
+    peak: int | None
+
+
 def run_suite(settings: Settings, progress: Callable[[str], None] = lambda _: None) -> Record:
     """Measure. A peer that fails is left out with its reason; our own failure is an error.
+
+    The device's ceilings are measured before and after, and the higher count: a device that others
+    used in between would otherwise seem faster than its limit.
 
     Args:
         settings: what.
@@ -58,15 +74,19 @@ def run_suite(settings: Settings, progress: Callable[[str], None] = lambda _: No
     device = settings.device
     environment = describe_environment(device)
     progress("ceilings of this device")
-    ceilings = measure_ceilings(device, dtypes(device), seconds=0.3 if settings.quick else 1.0)
-    measurements: list[Measurement] = []
+    seconds = 0.2 if settings.quick else 1.0
+    ceilings = measure_ceilings(device, dtypes(device), seconds=seconds)
+    results: list[Result] = []
     left_out = omissions(settings)
     for case in choose_cases(settings):
         task = case.task
         progress(f"{task.group}: {task.name}, {task.shape}, {task.dtype}")
-        rows, failures = measure(case, ceilings, device, settings.budget)
-        measurements += rows
+        timed, failures = measure(case, device, settings.budget)
+        results += timed
         left_out |= failures
+    if device.type == "cuda":
+        environment["clocks_after"] = clocks()
+    ceilings = ceilings.best(measure_ceilings(device, dtypes(device), seconds=seconds))
     return Record(
         settings={
             "quick": settings.quick,
@@ -77,71 +97,82 @@ def run_suite(settings: Settings, progress: Callable[[str], None] = lambda _: No
         environment=environment,
         bandwidth=ceilings.bandwidth,
         rates=ceilings.rates,
-        peers=find_peers(device),
-        measurements=tuple(measurements),
+        transfer=ceilings.transfer,
+        peers={
+            "published implementation": describe_checkout(settings.published),
+            **find_peers(device),
+        },
+        measurements=tuple(measured(result, ceilings) for result in results),
         left_out=left_out,
     )
 
 
 def measure(
-    case: Case, ceilings: Ceilings, device: torch.device, budget: Budget
-) -> tuple[list[Measurement], dict[str, str]]:
-    """Time the contenders of a case in turns; those of others that failed, and why."""
-    task = case.task
-    ready: list[tuple[Contender, Prepared]] = []
+    case: Case, device: torch.device, budget: Budget
+) -> tuple[list[Result], dict[str, str]]:
+    """Time the contenders of a case in turns; those of others that failed, and why.
+
+    Raises:
+        Exception: what a contender of ours raised, unless it is that memory did not suffice.
+    """
+    task, watch = case.task, make_watch(device)
+    ready: list[tuple[Contender, Prepared, int | None]] = []
     failures: dict[str, str] = {}
-    for contender in case.contenders:
-        try:
-            ready.append((contender, contender.prepare()))
-        except Exception as error:
-            if contender.ours and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            where = f"{task.name}, {task.shape}, {task.dtype}: {contender.name}"
-            failures[where] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    timings = time_together([p for _, p in ready], device, budget)
-    rows = [
-        measured(case, contender, timing, ceilings)
-        for (contender, _), timing in zip(ready, timings, strict=True)
-    ]
-    for _, prepared in ready:
-        if prepared.close is not None:
-            prepared.close()
-    ready.clear()
+    with ExitStack() as stack:
+        for contender in case.contenders:
+            try:
+                prepared = contender.prepare()
+                if prepared.close is not None:
+                    stack.callback(prepared.close)
+                ready.append((contender, prepared, watch.first(prepared)))
+            except Exception as error:
+                if contender.ours and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                where = f"{task.name}, {task.shape}, {task.dtype}: {contender.name}"
+                failures[where] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        timings = time_together([prepared for _, prepared, _ in ready], watch, budget)
+        results = [
+            Result(task, contender, timing, prepared.rotation, peak)
+            for (contender, prepared, peak), timing in zip(ready, timings, strict=True)
+        ]
+    del ready
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return rows, failures
+    return results, failures
 
 
-def measured(case: Case, contender: Contender, timing: Timing, ceilings: Ceilings) -> Measurement:
+def measured(result: Result, ceilings: Ceilings) -> Measurement:
     """A timing beside its limit."""
-    task = case.task
+    task, timing = result.task, result.timing
     return Measurement(
         group=task.group,
         name=task.name,
         shape=task.shape,
         dtype=task.dtype,
-        contender=contender.name,
-        ours=contender.ours,
+        contender=result.contender.name,
+        ours=result.contender.ours,
         median=timing.median,
         low=timing.low,
         high=timing.high,
         samples=timing.samples,
         flops=task.work.flops,
         bytes=task.work.bytes,
+        transfer=task.work.transfer,
         limit=ceilings.seconds(task.work, task.dtype),
         bound=ceilings.bound(task.work, task.dtype),
         batch=task.samples,
+        rotation=result.rotation,
         host=timing.host,
         warm=timing.warm,
-        peak=timing.peak,
+        peak=result.peak,
         queued=timing.queued,
     )
 
 
 def dtypes(device: torch.device) -> tuple[str, ...]:
     """Dtypes that are measured on a device."""
-    return ("fp32", "bf16") if device.type == "cpu" else ("bf16", "fp16", "fp32")
+    return ("fp32", "bf16") if device.type == "cpu" else ("bf16",)
 
 
 def omissions(settings: Settings) -> dict[str, str]:
@@ -149,8 +180,6 @@ def omissions(settings: Settings) -> dict[str, str]:
     left: dict[str, str] = {}
     if settings.quick:
         left["torch.compile"] = "compilation takes minutes; run without --quick"
-    if settings.published is None:
-        left["published implementation"] = "no checkout was named; --published FOLDER"
     for group in GROUPS:
         if group not in settings.groups:
             left[group] = "not among the groups asked for"
@@ -181,7 +210,7 @@ def cpu_cases(settings: Settings, device: torch.device, compiled: bool) -> Itera
     yield from attention_cases(base, "fp32", device)
     yield from block_cases(base, "fp32", device, compiled=compiled)
     for dtype in ("fp32", "bf16"):
-        theirs = open_checkout(settings.published, base) if dtype == "fp32" else None
+        theirs = open_checkout(settings.published, base)
         yield from evaluation_cases(base, dtype, device, compiled=compiled, published=theirs)
     yield from generate_cases(Shape("tiny"), "fp32", device, steps=2, compiled=False)
     yield from training_cases(Shape("tiny", 2), "fp32", device, compiled=False)

@@ -1,7 +1,7 @@
 """A record as text for a terminal."""
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 
 from blip3o_fast.benchmarking.compare import Comparison
 from blip3o_fast.benchmarking.record import Measurement, Record
@@ -15,7 +15,8 @@ def render_record(record: Record) -> str:
     rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in record.rates.items())
     lines = [
         f"{environment['device']}; load {environment['load'][0]}",
-        f"measured ceilings: {record.bandwidth / 1e9:.3g} GB/s copy, {rates}",
+        f"measured ceilings: {record.bandwidth / 1e9:.3g} GB/s copy, {rates}, "
+        f"{record.transfer / 1e9:.3g} GB/s from the host",
     ]
     for group, rows in groupby(record.measurements, key=lambda m: m.group):
         lines += ["", *render_group(group, list(rows))]
@@ -28,15 +29,16 @@ def render_record(record: Record) -> str:
 
 
 def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
-    """Times beside their limit; contenders of one task stand together."""
-    head = ("", "contender", "time", "+-", "limit", "of limit", "bound by", "host")
-    on_device = any(m.host is not None for m in rows)
+    """Times beside their limit; contenders of one task stand together.
+
+    Times are cold where ``warm`` says what they are on the same tensors again and again.
+    """
+    head = ("", "contender", "time", "+-", "limit", "of limit", "bound by", "warm", "host")
     cells: list[Sequence[str]] = []
     previous = ""
     for m in rows:
         title = f"{m.name}, {m.shape}, {m.dtype}"
         spread = (m.high - m.low) / 2 / m.median
-        host = seconds(m.host) if m.host is not None else ""
         row = (
             "" if title == previous else title,
             m.contender + ("" if m.queued is not False else " (host-bound)"),
@@ -45,13 +47,13 @@ def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
             seconds(m.limit),
             f"{m.fraction:.0%}",
             m.bound,
-            host,
+            "" if m.warm is None else seconds(m.warm),
+            "" if m.host is None else seconds(m.host),
         )
         cells.append(row)
         previous = title
-    if not on_device:
-        head, cells = head[:-1], [row[:-1] for row in cells]
-    return [group, *align([head, *cells])]
+    filled = [any(column) for column in zip(*cells, strict=True)]
+    return [group, *align([list(compress(row, filled)) for row in (head, *cells)])]
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -72,6 +74,8 @@ def render_comparison(comparison: Comparison) -> str:
         for change in moved
     ]
     lines += align(rows)
+    lines += [f"only in this run: {name}" for name in comparison.added]
+    lines += [f"only in the earlier run: {name}" for name in comparison.gone]
     same = len(comparison.changes) - len(moved)
     lines.append(
         f"{same} of {len(comparison.changes)} figures unchanged within noise; "

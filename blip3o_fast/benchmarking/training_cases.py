@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,8 +10,8 @@ import torch
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.cases import Case, Contender, Task
 from blip3o_fast.benchmarking.ceilings import DTYPES
-from blip3o_fast.benchmarking.clock import Prepared
 from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.data import EmbeddingDataset, Manifest, SampleRecord, ShardWriter, Split
 from blip3o_fast.data.loader import Loader
@@ -19,6 +20,9 @@ from blip3o_fast.training import TrainingOptions
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.run import prepare as make_plan
 from blip3o_fast.training.trainer import Trainer
+
+BATCHES_AHEAD = 4
+"""A sample of the loader reads this many times what it keeps ready: the rest was not ready."""
 
 
 def training_cases(
@@ -35,9 +39,10 @@ def training_cases(
 
     def prepare(compile_it: bool) -> Prepared:
         folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
-        write_shards(Path(folder.name) / "shards", shape.config, shape.batch + 8, held_out=8)
+        shards = Path(folder.name) / "shards"
+        write_shards(shards, shape.config, 2 * shape.batch + 8, held_out=4)
         options = TrainingOptions(
-            chunked_embeddings_dir=str(Path(folder.name) / "shards"),
+            chunked_embeddings_dir=str(shards),
             output_dir=str(Path(folder.name) / "run"),
             model_size=shape.preset,
             batch_size=shape.batch,
@@ -65,29 +70,38 @@ def training_cases(
 
 
 def loader_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
-    """The next batch of a loader that does nothing else, from shards in bf16 that the page cache
-    holds: copies, checks and transfers, not the disk.
+    """A batch of a loader that does nothing else, from shards in bf16 that the page cache holds:
+    copies, checks and transfers, not the disk.
+
+    Loaders read ahead, so each is timed by itself, over many more batches than it keeps ready.
     """
     config = shape.config
     widths = config.eva_embedding_size + config.clip_embedding_size
-    moved = 2 * 2 * shape.batch * shape.tokens * widths  # read and written once
-    task = Task("loader", "next batch", shape.name, "bf16", work.Work(0.0, moved), shape.batch)
+    delivered = 2 * shape.batch * shape.tokens * widths
+    needed = work.Work(transfer=delivered)
+    task = Task("loader", "batch", shape.name, "bf16", needed, shape.batch)
+    for threads in (1, 2) if device.type == "cpu" else (1, 2, 4, 8):
+        name = f"{threads} thread{'s' * (threads > 1)}"
+        prepare = partial(_prepare_loader, shape, device, threads)
+        yield Case(task, (Contender(name, prepare),))
 
-    def prepare(workers: int) -> Prepared:
-        folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
-        write_shards(Path(folder.name), config, max(4 * shape.batch, 32), held_out=0)
-        dataset = EmbeddingDataset(folder.name)
-        loader = Loader(dataset, batch_size=shape.batch, seed=0, device=device, workers=workers)
 
-        def close() -> None:
-            loader.close()
-            folder.cleanup()
+def _prepare_loader(shape: Shape, device: torch.device, threads: int) -> Prepared:
+    folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
+    write_shards(Path(folder.name), shape.config, max(4 * shape.batch, 32), held_out=0)
+    dataset = EmbeddingDataset(folder.name)
+    loader = Loader(dataset, batch_size=shape.batch, seed=0, device=device, workers=threads)
+    batches = BATCHES_AHEAD * loader.prefetch
 
-        return Prepared([lambda: next(loader)], kernel=False, close=close)
+    def read() -> None:
+        for _ in range(batches):
+            next(loader)
 
-    threads = (1, 2) if device.type == "cpu" else (1, 2, 4, 8)
-    contenders = [Contender(f"{n} threads", lambda n=n: prepare(n)) for n in threads]
-    yield Case(task, tuple(contenders))
+    def close() -> None:
+        loader.close()
+        folder.cleanup()
+
+    return Prepared([read], kernel=False, per_call=batches, close=close)
 
 
 def write_shards(folder: Path, config: DiTConfig, samples: int, *, held_out: int) -> None:

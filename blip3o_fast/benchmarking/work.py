@@ -1,8 +1,8 @@
-"""What cannot be avoided: floating-point operations and bytes of memory traffic.
+"""What cannot be avoided: floating-point operations, and bytes of memory traffic.
 
-Bytes count every input read once and every output written once, nothing between. Flops count
-matrix products and attention, two a multiply-add, and nothing elementwise: those ops are bound by
-memory everywhere.
+Flops count matrix products and attention, two a multiply-add, and nothing elementwise: those ops
+are bound by memory everywhere. Bytes count every input and every weight read once and every output
+written once, nothing between: an implementation that kept all else in registers would move these.
 """
 
 from itertools import pairwise
@@ -14,47 +14,68 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow.solvers import SolverName, find_solver
 
+FREQUENCIES = 256
+"""Sines and cosines of a time, which its embedder reads."""
+FP32 = 4
+
 
 class Work(NamedTuple):
-    """Floating-point operations, and bytes that must be read or written."""
+    """Floating-point operations, bytes that memory moves, bytes that the host delivers."""
 
     flops: float = 0.0
     bytes: float = 0.0
+    transfer: float = 0.0
 
     def __add__(self, other: object) -> "Work":
         if not isinstance(other, Work):
             return NotImplemented
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __mul__(self, factor: object) -> "Work":
         if not isinstance(factor, int | float):
             return NotImplemented
-        return Work(self.flops * factor, self.bytes * factor)
+        return Work(*(a * factor for a in self))
 
     __rmul__ = __mul__
 
 
-class Part(NamedTuple):
-    """A kernel's worth of work, done ``count`` times."""
+def row_op(name: str, shape: Shape, size: int, *, backward: bool = False) -> Work:
+    """Bytes of a fused op at the widths of ``shape``; ``size`` bytes an element of activations.
 
-    name: str
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    work: Work
+    Parameters and modulations are a few rows and are left out; the solver's state and the tensors
+    of the loss are fp32, their velocities are not.
 
-    @property
-    def total(self) -> Work:
-        """Of all of them."""
-        return self.work * self.count
-
-
-def linear(rows: int, inputs: int, outputs: int, size: int) -> Work:
-    """``[rows, inputs] @ [inputs, outputs]`` of elements of ``size`` bytes."""
-    elements = rows * inputs + inputs * outputs + rows * outputs
-    return Work(2.0 * rows * inputs * outputs, elements * size)
+    Raises:
+        ValueError: if there is no such op.
+    """
+    config = shape.config
+    rows = shape.batch * config.num_tokens
+    D, inner, C = config.hidden_size, config.intermediate_size, config.clip_embedding_size
+    packed = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    padded = adapter_widths(config)[1]
+    if name == "solver_update":  # state, velocity and the one before; the new state
+        return Work(0.0, rows * C * (FP32 + 2 * size + FP32))
+    if name == "flow_loss":  # three fp32 tensors and the velocity; backward, its gradient
+        return Work(0.0, rows * C * (3 * FP32 + (2 if backward else 1) * size))
+    widths = {
+        "sandwich_norm": (2 * D, 3 * D),  # x, h; backward dh, x, dx
+        "sandwich_join": (4 * D, 6 * D),  # x, y, x', h; backward dx', dh, x', y, dx, dy
+        "rope": (2 * packed, 2 * packed),
+        "swiglu": (3 * inner, 5 * inner),
+        "adapter_norm": (2 * padded, 3 * padded),
+        "adapter_mix": (4 * D, 7 * D),  # gate, two paths, their mix; backward, all gradients too
+    }
+    if name not in widths:
+        raise ValueError(f"row_op: expected an op with a known cost, got {name!r}")
+    return Work(0.0, rows * widths[name][backward] * size)
 
 
 def attention(config: DiTConfig, batch: int, size: int, *, backward: bool = False) -> Work:
-    """One attention, N queries over N keys; backward recomputes the logits, as flash kernels do."""
+    """One attention, N queries over N keys.
+
+    Backward needs four products. Flash kernels recompute the logits, a fifth; the limit does not
+    charge what is their choice.
+    """
     H, K, d, N = (
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -64,36 +85,60 @@ def attention(config: DiTConfig, batch: int, size: int, *, backward: bool = Fals
     q, kv = batch * N * H * d * size, 2 * batch * N * K * d * size
     product = 2.0 * batch * H * N * N * d
     if backward:
-        return Work(5 * product, 4 * q + 2 * kv)  # q, o, do, dq; k, v, dk, dv
+        return Work(4 * product, 4 * q + 2 * kv)  # q, o, do, dq; k, v, dk, dv
     return Work(2 * product, 2 * q + kv)
 
 
-def row_op(name: str, shape: Shape, size: int, *, backward: bool = False) -> Work:
-    """Bytes of a fused op at the widths of ``shape``; ``size`` bytes an element of activations.
+def block(config: DiTConfig, batch: int, size: int) -> Work:
+    """One block of the plain model: keys and values and five of its modulations included."""
+    rows = batch * config.num_tokens
+    D, K, d = config.hidden_size, config.num_key_value_heads, config.head_dim
+    shared = layer_weights(config) + D * 2 * K * d
+    modulations = (5 if config.use_sandwich_norm else 2) * D * 2 * D
+    flops = 2.0 * rows * shared + 2.0 * batch * modulations
+    flops += 2 * attention(config, batch, size).flops
+    streams = 5 * rows * D  # x, h and the condition; the new x and h
+    return Work(flops, (shared + modulations + streams) * size)
 
-    Parameters and modulations are a few rows and are left out; the solver's state and the tensors
-    of the loss are fp32, its velocity is not.
+
+def evaluation(config: DiTConfig, batch: int, size: int) -> Work:
+    """One evaluation of which all is hoisted that does not depend on the state."""
+    L, N, C = config.num_hidden_layers, config.num_tokens, config.clip_embedding_size
+    weights = core_weights(config)
+    flops = 2.0 * batch * N * weights + 2 * L * attention(config, batch, size).flops
+    state = FP32 * C + size * C  # the velocity is not fp32
+    return Work(flops, weights * size + batch * N * (condition_width(config) * size + state))
+
+
+def conditioning(config: DiTConfig, batch: int, size: int) -> Work:
+    """What is done once for a condition: the adapter, and the keys and values of all blocks."""
+    rows, weights = batch * config.num_tokens, conditioning_weights(config)
+    moved = weights + rows * (config.eva_embedding_size + condition_width(config))
+    return Work(2.0 * rows * weights, moved * size)
+
+
+def generation(shape: Shape, steps: int, solver: SolverName, size: int) -> Work:
+    """A whole translation: the condition once, then every evaluation."""
+    config, batch = shape.config, shape.batch
+    evaluations = steps * len(find_solver(solver).fractions)
+    return conditioning(config, batch, size) + evaluation(config, batch, size) * evaluations
+
+
+def training_step(shape: Shape, parameters: int, size: int) -> Work:
+    """Forward with nothing hoisted, backward, AdamW.
+
+    Backward does each product twice, for the gradient of its weight and for that of its input; the
+    inputs of the model need none. Bytes are those of the weights (read in both passes), of their
+    fp32 gradients, and of AdamW's 7 fp32 words a parameter (weight and two moments, read and
+    written; gradient, read); activations, which depend on the implementation, are left out.
     """
-    config = shape.config
-    rows = shape.batch * config.num_tokens
-    D, inner, C = config.hidden_size, config.intermediate_size, config.clip_embedding_size
-    packed = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    padded = adapter_widths(config)[1]
-    forward, back = {
-        "sandwich_norm": (2 * D, 3 * D),
-        "sandwich_join": (4 * D, 6 * D),
-        "rope": (2 * packed, 2 * packed),
-        "swiglu": (3 * inner, 5 * inner),
-        "adapter_norm": (2 * padded, 3 * padded),
-        "adapter_mix": (4 * D, 7 * D),
-    }.get(name, (0, 0))
-    if name == "solver_update":  # state and previous slope, both read, and the new state
-        return Work(0.0, rows * C * (4 + 2 * size + 4))
-    if name == "flow_loss":
-        return Work(0.0, rows * C * (3 * 4 + (2 if backward else 1) * size))
-    if not forward:
-        raise ValueError(f"row_op: unknown op {name!r}")
-    return Work(0.0, rows * (back if backward else forward) * size)
+    config, batch = shape.config, shape.batch
+    D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
+    forward = evaluation(config, batch, size).flops + conditioning(config, batch, size).flops
+    forward += 2.0 * batch * modulation_weights(config)
+    first = (adapter_widths(config, 1)[1] + D) * E if config.use_eva_adapter else D * E
+    inputs = 2.0 * batch * (config.num_tokens * (first + D * C) + FREQUENCIES * D)
+    return Work(3 * forward - inputs, parameters * (2 * size + FP32 + 7 * FP32))
 
 
 def adapter_widths(config: DiTConfig, multiple: int = 64) -> list[int]:
@@ -104,102 +149,37 @@ def adapter_widths(config: DiTConfig, multiple: int = 64) -> list[int]:
     return [-(-int(width) // multiple) * multiple for width in widths]
 
 
-def evaluation(config: DiTConfig, batch: int, size: int) -> list[Part]:
-    """The kernels of one hoisted evaluation."""
-    L, N = config.num_hidden_layers, config.num_tokens
-    D, inner, C = config.hidden_size, config.intermediate_size, config.clip_embedding_size
+def condition_width(config: DiTConfig) -> int:
+    """Elements a token that a condition keeps: keys, values, and its own stream."""
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return kept + (config.hidden_size if config.conventions == "consistent" else 0)
+
+
+def layer_weights(config: DiTConfig) -> int:
+    """Elements of a block's projections but those of its condition's keys and values."""
+    D, inner = config.hidden_size, config.intermediate_size
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rows = batch * N
-    row = rows * size
-    rotations = [Part("rope", L, Work(0.0, 2 * row * (H + 2 * K) * d))]
-    if config.conventions == "consistent":
-        rotations.append(Part("rope of cross q", L, Work(0.0, 2 * row * H * d)))
-    return [
-        Part("input GEMM", 1, linear(rows, C, D, size)),
-        Part("sandwich_join", 3 * L + 1, Work(0.0, 4 * row * D)),
-        Part("qkv GEMM", L, linear(rows, D, (H + 2 * K) * d, size)),
-        *rotations,
-        Part("attention", 2 * L, attention(config, batch, size)),
-        Part("out and cross q GEMM", 3 * L, linear(rows, D, D, size)),
-        Part("gate-up GEMM", L, linear(rows, D, 2 * inner, size)),
-        Part("swiglu", L, Work(0.0, 3 * row * inner)),
-        Part("down GEMM", L, linear(rows, inner, D, size)),
-        Part("output GEMM", 1, linear(rows, D, C, size)),
-    ]
-
-
-def conditioning(config: DiTConfig, batch: int, size: int) -> list[Part]:
-    """The kernels that prepare a condition once: the adapter, and all keys and values."""
-    rows = batch * config.num_tokens
-    D, E = config.hidden_size, config.eva_embedding_size
-    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    parts = [Part("keys and values GEMM", 1, linear(rows, D, kept, size))]
-    if not config.use_eva_adapter:
-        return [Part("adapter GEMM", 1, linear(rows, E, D, size)), *parts]
-    widths = adapter_widths(config, multiple=1)
-    parts += [
-        Part(f"adapter GEMM {i}", 1, linear(rows, wide, narrow, size))
-        for i, (wide, narrow) in enumerate(pairwise(widths))
-    ]
-    parts.append(Part("adapter residual GEMM", 1, linear(rows, E, D, size)))
-    parts.append(Part("adapter gate GEMM", 1, linear(rows, D, D, size)))
-    return parts
-
-
-def total(parts: list[Part]) -> Work:
-    """Every kernel's flops and bytes: what a chain of perfect kernels does."""
-    return sum((part.total for part in parts), Work())
-
-
-def evaluation_floor(config: DiTConfig, batch: int, size: int) -> Work:
-    """What one evaluation cannot avoid: its weights, its condition and its state, once."""
-    C, N, D = config.clip_embedding_size, config.num_tokens, config.hidden_size
-    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    condition = kept + (D if config.conventions == "consistent" else 0)
-    state = 4 * C + size * C  # fp32 in, velocity out
-    moved = core_weights(config) * size + batch * N * (condition * size + state)
-    return Work(total(evaluation(config, batch, size)).flops, moved)
+    return D * (H + 2 * K) * d + 3 * D * D + 3 * D * inner
 
 
 def core_weights(config: DiTConfig) -> int:
     """Elements of the projections that every evaluation reads."""
-    D, inner, C = config.hidden_size, config.intermediate_size, config.clip_embedding_size
-    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    layer = D * (H + 2 * K) * d + 3 * D * D + 3 * D * inner
-    return config.num_hidden_layers * layer + 2 * D * C
+    ends = 2 * config.hidden_size * config.clip_embedding_size
+    return config.num_hidden_layers * layer_weights(config) + ends
 
 
-def generation(shape: Shape, steps: int, solver: SolverName, size: int) -> Work:
-    """A whole translation: the condition once, then every evaluation."""
-    config, batch = shape.config, shape.batch
-    evaluations = steps * len(find_solver(solver).fractions)
-    once = total(conditioning(config, batch, size))
-    return once + evaluation_floor(config, batch, size) * evaluations
+def conditioning_weights(config: DiTConfig) -> int:
+    """Elements of the projections that a condition passes once."""
+    D, E, L = config.hidden_size, config.eva_embedding_size, config.num_hidden_layers
+    kept = D * 2 * L * config.num_key_value_heads * config.head_dim
+    if not config.use_eva_adapter:
+        return E * D + kept
+    chain = sum(wide * narrow for wide, narrow in pairwise(adapter_widths(config, 1)))
+    return chain + E * D + D * D + kept  # the residual path and the gate
 
 
-def modulation_flops(config: DiTConfig, times: int) -> float:
-    """The AdaLN projections of every site, and the timestep's MLP, for that many times."""
-    D = config.hidden_size
-    sites = (6 if config.use_sandwich_norm else 3) * config.num_hidden_layers + 1
-    return 2.0 * times * (sites * D * 2 * D + 256 * D + D * D)
-
-
-def plain_evaluation(config: DiTConfig, batch: int, size: int, parameters: int) -> Work:
-    """The whole network, nothing hoisted: every parameter read, every product done."""
-    once = total(conditioning(config, batch, size))
-    floor = evaluation_floor(config, batch, size)
-    flops = floor.flops + once.flops + modulation_flops(config, batch)
-    rows = batch * config.num_tokens
-    C, E = config.clip_embedding_size, config.eva_embedding_size
-    return Work(flops, parameters * size + rows * (2 * C + E) * size)
-
-
-def training_step(shape: Shape, parameters: int, size: int) -> Work:
-    """Forward, and twice that for backward; the optimizer reads and writes fp32 state.
-
-    Bytes are those of the weights (read in both passes), the gradients and AdamW's 7 fp32 words a
-    parameter (weight, two moments: read and written; gradient: read); activations, which depend on
-    the implementation, are left out.
-    """
-    forward = plain_evaluation(shape.config, shape.batch, size, parameters)
-    return Work(3 * forward.flops, parameters * (2 * size + 4 + 7 * 4))
+def modulation_weights(config: DiTConfig) -> int:
+    """Elements that a time passes: its embedder, and AdaLN at every site."""
+    D, L = config.hidden_size, config.num_hidden_layers
+    sites = (6 if config.use_sandwich_norm else 3) * L + 1
+    return sites * D * 2 * D + FREQUENCIES * D + D * D

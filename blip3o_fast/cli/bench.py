@@ -5,6 +5,7 @@ with 1 if this library has become slower than an earlier run by more than noise.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from blip3o_fast.cli.switch import add_switch
 from blip3o_fast.errors import OptionError
 
 if TYPE_CHECKING:
+    from blip3o_fast.benchmarking.record import Record
     from blip3o_fast.benchmarking.suite import Settings
 
 RECORD_NAME = "bench.json"
@@ -45,16 +47,16 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 1 on a regression."""
     from blip3o_fast.benchmarking.compare import compare
     from blip3o_fast.benchmarking.plots import draw_plots, require_plots
-    from blip3o_fast.benchmarking.record import read_record
     from blip3o_fast.benchmarking.suite import run_suite
     from blip3o_fast.benchmarking.table import render_comparison, render_record
 
     settings = read_settings(args)
     if args.plots:
         require_plots()
-    earlier = read_record(args.compare) if args.compare else None
-    record = run_suite(settings, progress=lambda name: print(name, file=sys.stderr, flush=True))
+    earlier = None if args.compare is None else read_earlier(args.compare, settings.device)
     folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = run_suite(settings, progress=lambda name: print(name, file=sys.stderr, flush=True))
     record.write(folder / RECORD_NAME)
     print(render_record(record))
     if args.plots:
@@ -68,16 +70,38 @@ def run(args: argparse.Namespace) -> int:
     return 1 if comparison.regressions else 0
 
 
+def read_earlier(path: str, device: torch.device) -> "Record":
+    """The record to compare with, read before the measurement.
+
+    Raises:
+        OptionError: if there is none at ``path``, or it is one of another device.
+    """
+    from blip3o_fast.benchmarking.compare import check_device
+    from blip3o_fast.benchmarking.environment import device_name
+    from blip3o_fast.benchmarking.record import read_record
+
+    try:
+        earlier = read_record(path)
+        check_device(earlier, device_name(device))
+    except (ValueError, OSError) as error:
+        raise OptionError(str(error)) from None
+    return earlier
+
+
 def read_settings(args: argparse.Namespace) -> "Settings":
-    """The settings that the options ask for."""
+    """The settings that the options ask for.
+
+    Raises:
+        OptionError: naming the option, what was expected and what came.
+    """
     from blip3o_fast.benchmarking.checkout import check_checkout
     from blip3o_fast.benchmarking.suite import GROUPS, Settings
 
-    groups = tuple(args.groups or GROUPS)
-    for group in groups:
+    for group in args.groups or ():
         if group not in GROUPS:
             raise OptionError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
-    if not args.seconds > 0:
+    groups = tuple(group for group in GROUPS if args.groups is None or group in args.groups)
+    if not 0 < args.seconds < math.inf:
         raise OptionError(f"seconds: expected a positive number, got {args.seconds}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("device: expected a GPU that torch can use for cuda, found none")
