@@ -24,12 +24,9 @@ NEEDED: dict[Kind, frozenset[str]] = {
         ("format", "task", "environment", "seconds", "limit", "launches", "dearest", "rest_seconds")
     ),
     "published": frozenset(
-        (
-            *("seconds", "fastest", "ratio", "difference", "rounds", "layers"),
-            *("load", "cpu", "threads", "versions"),
-        )
+        ("environment", "seconds", "fastest", "ratio", "difference", "rounds", "layers")
     ),
-    "conventions": frozenset(("data", "steps", "torch", "machine", "rows")),
+    "conventions": frozenset(("environment", "data", "steps", "rows")),
 }
 SUMMARY = "summary.json"
 COPIES = ("environment.json",)
@@ -104,8 +101,6 @@ def find_kind(path: Path, content: object) -> Kind:
         named = content.get("kind", content.get("benchmark"))
         if named in KINDS:
             return KINDS[named]
-        if NEEDED["conventions"] <= content.keys():
-            return "conventions"
     raise ValueError(
         f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_evaluation.py, "
         "published_cpu.py or conventions.py"
@@ -117,13 +112,11 @@ def find_commit(path: Path, content: dict[str, Any]) -> str | None:
 
     A copy of a checkout without its history knows no commit; ``gpu_check.sh --commit`` is told.
     """
-    environment = content.get("environment") or content
-    commit = environment.get("commit")
-    if commit:
-        return commit[:10] + (" with changes" if environment.get("changed") else "")
+    environment = content["environment"] or {}
+    if commit := environment.get("commit"):
+        return commit[:10] + (" with changes" if environment["changed"] else "")
     for folder in (path.parent, path.parent.parent):
         summary = folder / SUMMARY
         if summary.is_file() and (commit := json.loads(summary.read_text()).get("commit")):
             return commit[:10]
-    commit = content.get("commit")
-    return commit[:10] if commit else None
+    return None

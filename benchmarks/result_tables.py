@@ -36,21 +36,15 @@ def headline(result: Result) -> str:
 
 def where(result: Result) -> str:
     """Device, versions, commit and date in one sentence."""
-    content = result.content
-    facts = content.get("environment") or content
-    device = facts.get("device") or f"{facts.get('cpu') or facts.get('machine') or 'not recorded'}"
-    if "device" not in facts and facts.get("threads"):
-        device += f", {facts['threads']} threads"
-    versions = facts.get("versions") or {"torch": facts.get("torch", "not recorded")}
-    parts = [f"**{device}**"]
-    if facts.get("driver"):
+    facts = result.content["environment"]
+    if facts is None:
+        return "The environment is not recorded."
+    parts = [f"**{facts['device']}**"]
+    if facts["driver"]:
         parts.append(f"driver {facts['driver']}, CUDA {facts['cuda']}")
-    parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    parts.append(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     parts.append(f"commit {result.commit}" if result.commit else "commit not recorded")
-    if facts.get("date"):
-        parts.append(facts["date"][:10])
-    if facts.get("load"):
-        parts.append(f"load {facts['load'][0]:.1f}")
+    parts += [facts["date"][:10], f"load {facts['load'][0]:.1f}"]
     return "; ".join(parts) + "."
 
 
