@@ -37,7 +37,7 @@ test-slow: $(VENV)/dev ## the tests that take long: kill tests, packaging
 test-gpu: ## the tests that need a GPU, with the Python that has its torch
 	$(PYTHON) -m pytest -m gpu
 
-check: $(VENV)/dev ## lint, format, types, layering
+check: $(VENV)/dev ## lint, format, types, layering, documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python

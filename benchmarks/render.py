@@ -3,9 +3,9 @@
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    write nothing; exit with 1 and name what differs
 
-README.md and benchmarks/README.md have a block between ``<!-- results -->`` and
-``<!-- /results -->`` that is made from the JSON files under ``benchmarks/results``, which programs
-wrote; the text around it is written by hand. SCALING.md is made by ``scaling``.
+README.md and benchmarks/README.md have blocks between ``<!-- results of ... -->`` and
+``<!-- /results -->`` that are made from the JSON files under ``benchmarks/results``, which programs
+wrote; the text around them is written by hand. SCALING.md is made by ``scaling``.
 """
 
 import argparse
@@ -18,7 +18,10 @@ from read_results import Result, read_results
 from result_tables import headline, section
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+SPEED, CONVENTIONS, EVERYTHING = (
+    f"<!-- results of {what} -->" for what in ("speed", "conventions", "everything")
+)
+END = "<!-- /results -->"
 RESULTS = "benchmarks/results"
 NONE = f"No results are committed under `{RESULTS}/` yet."
 
@@ -50,16 +53,21 @@ def documents(root: Path) -> dict[Path, str]:
     """
     results = read_results(root / RESULTS)
     top, own = root / "README.md", root / "benchmarks" / "README.md"
+    texts = {path: read(path) or "" for path in (top, own)}
+    quality = [result for result in results if result.kind == "conventions"]
+    others = [result for result in results if result.kind != "conventions"]
+    texts[top] = replace_block(top, texts[top], SPEED, short(others, root))
+    texts[top] = replace_block(top, texts[top], CONVENTIONS, short(quality, root))
+    texts[own] = replace_block(own, texts[own], EVERYTHING, long(results, own.parent))
     return {
-        top: replace_block(top, short(results)),
-        own: replace_block(own, long(results, own.parent)),
+        **texts,
         root / "benchmarks" / scaling.PAGE.name: scaling.render(),
     }
 
 
-def short(results: list[Result]) -> str:
-    """The block of README.md."""
-    parts = [text for result in results if (text := headline(result))]
+def short(results: list[Result], folder: Path) -> str:
+    """A block of README.md."""
+    parts = [text for result in results if (text := headline(result, folder))]
     if not parts:
         return NONE
     parts.append("All figures: [benchmarks/README.md](benchmarks/README.md).")
@@ -71,14 +79,13 @@ def long(results: list[Result], folder: Path) -> str:
     return "\n\n".join(section(result, folder) for result in results) or NONE
 
 
-def replace_block(path: Path, block: str) -> str:
-    """The text of a document with another block."""
-    text = read(path) or ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path}: expected {BEGIN} once and {END} once after it")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+def replace_block(path: Path, text: str, begin: str, block: str) -> str:
+    """``text``, of the document at ``path``, with another block."""
+    before, found, rest = text.partition(begin)
+    old, ended, after = rest.partition(END)
+    if not found or not ended or begin in rest or "<!-- results" in old:
+        raise ValueError(f"{path}: expected {begin} once and {END} after it")
+    return f"{before}{begin}\n{block}\n{END}{after}"
 
 
 def read(path: Path) -> str | None:

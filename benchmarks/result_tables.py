@@ -19,18 +19,25 @@ def section(result: Result, folder: Path) -> str:
     name = result.path.relative_to(folder).as_posix()
     parts = [f"### {name}", where(result), *SECTIONS[result.kind](result)]
     if result.pictures:
-        places = [path.relative_to(folder).as_posix() for path in result.pictures]
-        parts.append("\n".join(f"![{Path(place).stem}]({place})" for place in places))
+        parts.append(pictures(result, folder))
     return "\n\n".join(parts)
 
 
-def headline(result: Result) -> str:
-    """The shortest account of one result, empty where it has none."""
+def pictures(result: Result, folder: Path) -> str:
+    """The pictures of a result, by paths relative to ``folder``."""
+    places = [path.relative_to(folder).as_posix() for path in result.pictures]
+    return "\n".join(f"![{Path(place).stem}]({place})" for place in places)
+
+
+def headline(result: Result, folder: Path) -> str:
+    """The shortest account of one result, empty where it has none; pictures as in ``section``."""
     if result.record is not None:
         rows = [m for m in result.record.measurements if m.group in HEADLINES]
         return f"{where(result)}\n\n{against_peers(rows)}" if rows else ""
-    if result.kind == "published":
-        return "\n\n".join((where(result), *published(result)))
+    if result.kind in ("published", "conventions"):
+        return "\n\n".join(
+            (where(result), *SECTIONS[result.kind](result), pictures(result, folder))
+        ).rstrip()
     return ""
 
 

@@ -15,7 +15,8 @@ import torch
 
 from blip3o_fast.benchmarking.record import Measurement, Record
 
-EMPTY = f"text\n\n{render.BEGIN}\n{render.END}\n\nmore text\n"
+TOP = f"text\n\n{render.SPEED}\n{render.END}\n\n{render.CONVENTIONS}\n{render.END}\n\nmore text\n"
+OWN = f"text\n\n{render.EVERYTHING}\n{render.END}\n\nmore text\n"
 ENVIRONMENT = {
     "device": "a device",
     "device_type": "cpu",
@@ -39,8 +40,8 @@ CONVENTIONS = {
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(EMPTY)
-    (tmp_path / "benchmarks" / "README.md").write_text(EMPTY)
+    (tmp_path / "README.md").write_text(TOP)
+    (tmp_path / "benchmarks" / "README.md").write_text(OWN)
     return tmp_path
 
 
@@ -90,8 +91,8 @@ def test_the_committed_documents_are_what_the_results_say():
 
 
 def test_without_results_the_block_says_so(root):
-    for text in texts(root):
-        assert text == EMPTY.replace(render.BEGIN, f"{render.BEGIN}\n{render.NONE}")
+    for text, empty in zip(texts(root), (TOP, OWN), strict=True):
+        assert text == empty.replace(f"\n{render.END}", f"\n{render.NONE}\n{render.END}")
     assert (root / "benchmarks" / "SCALING.md").is_file()
 
 
@@ -201,7 +202,8 @@ def test_conventions_by_number_of_evaluations(root):
     rows = [row("ridge", 0, 0.813), row("consistent", 1, 0.838), row("consistent", 50, 0.702)]
     content = {**CONVENTIONS, "rows": rows}
     (root / "benchmarks/results/conventions.json").write_text(json.dumps(content))
-    own = texts(root)[1]
+    top, own = texts(root)
+    assert own.count("| ridge |") == 1 and "| ridge |" in top.partition(render.CONVENTIONS)[2]
     assert "| ridge |  |  | 0.813 [0.713, 0.950] |  |" in own
     assert "| consistent |  |  | 0.838 [0.738, 0.950] | 0.702 [0.602, 0.950] |" in own
     assert "1 evaluation |" in own and "50 evaluations |" in own
@@ -244,10 +246,12 @@ def test_a_file_that_is_no_result_is_named(root, capsys, content, said):
     assert render.main([], root) == 1
     error = capsys.readouterr().err
     assert str(path) in error and said in error
-    assert (root / "README.md").read_text() == EMPTY
+    assert (root / "README.md").read_text() == TOP
 
 
-@pytest.mark.parametrize("text", ["no block", f"{render.END}\n{render.BEGIN}", EMPTY + EMPTY])
+@pytest.mark.parametrize(
+    "text", ["no block", f"{render.END}\n{render.SPEED}", TOP + TOP, TOP.replace(render.END, "", 1)]
+)
 def test_a_document_without_one_block_is_named(root, capsys, text):
     (root / "README.md").write_text(text)
     assert render.main([], root) == 1
