@@ -5,7 +5,7 @@
     cases, *_cases    everything that is timed, by contender
     peers, checkout   contenders that are other people's
     clock, watch      how it is timed
-    suite             a whole run, into a record
+    selection, suite  a whole run, into a record
     environment       where it was measured
     record, compare   the record as JSON, and one against another
     table, plots      the record for people

@@ -1,7 +1,7 @@
 """A record as text for a terminal."""
 
 from collections.abc import Iterable, Sequence
-from itertools import compress, groupby
+from itertools import compress
 
 from blip3o_fast.benchmarking.compare import Comparison
 from blip3o_fast.benchmarking.record import Measurement, Record
@@ -18,8 +18,9 @@ def render_record(record: Record) -> str:
         f"measured ceilings: {record.bandwidth / 1e9:.3g} GB/s copy, {rates}, "
         f"{record.transfer / 1e9:.3g} GB/s from the host",
     ]
-    for group, rows in groupby(record.measurements, key=lambda m: m.group):
-        lines += ["", *render_group(group, list(rows))]
+    for group in dict.fromkeys(m.group for m in record.measurements):
+        rows = [m for m in record.measurements if m.group == group]
+        lines += ["", *render_group(group, rows)]
     absent = {name: state for name, state in record.peers.items() if state.startswith("absent")}
     present = [f"{name} {state}" for name, state in record.peers.items() if name not in absent]
     lines += ["", f"peers present: {', '.join(present) or 'none'}"]

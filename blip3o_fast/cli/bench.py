@@ -17,7 +17,7 @@ from blip3o_fast.errors import OptionError
 
 if TYPE_CHECKING:
     from blip3o_fast.benchmarking.record import Record
-    from blip3o_fast.benchmarking.suite import Settings
+    from blip3o_fast.benchmarking.selection import Settings
 
 RECORD_NAME = "bench.json"
 
@@ -95,7 +95,7 @@ def read_settings(args: argparse.Namespace) -> "Settings":
         OptionError: naming the option, what was expected and what came.
     """
     from blip3o_fast.benchmarking.checkout import check_checkout
-    from blip3o_fast.benchmarking.suite import GROUPS, Settings
+    from blip3o_fast.benchmarking.selection import GROUPS, Settings
 
     for group in args.groups or ():
         if group not in GROUPS:

@@ -1,0 +1,138 @@
+"""Which cases a run consists of."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from blip3o_fast.benchmarking.cases import Case
+from blip3o_fast.benchmarking.checkout import open_checkout
+from blip3o_fast.benchmarking.clock import Budget
+from blip3o_fast.benchmarking.network_cases import block_cases, evaluation_cases, generate_cases
+from blip3o_fast.benchmarking.op_cases import attention_cases, op_cases
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.benchmarking.training_cases import loader_cases, training_cases
+
+Source = tuple[str, Callable[[], Iterator[Case]]]
+"""A group, and what makes cases of it; they hold no tensors until a contender is prepared."""
+
+GROUPS = ("ops", "attention", "block", "evaluation", "generate", "training", "loader")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        device: where.
+        quick: the shortest set that still shows every group: no compilation, few samples.
+        groups: which of ``GROUPS``.
+        published: checkout of the published implementation, or None.
+        seconds: of measurement for a case, all contenders together.
+    """
+
+    device: torch.device
+    quick: bool = False
+    groups: tuple[str, ...] = GROUPS
+    published: Path | None = None
+    seconds: float = 2.0
+
+    @property
+    def budget(self) -> Budget:
+        """Of one case."""
+        if self.quick:
+            return Budget(min(self.seconds, 0.3), rounds=3, most=50)
+        return Budget(self.seconds, rounds=5)
+
+
+def dtypes(device: torch.device) -> tuple[str, ...]:
+    """Dtypes that are measured on a device."""
+    return ("fp32", "bf16") if device.type == "cpu" else ("bf16",)
+
+
+def omissions(settings: Settings) -> dict[str, str]:
+    """What the settings leave out, and why."""
+    left: dict[str, str] = {}
+    if settings.quick:
+        left["torch.compile"] = "compilation takes minutes; run without --quick"
+    for group in GROUPS:
+        if group not in settings.groups:
+            left[group] = "not among the groups asked for"
+    if settings.device.type == "cpu":
+        left["Triton and CUDA kernels"] = "they run on a GPU; a CPU runs the reference ops"
+    return left
+
+
+def choose_cases(settings: Settings) -> Iterator[Case]:
+    """The cases of a run, made lazily: each frees its tensors before the next is prepared."""
+    for group, make in choose_sources(settings):
+        if group in settings.groups:
+            yield from make()
+
+
+def choose_sources(settings: Settings) -> Iterator[Source]:
+    """Where the cases of all groups come from on a device."""
+    return cpu_sources(settings) if settings.device.type == "cpu" else gpu_sources(settings)
+
+
+def cpu_sources(settings: Settings) -> Iterator[Source]:
+    """Batch 1 of base, and what trains and loads at the size of tiny."""
+    device, compiled = settings.device, not settings.quick
+    base = Shape("base")
+    yield "ops", partial(op_cases, base, "fp32", device, compiled=compiled)
+    yield "attention", partial(attention_cases, base, "fp32", device)
+    yield "block", partial(block_cases, base, "fp32", device, compiled=compiled)
+    for dtype in ("fp32", "bf16"):
+        yield "evaluation", _evaluations(settings, base, dtype, compiled)
+    tiny = Shape("tiny")
+    yield "generate", partial(generate_cases, tiny, "fp32", device, steps=2, compiled=False)
+    yield "training", partial(training_cases, Shape("tiny", 2), "fp32", device, compiled=False)
+    yield "loader", partial(loader_cases, Shape("base", 8), device)
+
+
+def gpu_sources(settings: Settings) -> Iterator[Source]:
+    """Base and large from batch 1 to 128."""
+    device, compiled, quick = settings.device, not settings.quick, settings.quick
+    for batch in (1, 64) if quick else (1, 8, 64):
+        shape = Shape("base", batch)
+        yield "ops", partial(op_cases, shape, "bf16", device, compiled=compiled)
+        yield "attention", partial(attention_cases, shape, "bf16", device)
+        if batch != 8:
+            yield "block", partial(block_cases, shape, "bf16", device, compiled=compiled)
+    for batch in (1, 64) if quick else (1, 2, 4, 8, 16, 32, 64, 128):
+        tuned = compiled and batch in (1, 64)
+        yield "evaluation", _evaluations(settings, Shape("base", batch), "bf16", tuned)
+    for batch in (1, 64):
+        yield "generate", _translations(Shape("base", batch), device)
+    if not quick:
+        yield from _large_and_long(settings)
+    shape = Shape("base", 128)
+    yield "training", partial(training_cases, shape, "bf16", device, compiled=compiled)
+    yield "loader", partial(loader_cases, shape, device)
+
+
+def _large_and_long(settings: Settings) -> Iterator[Source]:
+    """The large model, and more tokens than the published 256."""
+    device, large = settings.device, Shape("large", 64)
+    yield "ops", partial(op_cases, large, "bf16", device, compiled=False)
+    for batch in (1, 64):
+        yield "evaluation", _evaluations(settings, Shape("large", batch), "bf16", False)
+    yield "generate", _translations(large, device)
+    for tokens in (1024, 4096):
+        shape = Shape("base", 4, tokens)
+        yield "attention", partial(attention_cases, shape, "bf16", device)
+        yield "evaluation", partial(evaluation_cases, shape, "bf16", device, compiled=False)
+
+
+def _translations(shape: Shape, device: torch.device) -> Callable[[], Iterator[Case]]:
+    return partial(generate_cases, shape, "bf16", device, steps=50, compiled=False)
+
+
+def _evaluations(
+    settings: Settings, shape: Shape, dtype: str, compiled: bool
+) -> Callable[[], Iterator[Case]]:
+    published = open_checkout(settings.published, shape)
+    device = settings.device
+    return partial(evaluation_cases, shape, dtype, device, compiled=compiled, published=published)
