@@ -188,7 +188,7 @@ def quantise_rows(x: Tensor) -> Quantised:
 def scaled_linear(x: Quantised, weight: Quantised) -> Tensor:
     """``x W^T`` in bf16: x ``[..., K]``, W ``[out, K]``; sums in fp32, scaled when complete."""
     total = x.values.float() @ weight.values.float().T
-    return (total * x.scales * weight.scales[:, 0]).bfloat16()
+    return total.mul_(x.scales).mul_(weight.scales[:, 0]).bfloat16()
 
 
 def flow_loss(

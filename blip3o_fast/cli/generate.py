@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from blip3o_fast.training.distributed import World
     from blip3o_fast.training.signals import StopSignals
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = ("fp32", "bf16", "fp16")
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 STOPPED_BY_SIGTERM = 143
 
 
@@ -63,8 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="with a sample's key, decides its noise")
     add("--batch_size", type=int, default=64, help="samples translated at once, a process")
     add("--samples_per_shard", type=int, default=256, help="rows of a full shard")
-    add("--dtype", choices=tuple(DTYPES), help="of weights and activations; None: as stored")
-    add("--store_dtype", default="fp16", choices=tuple(DTYPES), help="of the shards")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of weights and activations; fp8: of most products, on GPUs that have it, less exact; "
+        "None: as stored",
+    )
+    add("--store_dtype", default="fp16", choices=STORED, help="of the shards")
     add("--num_attention_heads", type=int, help="for a .pt file without its configuration")
     add("--num_key_value_heads", type=int, help="for a .pt file without its configuration")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device")
@@ -84,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = prepare(args)
+    job = prepare(args, torch.device(device))
     with join_world("auto", torch.device(device)) as world, StopSignals() as signals:
         if device == "cuda":
             device = f"cuda:{world.local_rank}"
@@ -101,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace, device: torch.device) -> Job:
     """Open the data and load the model; whatever does not fit is refused here, before any write."""
     from blip3o_fast import SamplingPlan, load_trained_model
     from blip3o_fast.data import EmbeddingDataset
@@ -131,6 +142,7 @@ def prepare(args: argparse.Namespace) -> Job:
             graph=args.graph,
             compile=args.compile,
         )
+        plan.check_device(device)
     except ValueError as error:
         raise OptionError(str(error)) from None
     return Job(plan, data, translated_facts(args, model, data))

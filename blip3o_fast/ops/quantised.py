@@ -23,18 +23,19 @@ ALIGNMENT = 16
 """``torch._scaled_mm`` on a GPU takes widths and numbers of channels that are multiples of it."""
 
 
+_REMEDY = "pass impl=Impl.REFERENCE, which emulates it"
+
+
 def e4m3_refusal(device: torch.device) -> str | None:
-    """Why ``device`` does not multiply e4m3, and what to do, or None if it does."""
-    remedy = "pass dtype=torch.bfloat16, or impl=Impl.REFERENCE, which emulates it to judge quality"
+    """Why ``device`` does not multiply e4m3, or None if it does."""
     expected = "expected an NVIDIA GPU of compute capability 8.9 or at least 9.0"
     if device.type != "cuda":
-        return f"{expected}, got {device}; {remedy}"
+        return f"{expected}, got {device}"
     if torch.version.hip is not None:
-        return f"{expected}, got an AMD GPU; {remedy}"
+        return f"{expected}, got an AMD GPU"
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < (8, 9):
-        found = f"{properties.name} of {properties.major}.{properties.minor}"
-        return f"{expected}, got {found}; {remedy}"
+        return f"{expected}, got {properties.name} of {properties.major}.{properties.minor}"
     return None
 
 
@@ -57,12 +58,12 @@ def scaled_linear(x: Quantised, weight: Quantised, *, impl: Impl | None = None) 
         with outside_autocast(x.values):
             return reference.scaled_linear(x, weight)
     if refusal := e4m3_refusal(x.values.device):
-        raise ValueError(f"scaled_linear: {refusal}")
+        raise ValueError(f"scaled_linear: {refusal}; {_REMEDY}")
     for width in weight.values.shape:
         if width % ALIGNMENT:
             raise ValueError(
                 f"weight: expected multiples of {ALIGNMENT}, as torch._scaled_mm multiplies, got "
-                f"{list(weight.values.shape)}; pass impl=Impl.REFERENCE, which emulates it"
+                f"{list(weight.values.shape)}; {_REMEDY}"
             )
     out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x.values.flatten(0, -2).contiguous(),
@@ -149,7 +150,7 @@ def _resolve(impl: Impl | None, op: str, x: Tensor, *rest: Tensor | None) -> Imp
         )
     impl = resolve_impl(impl, x, op=name)
     if impl is not Impl.REFERENCE and x.is_cuda and (refusal := e4m3_refusal(x.device)):
-        raise ValueError(f"{name}: {refusal}")
+        raise ValueError(f"{name}: {refusal}; {_REMEDY}")
     return impl
 
 

@@ -79,6 +79,12 @@ class Engine:
         run = torch.compile(evaluate, dynamic=False, fullgraph=True) if key.compiled else evaluate
         self.evaluate: Evaluate = partial(run, self.weights, self.config, self.impls)
 
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """The dtype that bounds the memory of activations: FP8 products are emulated in fp32."""
+        emulated = self.weights.quantised and emulates(self.impls)
+        return torch.float32 if emulated else self.weights.dtype
+
     def table(self, model: DiT, grid: TimeGrid, solver: Solver, dtype: torch.dtype) -> StepTable:
         """The modulations, lengths and ratios of a grid; ``model`` must be the engine's own."""
 
@@ -107,11 +113,21 @@ _LOCK = threading.Lock()
 
 def engine_key(model: DiT, dtype: torch.dtype, impl: Impl | None, compiled: bool) -> EngineKey:
     """The key of a model's engine; ``impl`` None follows the model's own table."""
-    table = model.impls
-    if impl is not None:
-        table = ImplTable()
-        table.set(impl)
-    return EngineKey(model.config, dtype, astuple(table), compiled)
+    return EngineKey(model.config, dtype, astuple(impl_table(model, impl)), compiled)
+
+
+def impl_table(model: DiT, impl: Impl | None) -> ImplTable:
+    """The model's own table, or ``impl`` for every op."""
+    if impl is None:
+        return model.impls
+    table = ImplTable()
+    table.set(impl)
+    return table
+
+
+def emulates(impls: ImplTable) -> bool:
+    """Whether FP8 products are emulated: each goes with the op that computed its rows."""
+    return impls.sandwich_join is Impl.REFERENCE and impls.swiglu is Impl.REFERENCE
 
 
 def find_engine(model: DiT, key: EngineKey) -> Engine:

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from blip3o_fast import ops
 from blip3o_fast.config import DiTConfig
-from blip3o_fast.ops import ImplTable, Modulation
+from blip3o_fast.ops import Impl, ImplTable, Modulation, Quantised
 from blip3o_fast.sampling.conditioning import Context
 from blip3o_fast.sampling.modulation import Sites
-from blip3o_fast.sampling.weights import BlockWeights, PackedWeights
+from blip3o_fast.sampling.weights import BlockWeights, PackedWeights, Weight
+
+Rows = Tensor | Quantised
+"""What a product reads: in FP8 the op that computed it has quantised it."""
 
 
 def evaluate(
@@ -51,15 +54,17 @@ def evaluate(
 
     def join(
         x: Tensor, y: Tensor, scale: Tensor | None, post: Modulation | None
-    ) -> tuple[Tensor, Tensor]:
-        x, h = ops.sandwich_join(
-            x, y, scale, post, next(openings), eps=eps, impl=impls.sandwich_join
-        )
+    ) -> tuple[Tensor, Rows]:
+        pre, impl = next(openings), impls.sandwich_join
+        if weights.quantised and pre is not sites.openings[-1]:
+            return ops.sandwich_join_quantised(x, y, scale, post, pre, eps=eps, impl=impl)
+        x, h = ops.sandwich_join(x, y, scale, post, pre, eps=eps, impl=impl)
         assert h is not None
         return x, h
 
     if context.stream is None:
-        h = ops.sandwich_norm(x, *next(openings), eps=eps, impl=impls.sandwich_norm)
+        norm = ops.sandwich_norm_quantised if weights.quantised else ops.sandwich_norm
+        h = norm(x, *next(openings), eps=eps, impl=impls.sandwich_norm)
     else:
         x, h = join(context.stream, x, None, None)
     layers = context.keys_values.unbind(1)
@@ -73,7 +78,8 @@ def evaluate(
             block.scales[1],
             next(closings),
         )
-        x, h = join(x, F.linear(_mlp(block, impls, h), block.down), block.scales[2], next(closings))
+        x, h = join(x, _mlp(block, impls, h), block.scales[2], next(closings))
+    assert isinstance(h, Tensor)
     velocity = F.linear(h, weights.output_weight, weights.output_bias)
     if sites.guess is None:
         return velocity
@@ -82,11 +88,11 @@ def evaluate(
 
 
 def _self_attention(
-    weights: PackedWeights, block: BlockWeights, config: DiTConfig, impls: ImplTable, h: Tensor
+    weights: PackedWeights, block: BlockWeights, config: DiTConfig, impls: ImplTable, h: Rows
 ) -> Tensor:
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = ops.rope(
-        F.linear(h, block.qkv),
+        _linear(h, block.qkv, impls.sandwich_join),
         weights.cos,
         weights.sin,
         num_heads=H,
@@ -103,12 +109,12 @@ def _cross_attention(
     block: BlockWeights,
     config: DiTConfig,
     impls: ImplTable,
-    h: Tensor,
+    h: Rows,
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
     H, d = config.num_attention_heads, config.head_dim
-    q = F.linear(h, block.cross_q)
+    q = _linear(h, block.cross_q, impls.sandwich_join)
     if config.conventions == "consistent":
         q = ops.rope(
             q,
@@ -123,5 +129,20 @@ def _cross_attention(
     return F.linear(attended.flatten(2), block.cross_out)
 
 
-def _mlp(block: BlockWeights, impls: ImplTable, h: Tensor) -> Tensor:
-    return ops.gated_linear(h, block.gate_up, impl=impls.swiglu)
+def _mlp(block: BlockWeights, impls: ImplTable, h: Rows) -> Tensor:
+    if isinstance(block.gate_up, Quantised):
+        gate_up = _linear(h, block.gate_up, impls.sandwich_join)
+        h = ops.swiglu_quantised(gate_up, impl=impls.swiglu)
+    else:
+        assert isinstance(h, Tensor)
+        h = ops.gated_linear(h, block.gate_up, impl=impls.swiglu)
+    return _linear(h, block.down, impls.swiglu)
+
+
+def _linear(x: Rows, weight: Weight, impl: Impl | None) -> Tensor:
+    """A product; in FP8 ``impl`` is that of the op that computed ``x``."""
+    if isinstance(weight, Quantised):
+        assert isinstance(x, Quantised)
+        return ops.scaled_linear(x, weight, impl=impl)
+    assert isinstance(x, Tensor)
+    return F.linear(x, weight)

@@ -21,17 +21,18 @@ from blip3o_fast.flow import time_grid as make_grid
 from blip3o_fast.flow.schedule import GridName
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.model import DiT
-from blip3o_fast.ops import Impl
+from blip3o_fast.ops import Impl, e4m3_refusal
 from blip3o_fast.sampling.conditioning import Context, condition
-from blip3o_fast.sampling.engine import Engine, engine_key, find_engine
+from blip3o_fast.sampling.engine import Engine, emulates, engine_key, find_engine, impl_table
 from blip3o_fast.sampling.graph import bucket, refuse_outer_capture
 from blip3o_fast.sampling.inputs import check_features, starting_noise, warn_of_guidance
 from blip3o_fast.sampling.memory import micro_batch
 from blip3o_fast.sampling.run import EagerRun, GraphRun, Run, walk
 from blip3o_fast.sampling.stepper import Method, Stepper, StepTable
+from blip3o_fast.sampling.weights import E4M3
 
 DEFAULT_GRID: dict[str, GridName] = {"consistent": "ascending", "published": "published"}
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
 class SamplingPlan:
@@ -50,6 +51,10 @@ class SamplingPlan:
             None follows the model's conventions.
         dtype: of weights and activations: float32, bfloat16, float16 or float64. None is that of
             autocast where it is on, and the model's own otherwise. The state is fp32 regardless.
+            float8_e4m3fn multiplies most of each block in FP8 and is bf16 elsewhere
+            (``sampling.weights``); it costs accuracy. It wants an NVIDIA GPU of compute capability
+            8.9 or at least 9.0, and widths that are multiples of 16; ``impl=Impl.REFERENCE``
+            emulates it anywhere, slowly, so that its quality can be judged.
         impl: of every fused op; None follows ``model.set_impl``.
         graph: replay each step as a CUDA graph. None: on CUDA, unless ``compile``.
         compile: compile the evaluation with ``torch.compile`` at the first call of each batch size.
@@ -118,6 +123,7 @@ class SamplingPlan:
             torch.OutOfMemoryError: if not even one sample fits.
         """
         model, device = self.model, eva.device
+        self.check_device(device)
         refuse_outer_capture(device)
         warn_of_guidance(model, self.method.guidance_scale, stacklevel=3)
         check_features(model, eva)
@@ -129,6 +135,21 @@ class SamplingPlan:
             table = engine.table(model, self.grid, self.method.solver, x.dtype)
             x = self._sample(engine, table, eva, x, graph, progress, callback)
             return (x / model.config.simple_scale_factor).to(eva.dtype)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ``ValueError`` if the plan asks for FP8 and ``device`` cannot multiply it."""
+        if self.dtype is not E4M3 or emulates(impl_table(self.model, self.impl)):
+            return
+        refusal, config = e4m3_refusal(device), self.model.config
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        widths = config.hidden_size, config.intermediate_size, heads * config.head_dim
+        if refusal is None and any(width % 16 for width in widths):
+            refusal = f"expected widths D, I and (H + 2K) d in multiples of 16, got {widths}"
+        if refusal is not None:
+            raise ValueError(
+                f"dtype=float8_e4m3fn: {refusal}; pass dtype=torch.bfloat16, or "
+                "impl=Impl.REFERENCE, which emulates FP8 to judge its quality"
+            )
 
     def _sample(
         self,
@@ -143,7 +164,7 @@ class SamplingPlan:
         out = torch.empty_like(noise)
         limit = micro_batch(
             engine.config,
-            engine.weights.dtype,
+            engine.working_dtype,
             eva.device,
             guided=self.method.guided,
             working_memory=self.working_memory,

@@ -119,6 +119,14 @@ def test_bad_options(given, tmp_path, capsys, options, message):
     assert not (folder / "manifest.json").exists()
 
 
+def test_fp8_is_refused_before_anything_is_written(given, tmp_path, capsys):
+    assert main([*given, "--output_dir", str(tmp_path / "clip"), "--dtype", "fp8"]) != 0
+    assert "compute capability 8.9 or at least 9.0, got cpu" in capsys.readouterr().err
+    assert not (tmp_path / "clip").exists()
+    with pytest.raises(SystemExit):
+        main([*given, "--output_dir", str(tmp_path / "clip"), "--store_dtype", "fp8"])
+
+
 def test_the_source_is_not_overwritten(given, tmp_path, capsys):
     assert main([*given, "--output_dir", str(tmp_path / "shards")]) == 2
     assert "another folder" in capsys.readouterr().err

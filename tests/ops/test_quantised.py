@@ -11,7 +11,7 @@ from tests.kernels.oracle import randn
 
 EPS = 1e-6
 NVIDIA = r"expected an NVIDIA GPU of compute capability 8.9 or at least 9.0, got "
-REMEDY = r"pass dtype=torch.bfloat16, or impl=Impl.REFERENCE, which emulates it"
+REMEDY = r"pass impl=Impl.REFERENCE, which emulates it"
 
 
 def rows(*shape, seed=0, device="cpu"):
@@ -74,7 +74,7 @@ def test_which_gpu_multiplies_e4m3(monkeypatch, capability, refused):
     refusal = ops.e4m3_refusal(torch.device("cuda"))
     assert bool(refusal) == refused
     if refusal:
-        assert refusal.startswith(NVIDIA) and "GPU of 8." in refusal and REMEDY in refusal
+        assert refusal.startswith(NVIDIA) and "GPU of 8." in refusal
 
 
 def test_amd_is_refused(monkeypatch):
@@ -142,7 +142,7 @@ def test_kernels_on_a_gpu_without_e4m3(name, monkeypatch):
     """Where the conversion does not exist the kernel is not even compiled."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(quantised, "e4m3_refusal", lambda device: "too old")
-    with pytest.raises(ValueError, match=f"{name}_quantised: too old"):
+    with pytest.raises(ValueError, match=f"{name}_quantised: too old; {REMEDY}"):
         QUANTISED[name](randn(2, 3, 16), impl=Impl.TRITON)
 
 

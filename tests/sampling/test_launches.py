@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blip3o_fast import DiTConfig
 from blip3o_fast.flow import find_solver, time_grid
 from blip3o_fast.model import DiT
-from blip3o_fast.ops import Impl, ImplTable
+from blip3o_fast.ops import Impl, ImplTable, quantised
 from blip3o_fast.sampling.conditioning import condition
 from blip3o_fast.sampling.engine import Engine, EngineKey
 from blip3o_fast.sampling.stepper import Method, Stepper
@@ -36,9 +36,8 @@ class Launches(TorchDispatchMode):
 _SILENT = {"aten::_unsafe_view", "aten::empty_like"}  # neither launches anything
 
 
-def launches(device, conventions, solver, scale=1.0):
+def launches(device, conventions, solver, scale=1.0, dtype=torch.bfloat16):
     """Launches of one step, and of it the number by op."""
-    dtype = torch.bfloat16
     with FakeTensorMode(), torch.no_grad():
         with torch.device(device):
             model = DiT(DiTConfig.preset("base", conventions=conventions))
@@ -80,3 +79,16 @@ def test_what_is_launched(device):
     assert published["blip3o_fast::sandwich_norm"] == 1
     assert consistent["blip3o_fast::swiglu"] == 12
     assert consistent["aten::addcmul"] == 1 and published["aten::addcmul"] == 0
+
+
+@pytest.mark.parametrize("conventions", CONVENTIONS)
+def test_fp8_launches_nothing_more(device, monkeypatch, conventions):
+    """The ops that compute the rows of a product quantise them."""
+    monkeypatch.setattr(quantised, "e4m3_refusal", lambda device: None)
+    bf16 = launches(device, conventions, "euler")
+    fp8 = launches(device, conventions, "euler", dtype=torch.float8_e4m3fn)
+    assert fp8.total() == bf16.total()
+    assert fp8["aten::_scaled_mm"] == 12 * 4
+    assert fp8["aten::mm"] + fp8["aten::addmm"] == 12 * 2 + 2
+    assert fp8["blip3o_fast::sandwich_join"] == 1
+    assert fp8["blip3o_fast::swiglu"] == 0 and fp8["blip3o_fast::swiglu_quantised"] == 12
