@@ -1,0 +1,42 @@
+"""Limits of a device, and which of them bounds a task."""
+
+import math
+
+import pytest
+import torch
+
+from blip3o_fast.benchmarking import ceilings as module
+from blip3o_fast.benchmarking.ceilings import Ceilings, measure_ceilings
+from blip3o_fast.benchmarking.work import Work
+
+DEVICE = Ceilings(bandwidth=1e12, rates={"bf16": 1e15, "fp32": 1e14}, transfer=1e10)
+
+
+@pytest.mark.parametrize(
+    ("work", "dtype", "seconds", "bound"),
+    [
+        (Work(1e15, 1e11), "bf16", 1.0, "compute"),
+        (Work(1e15, 1e11), "fp32", 10.0, "compute"),
+        (Work(1e13, 1e12), "bf16", 1.0, "memory"),
+        (Work(0.0, 1e12, 2e10), "bf16", 2.0, "transfer"),
+    ],
+)
+def test_the_highest_limit_counts(work, dtype, seconds, bound):
+    assert DEVICE.seconds(work, dtype) == pytest.approx(seconds)
+    assert DEVICE.bound(work, dtype) == bound
+
+
+def test_the_best_of_two_measurements():
+    other = Ceilings(bandwidth=5e11, rates={"bf16": 2e15, "fp32": 1e13}, transfer=3e10)
+    assert DEVICE.best(other) == Ceilings(1e12, {"bf16": 2e15, "fp32": 1e14}, 3e10)
+
+
+def test_a_cpu_is_measured(monkeypatch):
+    monkeypatch.setitem(module.COPY_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(module.GEMM_SIDE, "cpu", 32)
+    threads = torch.get_num_threads()
+    measured = measure_ceilings(torch.device("cpu"), ("fp32", "bf16"), seconds=0.01)
+    assert torch.get_num_threads() == threads
+    assert set(measured.rates) == {"fp32", "bf16"}
+    assert all(0 < x < math.inf for x in (measured.bandwidth, *measured.rates.values()))
+    assert measured.transfer >= measured.bandwidth / 2

@@ -1,0 +1,69 @@
+"""Records: there and back, and what is wrong with a file."""
+
+import json
+
+import pytest
+from benchmarking.records import measurement, record
+
+from blip3o_fast.benchmarking.record import read_record
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "bench.json"
+
+
+def changed(path, change):
+    content = json.loads(record(measurement()).to_json())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_there_and_back(path):
+    run = record(
+        measurement("plan", host=1e-5, warm=2e-3, peak=3, queued=True, rotation=7),
+        measurement("published", 0.1, ours=False),
+    )
+    run.write(path)
+    assert read_record(path) == run
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+def test_fraction_of_the_limit():
+    assert measurement(seconds=4e-3).fraction == 0.25
+
+
+def test_not_json(path):
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"bench\.json: expected a JSON record of benchmarks, got"):
+        read_record(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "other"}'])
+def test_another_kind_of_file(path, content):
+    path.write_text(content)
+    with pytest.raises(ValueError, match="expected the kind 'blip3o-fast benchmarks'"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format=2), "expected format 1, got 2"),
+        (lambda c: c.pop("peers"), "expected the fields of a record, got: .*peers"),
+        (lambda c: c.update(speed=1), "expected the fields of a record, got: .*speed"),
+        (lambda c: c["measurements"][0].pop("limit"), "expected the fields of a record.*limit"),
+        (lambda c: c["measurements"][0].update(x=1), "expected the fields of a record.*x"),
+        (lambda c: c["measurements"].append(c["measurements"][0]), "each measurement once"),
+    ],
+    ids=["format", "no peers", "extra field", "no limit", "extra figure", "twice"],
+)
+def test_a_record_of_another_shape(path, change, message):
+    with pytest.raises(ValueError, match=rf"bench\.json: {message}|bench\.json: .*{message}"):
+        read_record(changed(path, change))
+
+
+def test_no_file(path):
+    with pytest.raises(FileNotFoundError):
+        read_record(path)
