@@ -3,7 +3,8 @@
 Samples are cut into micro-batches so that what one needs beside weights, inputs and outputs stays
 below a working memory: 1 GiB on a CPU; on CUDA the size of the L2 cache, so that a row kernel finds
 what the GEMM before it wrote. The figures below are upper bounds per sample, by the widths alive at
-once.
+once, in a dtype of activations: bf16 for FP8, whose rows are narrower still, and fp32 where FP8 is
+emulated, which then also copies one weight at a time to fp32.
 """
 
 import torch
