@@ -1,0 +1,155 @@
+"""Cases: what is run computes what it should, on tensors that rotate."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from blip3o_fast import ops
+from blip3o_fast.benchmarking import op_cases as op_module
+from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
+from blip3o_fast.benchmarking.network_cases import (
+    Network,
+    block_cases,
+    evaluation_cases,
+    generate_cases,
+    hoisted,
+    make_stepper,
+    plain,
+)
+from blip3o_fast.benchmarking.op_cases import SPECS, attention_cases, op_cases
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.benchmarking.watch import CPU_ROTATION
+from blip3o_fast.ops import Impl
+
+CPU = torch.device("cpu")
+SHAPE = Shape("tiny", 1, 16)
+
+
+def test_agreement_looks_at_every_tensor():
+    a, b = torch.ones(3), torch.full((2,), 2.0)
+    check_agreement("it", (a, None, [b]), [a, b])
+    with pytest.raises(Disagreement, match=r"it: expected the reference up to 0\.0001.*got 0\.5"):
+        check_agreement("it", (a, 1.5 * b), (a, b))
+    with pytest.raises(Disagreement, match="expected 2 tensors, got 1"):
+        check_agreement("it", (a, None), (a, b))
+    with pytest.raises(Disagreement, match=r"expected the shape \[3\] of the reference, got \[2\]"):
+        check_agreement("it", b, a)
+    with pytest.raises(Disagreement, match="got nan"):
+        check_agreement("it", torch.full((3,), torch.nan), a)
+
+
+def test_the_coarser_dtype_allows_more():
+    exact = torch.ones(4)
+    near = exact * 1.01
+    check_agreement("it", near, exact.bfloat16())
+    with pytest.raises(Disagreement):
+        check_agreement("it", near, exact)
+
+
+def test_every_op_has_its_directions():
+    tasks = [case.task for case in op_cases(SHAPE, "fp32", CPU, compiled=False)]
+    names = [spec.name for spec in SPECS]
+    assert set(names) == set(ops.ImplTable.__dataclass_fields__)
+    backward = [f"{name} backward" for name in names if name != "solver_update"]
+    assert sorted(task.name for task in tasks) == sorted(names + backward)
+    assert {(task.group, task.shape, task.dtype) for task in tasks} == {
+        ("ops", "tiny-b1-n16", "fp32")
+    }
+    assert all(task.work.bytes > 0 and task.work.flops == 0 for task in tasks)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_ops_are_ready_to_be_timed(dtype, monkeypatch):
+    monkeypatch.setattr(op_module, "MOST_COPIES", 2)
+    for case in op_cases(SHAPE, dtype, CPU, compiled=False):
+        (contender,) = case.contenders
+        prepared = contender.prepare()
+        assert (contender.name, contender.ours) == ("reference", True)
+        assert prepared.warm and len(prepared.calls) == 2
+        first, second = (call() for call in prepared.calls)
+        first, second = (x[0] if isinstance(x, tuple) else x for x in (first, second))
+        assert not torch.equal(first, second), "both calls read the same tensors"
+
+
+def test_calls_rotate_over_more_than_the_caches_hold():
+    shape = Shape("base")
+    case = next(iter(op_cases(shape, "fp32", CPU, compiled=False)))
+    prepared = case.contenders[0].prepare()
+    assert prepared.rotation > CPU_ROTATION
+    assert prepared.rotation / len(prepared.calls) < CPU_ROTATION
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_contender_that_computes_something_else_is_refused(backward, monkeypatch):
+    spec = next(spec for spec in SPECS if spec.name == "swiglu")
+
+    def wrong(gate_up, *, impl=None):
+        result = spec.call(gate_up, impl=impl)
+        # The value of swiglu with twice its gradient, or twice its value.
+        return 2 * result - result.detach() if backward else 2 * result
+
+    names = [("theirs", partial(wrong, impl=Impl.REFERENCE), False)]
+    monkeypatch.setattr(op_module, "implementations", lambda *_: names)
+    cases = {case.task.name: case for case in op_cases(SHAPE, "fp32", CPU, compiled=False)}
+    case = cases["swiglu backward" if backward else "swiglu"]
+    with pytest.raises(Disagreement, match="swiglu by theirs: expected the reference"):
+        case.contenders[0].prepare()
+
+
+def test_attention_by_every_backend():
+    forward, backward = attention_cases(SHAPE, "fp32", CPU)
+    assert backward.task.work.flops == 2 * forward.task.work.flops
+    for case in (forward, backward):
+        assert {c.name for c in case.contenders} >= {"sdpa", "reference"}
+        assert [c.ours for c in case.contenders].count(True) == 1
+        for contender in case.contenders:
+            contender.prepare().calls[0]()
+
+
+def test_a_block_takes_turns_with_the_other_blocks():
+    (case,) = block_cases(SHAPE, "fp32", CPU, compiled=False)
+    prepared = case.contenders[0].prepare()
+    results = [call()[0] for call in prepared.calls]
+    assert len(results) == SHAPE.config.num_hidden_layers
+    assert not torch.equal(results[0], results[1])
+    assert prepared.rotation > 4 * len(results) * 768
+
+
+def test_an_evaluation_is_the_same_hoisted_or_not():
+    network = Network(SHAPE, "bf16", CPU)
+    for prepared in (plain(network, None), hoisted(network, None)):
+        check_agreement("velocity", prepared.calls[0](), network.velocity())
+    assert network.get()[0].impls == ops.ImplTable()
+
+
+def test_a_wrong_evaluation_is_refused(monkeypatch):
+    network = Network(SHAPE, "fp32", CPU)
+    stepper, evaluate = make_stepper(network, None)
+    monkeypatch.setattr(
+        "blip3o_fast.benchmarking.network_cases.make_stepper",
+        lambda *_: (stepper, lambda *args: 1.01 * evaluate(*args)),
+    )
+    with pytest.raises(Disagreement, match="evaluation, hoisted: expected the reference"):
+        hoisted(network, None)
+
+
+def test_contenders_of_an_evaluation():
+    def names(**options):
+        (case,) = evaluation_cases(SHAPE, "fp32", CPU, **options)
+        return {contender.name: contender.ours for contender in case.contenders}
+
+    assert names(compiled=False) == {"plan": True, "nothing hoisted": True}
+    peers = {"torch.compile": False, "torch.compile, hoisted": False, "published": False}
+    assert names(compiled=True, published=lambda _: lambda: None) == {
+        **names(compiled=False),
+        **peers,
+    }
+
+
+def test_a_translation_counts_its_evaluations():
+    (case,) = generate_cases(SHAPE, "fp32", CPU, steps=2, compiled=False)
+    assert case.task.name == "2-step Heun"
+    (contender,) = case.contenders
+    clip = contender.prepare().calls[0]()
+    assert clip.shape == (1, 16, 1024)

@@ -1,0 +1,150 @@
+"""``blip3o-fast bench``: options, files, exit status."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from benchmarking.records import measurement, record
+
+from blip3o_fast.benchmarking import selection, suite
+from blip3o_fast.benchmarking.environment import device_name
+from blip3o_fast.benchmarking.op_cases import op_cases
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.cli.main import main
+
+
+def bench(*words):
+    return main(["bench", *map(str, words)])
+
+
+def here(*measurements):
+    return record(*measurements, device=device_name(torch.device("cpu")), kind="cpu")
+
+
+@pytest.fixture
+def result(monkeypatch):
+    """What a run would find; its settings are kept."""
+    asked = []
+
+    def put(run):
+        monkeypatch.setattr(
+            suite, "run_suite", lambda settings, progress: asked.append(settings) or run
+        )
+        return asked
+
+    return put
+
+
+@pytest.fixture
+def never(monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("measured before the options were checked")
+
+    monkeypatch.setattr(suite, "run_suite", run)
+
+
+def refused(capsys, *words):
+    status, captured = bench(*words), capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("blip3o-fast bench: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--groups", "ops", "speed"], "groups: expected some of ops, attention, .*got 'speed'"),
+        (["--seconds", "0"], r"seconds: expected a positive number, got 0\.0"),
+        (["--seconds", "nan"], "seconds: expected a positive number, got nan"),
+        (["--seconds", "inf"], "seconds: expected a positive number, got inf"),
+        (["--published", "nowhere"], "published: expected a folder, found none at nowhere"),
+        (["--compare", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(never, capsys, words, message):
+    assert re.search(message, refused(capsys, *words))
+
+
+def test_no_gpu(never, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "device: expected a GPU that torch can use" in refused(capsys, "--device", "cuda")
+
+
+def test_a_folder_that_is_not_the_published_repository(never, capsys, tmp_path):
+    assert "expected a checkout of the published" in refused(capsys, "--published", tmp_path)
+
+
+def test_a_record_to_compare_with_is_read_first(never, capsys, tmp_path):
+    file = tmp_path / "old.json"
+    file.write_text("{}")
+    assert "expected the kind" in refused(capsys, "--device", "cpu", "--compare", file)
+    record(measurement(), device="H100").write(file)
+    line = refused(capsys, "--device", "cpu", "--compare", file)
+    assert "expected a record of this device" in line and "got one of H100" in line
+
+
+def test_a_folder_that_cannot_be(never, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert bench("--output_dir", tmp_path / "file" / "bench") == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_without_matplotlib(never, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench("--quick") == 1
+    assert "expected matplotlib" in capsys.readouterr().err
+
+
+def test_tables_record_and_pictures(result, capsys, tmp_path):
+    asked = result(here(measurement()))
+    words = ("--quick", "--groups", "loader", "ops", "ops", "--seconds", 0.5, "--device", "cpu")
+    assert bench(*words, "--output_dir", tmp_path / "a" / "b") == 0
+    (settings,) = asked
+    assert settings.groups == ("ops", "loader"), "in the order of a run, each once"
+    assert (settings.quick, settings.seconds, settings.published) == (True, 0.5, None)
+    assert settings.device == torch.device("cpu")
+    out = capsys.readouterr().out
+    assert "evaluation, base-b1, bf16  plan" in out
+    assert f"Record: {tmp_path / 'a' / 'b' / 'bench.json'}" in out
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a" / "b").iterdir()}
+    assert set(files) == {"bench.json", "roofline.png", "evaluation.png"}
+    assert all(data.startswith(b"\x89PNG") for name, data in files.items() if "png" in name)
+    assert json.loads(files["bench.json"])["kind"] == "blip3o-fast benchmarks"
+
+
+def test_no_plots(result, capsys, tmp_path):
+    result(here(measurement()))
+    assert bench("--no_plots", "--device", "cpu", "--output_dir", tmp_path) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(2e-3, 0), (4e-3, 1), (1e-3, 0)])
+def test_a_regression_is_the_exit_status(result, capsys, tmp_path, seconds, status):
+    here(measurement(seconds=2e-3)).write(tmp_path / "bench.json")
+    result(here(measurement(seconds=seconds)))
+    words = ("--no_plots", "--device", "cpu", "--output_dir", tmp_path)
+    assert bench(*words, "--compare", tmp_path / "bench.json") == status
+    assert ("REGRESSION" in capsys.readouterr().out) == bool(status)
+
+
+def test_a_measurement(monkeypatch, capsys, tmp_path):
+    """A run as a user has it, of one op at a small shape."""
+
+    def sources(settings):
+        shape = Shape("tiny", 1, 16)
+        yield "ops", lambda: list(op_cases(shape, "fp32", settings.device, compiled=False))[-3:-2]
+
+    monkeypatch.setattr(selection, "cpu_sources", sources)
+    words = ("--quick", "--seconds", 0.01, "--device", "cpu", "--output_dir", tmp_path)
+    assert bench(*words, "--groups", "ops") == 0
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "ceilings of this device",
+        "ops: solver_update, tiny-b1-n16, fp32",
+    ]
+    assert "solver_update, tiny-b1-n16, fp32  reference" in captured.out
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["measurements"]
+    assert row["median"] > 0 and row["limit"] > 0 and row["bound"] == "memory"
