@@ -1,13 +1,13 @@
 """Forward passes for a CPU: ``reference`` in as few passes over memory as ATen's operators allow.
 
 A fused kernel reads a row once. ATen reads it once an operator, and in 16-bit dtypes the reference
-has some thirty of them in a join; here there are about ten, all in the accumulation dtype, rounded
-once at the end. Both norms of a site need one scale a row, as in the fused kernels: with
-``p = w1 x`` and ``r = rsqrt(mean x^2 + eps)``,
+has some thirty of them in a join; here there are about ten, all in the accumulation dtype, in place
+where nobody else holds the tensor (memory just read is in cache, a new tensor is not), rounded once
+at the end. Both norms of a site need one scale a row, as in the fused kernels: with ``p = w1 x``,
 
-    rms(rms(x; w1); w2) = w2 p * r rsqrt(r^2 mean p^2 + eps)
+    rms(rms(x; w1); w2) = w2 p / sqrt(mean p^2 + eps (mean x^2 + eps))
 
-No backward: buffers are overwritten as soon as their values are used up.
+No backward.
 """
 
 import torch
@@ -21,7 +21,8 @@ OPS = frozenset(("sandwich_norm", "sandwich_join", "rope"))
 
 def sandwich_norm(x: Tensor, norm: Modulation, eps: float) -> Tensor:
     """``ops.sandwich_norm``."""
-    return _modulated(x.to(accumulation_dtype(x.dtype)), norm, eps).to(x.dtype)
+    wide = x.to(accumulation_dtype(x.dtype))
+    return _modulated(wide, norm, eps, overwrite=wide is not x).to(x.dtype)
 
 
 def sandwich_join(
@@ -35,21 +36,27 @@ def sandwich_join(
     """``ops.sandwich_join``."""
     wide = accumulation_dtype(x.dtype)
     branch = y.to(wide) if layer_scale is None else y.to(wide) * layer_scale.to(wide)
-    stream = x + branch if post is None else _modulated(branch, post, eps).add_(x)
-    h = None if pre is None else _modulated(stream, pre, eps).to(x.dtype)
-    return stream.to(x.dtype), h
+    if post is None:
+        stream = x + branch
+    else:
+        stream = _modulated(branch, post, eps, overwrite=branch is not y).add_(x)
+    x_out = stream.to(x.dtype)
+    if pre is None:
+        return x_out, None
+    return x_out, _modulated(stream, pre, eps, overwrite=x_out is not stream).to(x.dtype)
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, turned: int, inplace: bool) -> Tensor:
     """``ops.rope`` of the first ``turned`` heads."""
     d = cos.shape[-1]
+    half = d // 2
     wide = accumulation_dtype(qkv.dtype)
     cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)
     heads = qkv[..., : turned * d].unflatten(-1, (turned, d))
-    low, high = heads.to(wide).chunk(2, dim=-1)
-    rotated = heads * cos
-    rotated[..., : d // 2].addcmul_(high, sin[..., : d // 2], value=-1)
-    rotated[..., d // 2 :].addcmul_(low, sin[..., d // 2 :])
+    given = heads.to(wide)
+    rotated = given * cos
+    rotated[..., :half].addcmul_(given[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(given[..., :half], sin[..., half:])
     out = qkv if inplace else torch.empty_like(qkv)
     out[..., : turned * d].unflatten(-1, (turned, d)).copy_(rotated)
     if not inplace:
@@ -57,15 +64,18 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, turned: int, inplace: bool) -> T
     return out
 
 
-def _modulated(x: Tensor, norm: Modulation, eps: float) -> Tensor:
-    """Both norms and the modulation of ``x``, which is wide; a new tensor."""
+def _modulated(x: Tensor, norm: Modulation, eps: float, *, overwrite: bool) -> Tensor:
+    """Both norms and the modulation of ``x``, which is wide; in its memory if ``overwrite``."""
     w1, w2, shift, scale = (u.to(x.dtype) for u in norm)
-    p = x * w1
-    r = torch.rsqrt(_mean_square(x) + eps)
-    p *= r * torch.rsqrt(r.square() * _mean_square(p) + eps)
-    return torch.addcmul(shift[:, None], p, (w2 * (1 + scale))[:, None])
+    D = x.shape[-1]
+    squares = _norm(x).square_()
+    p = torch.mul(x, w1, out=x if overwrite else None)
+    # sqrt(D) / sqrt(sum p^2 + eps (sum x^2 + D eps)): sums instead of means.
+    p *= _norm(p).square_().add_(squares.add_(D * eps), alpha=eps).rsqrt_().mul_(D**0.5)
+    gain = torch.addcmul(w2, w2, scale)
+    return torch.addcmul(shift[:, None], p, gain[:, None], out=p)
 
 
-def _mean_square(x: Tensor) -> Tensor:
+def _norm(x: Tensor) -> Tensor:
     # The one reduction of ATen that squares as it reads.
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
