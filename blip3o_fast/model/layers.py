@@ -153,5 +153,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``."""
-        gate_up = torch.cat((self.gate_proj.weight, self.up_proj.weight))
-        return self.dropout(self.down_proj(ops.gated_linear(h, gate_up, impl=self.impls.swiglu)))
+        gate_up = F.linear(h, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+        return self.dropout(self.down_proj(ops.swiglu(gate_up, impl=self.impls.swiglu)))

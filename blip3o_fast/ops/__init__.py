@@ -7,7 +7,6 @@ from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
 from blip3o_fast.ops.attention import attention, attention_backend
 from blip3o_fast.ops.flow_loss import flow_loss
-from blip3o_fast.ops.gated_linear import gated_linear
 from blip3o_fast.ops.quantised import (
     e4m3_refusal,
     sandwich_join_quantised,
@@ -36,7 +35,6 @@ __all__ = [
     "sandwich_join",
     "rope",
     "swiglu",
-    "gated_linear",
     "AttentionBackend",
     "attention",
     "attention_backend",

@@ -130,13 +130,9 @@ def _cross_attention(
 
 
 def _mlp(block: BlockWeights, impls: ImplTable, h: Rows) -> Tensor:
-    if isinstance(block.gate_up, Quantised):
-        gate_up = _linear(h, block.gate_up, impls.sandwich_join)
-        h = ops.swiglu_quantised(gate_up, impl=impls.swiglu)
-    else:
-        assert isinstance(h, Tensor)
-        h = ops.gated_linear(h, block.gate_up, impl=impls.swiglu)
-    return _linear(h, block.down, impls.swiglu)
+    gate_up = _linear(h, block.gate_up, impls.sandwich_join)
+    activation = ops.swiglu_quantised if isinstance(block.down, Quantised) else ops.swiglu
+    return _linear(activation(gate_up, impl=impls.swiglu), block.down, impls.swiglu)
 
 
 def _linear(x: Rows, weight: Weight, impl: Impl | None) -> Tensor:
