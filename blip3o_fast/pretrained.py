@@ -35,6 +35,7 @@ class BLIP3oDiT(DiT):
         time_grid: GridName | Sequence[float] | None = None,
         progress: bool = False,
         callback: Callback | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Sample CLIP tokens by integrating the velocity from noise to data.
 
@@ -55,6 +56,8 @@ class BLIP3oDiT(DiT):
                 to 1; None follows the model's conventions.
             progress: show a bar of steps.
             callback: called with (step, state) after each step.
+            dtype: of weights and activations, as in ``SamplingPlan``: None is the model's own, or
+                autocast's; float8_e4m3fn where the GPU has it.
 
         Returns:
             ``[B, N, C]`` in the dtype of ``eva_features``, divided by ``simple_scale_factor``.
@@ -74,6 +77,7 @@ class BLIP3oDiT(DiT):
             seeds=seeds,
             progress=progress,
             callback=callback,
+            dtype=dtype,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -124,6 +124,13 @@ def test_16_bit_errs_no_more_than_the_plain_model(make_model, draw, dtype, conve
         assert relative_error(plan(eva, noise), truth) < 1.5 * allowed + 1e-4
 
 
+def test_generate_passes_the_dtype_on(model, draw):
+    eva, noise = draw(model)
+    got = model.generate(eva, 2, noise=noise, dtype=torch.bfloat16)
+    assert torch.equal(got, SamplingPlan(model, steps=2, dtype=torch.bfloat16)(eva, noise))
+    assert not torch.equal(got, model.generate(eva, 2, noise=noise))
+
+
 def test_dtype_of_the_plan_is_independent_of_the_models(model, draw):
     eva, noise = draw(model)
     truth = plain(model.double(), eva.double(), noise.double(), "heun")
