@@ -71,7 +71,7 @@ def main() -> None:
     facts = {
         "benchmark": "fp8_quality",
         "environment": describe_environment(device),
-        "fp8": "hardware" if emulated is None else f"emulated: {emulated}",
+        "fp8": "hardware" if emulated is None else f"emulation ({emulated})",
         "parameters": model.get_num_parameters(),
         "samples": len(indices),
         "sources": len({source for batch in parts for source in batch.sources}),

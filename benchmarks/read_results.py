@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from blip3o_fast.benchmarking.record import KIND, Record, read_record
 
-Kind = Literal["bench", "check", "profile", "published", "conventions"]
+Kind = Literal["bench", "check", "profile", "published", "conventions", "fp8"]
 KINDS: dict[str, Kind] = {
     KIND: "bench",
     "blip3o-fast gpu check": "check",
     "blip3o-fast profile": "profile",
     "published_cpu": "published",
     "conventions": "conventions",
+    "fp8_quality": "fp8",
 }
 """What a file calls itself, under ``kind`` or ``benchmark``."""
 FORMAT = 1
@@ -27,6 +28,7 @@ NEEDED: dict[Kind, frozenset[str]] = {
         ("environment", "seconds", "fastest", "ratio", "difference", "rounds", "layers")
     ),
     "conventions": frozenset(("environment", "data", "steps", "rows")),
+    "fp8": frozenset(("environment", "fp8", "parameters", "samples", "sources", "rows")),
 }
 SUMMARY = "summary.json"
 COPIES = ("environment.json",)
@@ -103,7 +105,7 @@ def find_kind(path: Path, content: object) -> Kind:
             return KINDS[named]
     raise ValueError(
         f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_evaluation.py, "
-        "published_cpu.py or conventions.py"
+        "published_cpu.py, conventions.py or fp8_quality.py"
     )
 
 

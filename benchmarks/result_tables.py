@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import fp8_quality
 from read_results import Kind, Result
 from tables import duration, number, table, three_digits
 
@@ -209,6 +210,16 @@ def profile(result: Result) -> Iterator[str]:
     yield table(("operator", "inputs", "calls", "time", "of all", "limit", "of limit"), rows)
 
 
+def fp8(result: Result) -> Iterator[str]:
+    """The accuracy of each dtype."""
+    content = result.content
+    yield (
+        f"{content['parameters']:,} parameters; {content['samples']} held-out samples of "
+        f"{content['sources']} photos; FP8 by {content['fp8']}."
+    )
+    yield fp8_quality.table(content["rows"])
+
+
 def cell(text: str) -> str:
     """Text without what would end a cell of a table."""
     return text.replace("|", "/")
@@ -230,4 +241,5 @@ SECTIONS: dict[Kind, Callable[[Result], Iterator[str]]] = {
     "profile": profile,
     "published": published,
     "conventions": conventions,
+    "fp8": fp8,
 }

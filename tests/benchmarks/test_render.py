@@ -230,6 +230,22 @@ def test_a_profile_lists_the_dearest_launches(root):
     assert "10 ms in 180 launches, limit 5 ms" in own
 
 
+def test_fp8_stands_beside_bf16_and_fp32(root):
+    content = {
+        **{"benchmark": "fp8_quality", "environment": ENVIRONMENT, "fp8": "hardware"},
+        **{"parameters": 1001220, "samples": 32, "sources": 14},
+        "rows": [
+            {"measure": "velocity error", "at": 0.5, "bf16": 0.007, "fp8": 0.0139},
+            {"measure": "cosine to fp32", "at": 4, "fp32": 1.0, "bf16": 0.99999, "fp8": 0.99997},
+        ],
+    }
+    (root / "benchmarks/results/fp8_quality.json").write_text(json.dumps(content))
+    own = texts(root)[1]
+    assert "1,001,220 parameters; 32 held-out samples of 14 photos; FP8 by hardware." in own
+    assert "| velocity error, t = 0.5 | 0 | 0.70% | 1.39% |" in own
+    assert "| cosine to fp32, 4 evaluations | 1.00000 | 0.99999 | 0.99997 |" in own
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
