@@ -21,6 +21,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +32,6 @@ from torch import Tensor, nn
 
 from blip3o_fast import SamplingPlan, accelerate
 from blip3o_fast.benchmarking.environment import describe_environment
-from blip3o_fast.sampling import plain_velocity
 
 MODEL_FILE = "src/modules/models/blip3o_dit.py"
 TOKENS, EVA, CLIP = 256, 4096, 1024
@@ -48,16 +48,22 @@ def main() -> int:
     model = accelerate(published)
     eva, x = torch.randn(1, TOKENS, EVA), torch.randn(1, TOKENS, CLIP)
     t = torch.full((1,), 0.5)
-    plain = plain_velocity(model, eva, guided=False)
+    narrow = deepcopy(published).bfloat16()
+    small = x.bfloat16(), t.bfloat16(), eva.bfloat16()
     competitors: dict[str, Timer] = {
         "published, fp32": one(lambda: published(x, t, eva, return_dict=False)),
-        "plain model, fp32": one(lambda: plain(x, 0.5)),
+        "published, bf16": one(lambda: narrow(*small, return_dict=False)),
+        "plain model, fp32": one(lambda: model(x, t, eva, return_dict=False)),
         "GEMM limit, fp32": one(limit(torch.float32, args.layers)),
         "plan, fp32": steps(SamplingPlan(model, steps=args.steps, solver="euler"), eva, x),
         "GEMM limit, bf16": one(limit(torch.bfloat16, args.layers)),
         "plan, bf16": steps(plan_bf16(model, args.steps), eva, x),
     }
     if args.compile:
+        compiled = torch.compile(model)
+        competitors["plain model compiled, fp32"] = one(
+            lambda: compiled(x, t, eva, return_dict=False)
+        )
         competitors["plan compiled, fp32"] = steps(
             SamplingPlan(model, steps=args.steps, solver="euler", compile=True), eva, x
         )
