@@ -7,10 +7,10 @@ import torch
 
 from blip3o_fast import ops
 from blip3o_fast.benchmarking import op_cases as op_module
+from blip3o_fast.benchmarking.block_cases import block_cases
 from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
 from blip3o_fast.benchmarking.network_cases import (
     Network,
-    block_cases,
     evaluation_cases,
     generate_cases,
     hoisted,
