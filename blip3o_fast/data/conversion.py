@@ -118,7 +118,7 @@ def verify_conversion(plan: Plan, folder: Path, rows: int = 64) -> list[str]:
         for source, picked in zip(plan.sources, plan.samples, strict=True)
         for row, record in picked
     }
-    # One shard at a time: what is mapped counts as memory until it is unmapped.
+    # One shard at a time: each holds its records in memory.
     for entry in manifest.shards:
         shard = Shard(entry_path(folder, entry), entry, verify=True)
         share = math.ceil(rows * shard.samples / manifest.samples)

@@ -1,9 +1,7 @@
 """A folder of shards as an indexable data set, all of it or one side of its held-out split."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,26 +9,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.manifest import DTYPES, Manifest, Split, entry_path
-from blip3o_fast.data.reader import Shard
-from blip3o_fast.data.records import RecordFile, SampleRecord
+from blip3o_fast.data.index import SampleIndex, Side, build_index, photo_is_heldout
+from blip3o_fast.data.manifest import DTYPES, Manifest, ShardEntry, Split
+from blip3o_fast.data.reader import Layout, Shard
+from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.tensorfile import bits, empty
 
-Side = Literal["train", "heldout", "all"]
+__all__ = ["Batch", "EmbeddingDataset", "Records", "Side", "photo_is_heldout"]
 
-_OPEN_SHARDS = 256  # each takes two file descriptors, of which processes get 1024 by default
+_OPEN_SHARDS = 256  # a quarter of the 1024 files that a process may usually open
+_MOST_OPEN_SHARDS = 4096  # an open file takes memory too, and a node has many processes
+
+
+class Records:
+    """The records of some samples, read when they are first asked for."""
+
+    def __init__(self, index: SampleIndex, indices: Sequence[int] | np.ndarray) -> None:
+        self._index = index
+        self._indices = np.array(indices, np.int64)
+
+    @cached_property
+    def all(self) -> tuple[SampleRecord, ...]:
+        """One a sample, in the order of the batch."""
+        return tuple(self._index.records(self._indices))
 
 
 class Batch(NamedTuple):
-    """Some samples: ``eva [b, T, E]``, ``clip [b, T, C]``, and the key and source photo of each.
+    """Some samples: ``eva [b, T, E]``, ``clip [b, T, C]``, and the record of each.
 
-    A tower that the folder lacks has width 0.
+    A tower that the folder lacks has width 0. The first look at ``records``, ``keys`` or
+    ``sources`` reads sidecars: leave them alone where speed counts.
     """
 
     eva: Tensor
     clip: Tensor
-    keys: tuple[str, ...]
-    sources: tuple[str, ...]
+    records: Records
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key of each sample."""
+        return tuple(record.key for record in self.records.all)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source photo of each sample."""
+        return tuple(record.photo for record in self.records.all)
 
 
 class EmbeddingDataset:
@@ -47,13 +70,15 @@ class EmbeddingDataset:
             of the tokens in front as a stand-in for it, which ``cls`` then says.
         max_shards: use the first so many shards only.
         verify: read every shard once and compare its SHA-256 with the manifest.
+        open_shards: files kept open between reads; opening one again reads nothing but its rows.
+            None: a quarter of the files that the process may open (256 of the usual 1024), 4096 at
+            most.
 
     Attributes:
         manifest: as stored; the attributes below describe what ``read`` returns.
         tokens, grid, eva_width, clip_width: sizes T, (depth, height, width), E and C.
         dtype: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
         cls: ``none``, ``encoder`` (a real CLS token first) or ``token_mean`` (a stand-in).
-        photos: distinct source photos on this side.
 
     Raises:
         FileNotFoundError: if the manifest or a shard is missing.
@@ -69,11 +94,14 @@ class EmbeddingDataset:
         tokens: int | None = None,
         max_shards: int | None = None,
         verify: bool = False,
+        open_shards: int | None = None,
     ) -> None:
         if split not in ("train", "heldout", "all"):
             raise ValueError(f"split: expected train, heldout or all, got {split!r}")
         if max_shards is not None and max_shards < 1:
             raise ValueError(f"max_shards: expected at least 1, got {max_shards}")
+        if open_shards is not None and open_shards < 1:
+            raise ValueError(f"open_shards: expected at least 1, got {open_shards}")
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
         self.split: Side = split
@@ -82,16 +110,34 @@ class EmbeddingDataset:
         self.clip_width = self.manifest.clip_width
         self.dtype: torch.dtype = DTYPES[self.manifest.dtype]
         self.tokens, self.cls = _token_layout(self.manifest, tokens)
-        self._entries = self.manifest.shards[:max_shards]
-        for i in range(len(self._entries)):
-            self._open(i, verify=verify)
-        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        entries = self.manifest.shards[:max_shards]
+        starts = np.empty((len(entries), 2), np.int64)
+        for i, entry in enumerate(entries):
+            starts[i] = _check_shard(self.folder, self.manifest, entry, verify=verify)
+        limit = _default_open_shards() if open_shards is None else open_shards
+        reopen = partial(_reopen, self.folder, self.manifest, starts)
+        self._shard = lru_cache(maxsize=limit)(reopen)
         rule = self.manifest.split if heldout_fraction is None else Split(heldout_fraction)
-        self._places, self.photos = self._select(rule)
+        self._index = build_index(self.folder, entries, split, rule)
+        if not len(self):
+            held_out = (
+                "the manifest's list"
+                if rule.heldout_sources
+                else f"fraction {rule.heldout_fraction}"
+            )
+            raise ValueError(
+                f"{self.folder}: expected {split} samples, got none of {self._index.firsts[-1]} "
+                f"with {held_out} held out; choose another heldout_fraction or add photos"
+            )
         self._checked = np.zeros(len(self), bool)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._index.rows)
+
+    @property
+    def photos(self) -> int:
+        """Distinct source photos on this side, told apart by 64 bits of a hash of their names."""
+        return self._index.photos
 
     @property
     def has_cls(self) -> bool:
@@ -111,83 +157,26 @@ class EmbeddingDataset:
 
     def read_into(self, indices: Sequence[int] | np.ndarray, eva: Tensor, clip: Tensor) -> Batch:
         """``read`` into contiguous CPU tensors of the right shape and dtype, and return them."""
-        places = [self._place(int(index)) for index in indices]
+        shards, rows = self._index.places(indices)
+        places = [(self._shard(shard), row) for shard, row in zip(shards, rows, strict=True)]
         for shard, row in places:
             shard.will_read(row)
         skip = max(self.manifest.tokens - self.tokens, 0)
         lead = max(self.tokens - self.manifest.tokens, 0)
         eva_bits, clip_bits = bits(eva), bits(clip)
         for i, (index, (shard, row)) in enumerate(zip(indices, places, strict=True)):
-            # What is mapped does not change, so a row is checked once.
+            # A finished shard does not change, so a row is checked once.
             check = not self._checked[index]
             shard.copy_row(row, eva_bits[i, lead:], clip_bits[i, lead:], first=skip, check=check)
             self._checked[index] = True
         if lead:
             prepend_token_mean(eva)
             prepend_token_mean(clip)
-        records = [shard.records[row] for shard, row in places]
-        return Batch(eva, clip, tuple(r.key for r in records), tuple(r.photo for r in records))
+        return Batch(eva, clip, Records(self._index, indices))
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[SampleRecord]:
         """Key, caption and source of some samples."""
-        places = [self._place(int(index)) for index in indices]
-        return [shard.records[row] for shard, row in places]
-
-    def _place(self, index: int) -> tuple[Shard, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index}: expected 0 to {len(self) - 1}")
-        shard, row = self._places[index]
-        return self._shard(int(shard)), int(row)
-
-    def _open(self, i: int, *, verify: bool = False) -> Shard:
-        entry = self._entries[i]
-        shard = Shard(entry_path(self.folder, entry), entry, verify=verify)
-        facts = self.manifest
-        expected = (facts.tokens, facts.eva_width, facts.clip_width, DTYPES[facts.dtype])
-        got = (shard.tokens, shard.eva_width, shard.clip_width, shard.dtype)
-        if got != expected:
-            raise ValueError(
-                f"{entry.file}: expected (tokens, eva_width, clip_width, dtype) {expected}, got "
-                f"{got}: manifest and shard disagree"
-            )
-        return shard
-
-    def _select(self, rule: Split) -> tuple[np.ndarray, int]:
-        """(shard, row) of each sample of this side, int32 [samples, 2]; the number of photos."""
-        heldout = set(rule.heldout_sources or ())
-        chosen: list[tuple[int, int]] = []
-        photos: set[str] = set()
-        for i, entry in enumerate(self._entries):
-            records = RecordFile(
-                entry_path(self.folder, entry).with_suffix(".jsonl"), entry.samples
-            )
-            for row in range(entry.samples):
-                photo = records[row].photo
-                if rule.heldout_sources is None:
-                    out = photo_is_heldout(photo, rule.heldout_fraction)
-                else:
-                    out = photo in heldout
-                if self.split == "all" or out == (self.split == "heldout"):
-                    chosen.append((i, row))
-                    photos.add(photo)
-        if not chosen:
-            total = sum(entry.samples for entry in self._entries)
-            raise ValueError(
-                f"{self.folder}: expected {self.split} samples, got none of {total} with "
-                + ("the manifest's list" if heldout else f"fraction {rule.heldout_fraction}")
-                + " held out; choose another heldout_fraction or add photos"
-            )
-        return np.array(chosen, np.int32), len(photos)
-
-
-def photo_is_heldout(photo: str, fraction: float) -> bool:
-    """Whether a photo is held out: a hash of its name, read as a number in [0, 1), is below f.
-
-    A larger fraction keeps every photo held out that a smaller one held out.
-    """
-    # JSON escapes make any string hashable, damaged ones included.
-    digest = hashlib.sha256(json.dumps(photo).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+        return self._index.records(indices)
 
 
 def prepend_token_mean(x: Tensor) -> None:
@@ -212,4 +201,47 @@ def _token_layout(
         f"tokens: expected {stored}, or {expected} "
         f"({'without its CLS token' if manifest.has_cls else 'with a token mean in front'}), "
         f"got {tokens}"
+    )
+
+
+def _check_shard(
+    folder: Path, manifest: Manifest, entry: ShardEntry, *, verify: bool
+) -> tuple[int, int]:
+    """Where the towers of a shard begin, after a look at its header."""
+    layout = Shard(folder / entry.file, entry, verify=verify).layout
+    expected = (manifest.tokens, manifest.eva_width, manifest.clip_width, DTYPES[manifest.dtype])
+    got = (layout.tokens, layout.eva_width, layout.clip_width, layout.dtype)
+    if got != expected:
+        raise ValueError(
+            f"{entry.file}: expected (tokens, eva_width, clip_width, dtype) {expected}, got "
+            f"{got}: manifest and shard disagree"
+        )
+    return layout.starts
+
+
+def _reopen(folder: Path, manifest: Manifest, starts: np.ndarray, i: int) -> Shard:
+    """Shard ``i``, whose header agreed with the manifest; only its size is looked at again."""
+    entry = manifest.shards[i]
+    layout = Layout(
+        entry.samples,
+        manifest.tokens,
+        manifest.eva_width,
+        manifest.clip_width,
+        DTYPES[manifest.dtype],
+        (int(starts[i, 0]), int(starts[i, 1])),
+    )
+    return Shard(folder / entry.file, entry, layout=layout)
+
+
+def _default_open_shards() -> int:
+    """A quarter of the files that this process may open."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return _OPEN_SHARDS
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        _OPEN_SHARDS
+        if soft == resource.RLIM_INFINITY
+        else min(_MOST_OPEN_SHARDS, max(1, soft // 4))
     )

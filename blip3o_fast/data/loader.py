@@ -1,4 +1,4 @@
-"""Batches ahead of time: threads copy rows out of memory maps while the device computes.
+"""Batches ahead of time: threads read rows while the device computes.
 
 On CUDA each thread fills a page-locked buffer and starts its copy to the device on a side stream;
 the consumer's stream waits for that copy alone. Reading is memory traffic, which needs no

@@ -286,7 +286,10 @@ def entry_path(folder: Path, entry: ShardEntry) -> Path:
         )
     path = folder / name
     for file in (path, path.with_suffix(".jsonl")):
-        if not file.resolve().is_relative_to(folder.resolve()):
+        # What no link leads to lies where its name says; resolving each of 100,000 takes seconds.
+        steps = (file, *file.parents[: len(parts) - 1])
+        linked = any(step.is_symlink() for step in steps)
+        if linked and not file.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"shard {name!r}: {file.name} is a link that leads out of {folder}")
     return path
 

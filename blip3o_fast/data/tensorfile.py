@@ -1,9 +1,9 @@
-"""Safetensors files, read by memory map and written row by row.
+"""Safetensors files: headers, bit patterns, and writing row by row.
 
 Layout: an 8-byte little-endian length, that many bytes of JSON header, then the tensors end to end.
 The header maps a name to ``{"dtype": "BF16", "shape": [...], "data_offsets": [start, stop]}`` with
 offsets from the end of the header (huggingface/safetensors). A header is data from outside: it is
-checked against the size of the file before anything is allocated or mapped.
+checked against the size of the file before anything is allocated.
 
 Elements are handled as bit patterns, unsigned integers of the element's width, because numpy has no
 bfloat16; ``bits`` and ``from_bits`` convert without copying.
@@ -12,7 +12,6 @@ bfloat16; ``bits`` and ``from_bits`` convert without copying.
 import hashlib
 import json
 import math
-import mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,31 +129,6 @@ def _spec(name: str, value: object, base: int) -> TensorSpec:
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: shape {shape} of {entry['dtype']} does not fill bytes {offsets}")
     return TensorSpec(dtype, tuple(shape), base + offsets[0], base + offsets[1])
-
-
-class MappedFile:
-    """A read-only memory map of a safetensors file: ``arrays[name]`` are bit patterns on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.specs = read_header(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.arrays = {
-            name: np.frombuffer(
-                self._map, _BITS[spec.dtype][1], math.prod(spec.shape), spec.start
-            ).reshape(spec.shape)
-            for name, spec in self.specs.items()
-        }
-
-    def will_read(self, name: str, row: int) -> None:
-        """Ask the system to fetch row ``row`` of a tensor while the caller does something else."""
-        if not hasattr(self._map, "madvise"):  # Windows
-            return
-        spec = self.specs[name]
-        row_bytes = (spec.stop - spec.start) // spec.shape[0]
-        start = spec.start + row * row_bytes
-        aligned = start - start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, aligned, start + row_bytes - aligned)
 
 
 class RowWriter:

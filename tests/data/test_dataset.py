@@ -1,10 +1,16 @@
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from blip3o_fast.data.access import RandomAccessFile
 from blip3o_fast.data.dataset import EmbeddingDataset, photo_is_heldout
 from blip3o_fast.data.manifest import Split
 from blip3o_fast.data.shards import SampleRecord, ShardWriter
+
+DESCRIPTORS = Path("/proc/self/fd")
 
 
 def test_reads_any_samples_in_any_order(make_dataset, facts, features):
@@ -94,6 +100,7 @@ def test_an_empty_side_is_refused(make_dataset, split, fraction):
         ({"tokens": 6}, r"tokens: expected 4, or 5 \(with a token mean in front\), got 6"),
         ({"tokens": 3}, "tokens: expected 4, or 5"),
         ({"max_shards": 0}, "max_shards: expected at least 1, got 0"),
+        ({"open_shards": 0}, "open_shards: expected at least 1, got 0"),
     ],
 )
 def test_bad_arguments(make_dataset, options, message):
@@ -107,12 +114,92 @@ def test_the_first_shards_only(make_dataset):
     assert len(dataset) == 12
 
 
-def test_more_shards_than_are_kept_open(make_dataset, facts, features, monkeypatch):
-    monkeypatch.setattr("blip3o_fast.data.dataset._OPEN_SHARDS", 2)
-    dataset = EmbeddingDataset(make_dataset(samples_per_shard=1))
+def test_more_shards_than_are_kept_open(make_dataset, facts, features):
+    dataset = EmbeddingDataset(make_dataset(samples_per_shard=1), open_shards=2)
     eva, _, _ = features(facts, 0, 20)
     for _ in range(2):
         assert torch.equal(dataset.read(range(20)).eva, eva)
+
+
+class TestReopening:
+    """A shard that was closed to make room for others."""
+
+    @pytest.fixture
+    def opened(self, monkeypatch):
+        """Names of the files that are opened, and (name, start, bytes) of what is read of them."""
+        files, reads = [], []
+        open_file, read_into = Path.open, RandomAccessFile.read_into
+
+        def counting_open(self, *args, **options):
+            files.append(self.name)
+            return open_file(self, *args, **options)
+
+        def counting_read(self, out, start):
+            reads.append((self.path.name, start, out.nbytes))
+            read_into(self, out, start)
+
+        monkeypatch.setattr(Path, "open", counting_open)
+        monkeypatch.setattr(RandomAccessFile, "read_into", counting_read)
+        return files, reads
+
+    def test_reads_the_bytes_of_its_rows_alone(self, make_dataset, facts, features, opened):
+        dataset = EmbeddingDataset(make_dataset(), open_shards=1)
+        files, reads = opened
+        files.clear()
+        eva, clip, _ = features(facts, 0, 20)
+        batch = dataset.read([13, 1, 14])
+        assert torch.equal(batch.eva, eva[[13, 1, 14]])
+        assert torch.equal(batch.clip, clip[[13, 1, 14]])
+        assert files == [f"shard_0000{i}.safetensors" for i in (2, 0, 2)]
+        # 512 bytes of header; six rows of eva, 96 bytes each, and then of clip, 80 bytes each.
+        assert reads == [
+            (f"shard_0000{shard}.safetensors", start, size)
+            for shard, row in ((2, 1), (0, 1), (2, 2))
+            for start, size in ((512 + 96 * row, 96), (512 + 96 * 6 + 80 * row, 80))
+        ]
+        assert batch.keys == ("key13", "key1", "key14")
+        assert files[3:] == [f"shard_0000{i}.jsonl" for i in (2, 0, 2)]
+
+    def test_open_ones_are_not_opened_again(self, make_dataset, opened):
+        dataset = EmbeddingDataset(make_dataset(), open_shards=4)
+        for _ in range(3):
+            opened[0].clear()
+            dataset.read([13, 1, 14, 7, 19])
+        assert opened[0] == []
+
+    def test_another_size_is_refused(self, make_dataset):
+        folder = make_dataset()
+        dataset = EmbeddingDataset(folder)
+        with (folder / "shard_00001.safetensors").open("ab") as file:
+            file.write(b"x")
+        with pytest.raises(ValueError, match=r"shard_00001\.safetensors: expected 1568 bytes, got"):
+            dataset.read([7])
+        assert dataset.read([0]).keys == ("key0",)
+
+    def test_a_shard_that_shrinks_while_open_is_refused(self, make_dataset):
+        folder = make_dataset()
+        dataset = EmbeddingDataset(folder)
+        dataset.read([6])
+        with (folder / "shard_00001.safetensors").open("r+b") as file:
+            file.truncate(700)
+        with pytest.raises(ValueError, match=r"shard_00001\.safetensors: .*truncated while in use"):
+            dataset.read([8])
+
+    @pytest.mark.skipif(not DESCRIPTORS.is_dir(), reason="counts descriptors")
+    def test_files_close_with_the_data_set(self, make_dataset):
+        dataset = EmbeddingDataset(make_dataset(samples_per_shard=1))
+        before = len([*DESCRIPTORS.iterdir()])
+        dataset.read(range(20))
+        assert len([*DESCRIPTORS.iterdir()]) == before + 20
+        del dataset
+        assert len([*DESCRIPTORS.iterdir()]) == before
+
+    @pytest.mark.parametrize(
+        ("soft", "kept"), [(1024, 256), (1, 1), (1 << 20, 4096), (resource.RLIM_INFINITY, 256)]
+    )
+    def test_as_many_stay_open_as_the_system_allows(self, make_dataset, monkeypatch, soft, kept):
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, soft))
+        assert EmbeddingDataset(make_dataset())._shard.cache_info().maxsize == kept
 
 
 class TestTokens:
