@@ -159,26 +159,35 @@ def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) 
             )
             contenders = [
                 _contender(name, call, ours, spec, shape, dtype, device, backward)
-                for name, call, ours in implementations(spec, shape, dtype, device, compiled)
+                for name, call, ours in implementations(
+                    spec, shape, dtype, device, compiled=compiled, backward=backward
+                )
             ]
             yield Case(task, tuple(contenders))
 
 
 def implementations(
-    spec: OpSpec, shape: Shape, dtype: str, device: torch.device, compiled: bool
+    spec: OpSpec,
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    *,
+    compiled: bool,
+    backward: bool,
 ) -> Iterator[tuple[str, Callable[..., Any], bool]]:
     """Name, function of the tensors, and whether it is ours."""
     extra = {"shape": shape} if spec.name == "rope" else {}
     reference = reference_call(spec, shape)
     yield "reference", reference, device.type == "cpu"
-    if device.type == "cuda":
-        sample = torch.empty(1, 1, shape.config.hidden_size, dtype=DTYPES[dtype], device=device)
-        for impl in (Impl.TRITON, Impl.CUDA):
-            try:
+    sample = torch.empty(1, 1, shape.config.hidden_size, dtype=DTYPES[dtype], device=device)
+    for impl in (Impl.TRITON, Impl.CUDA) if device.type == "cuda" else (Impl.ATEN,):
+        try:
+            with torch.set_grad_enabled(backward):
                 ops.resolve_impl(impl, sample, op=spec.name)
-            except ValueError:
-                continue  # the record's list of absent peers says why
-            yield impl.value, partial(spec.call, impl=impl, **extra), True
+        except ValueError:
+            continue  # the record says why in its lists of what is absent and left out
+        yield impl.value, partial(spec.call, impl=impl, **extra), True
+    if device.type == "cuda":
         yield from peers.op_peers(spec.name, shape)
     if compiled:
         yield "torch.compile", compile_reference(reference, device), False

@@ -62,7 +62,7 @@ def omissions(settings: Settings) -> dict[str, str]:
         if group not in settings.groups:
             left[group] = "not among the groups asked for"
     if settings.device.type == "cpu":
-        left["Triton and CUDA kernels"] = "they run on a GPU; a CPU runs the reference ops"
+        left["Triton and CUDA kernels"] = "they run on a GPU; a CPU runs ATen's operators"
     return left
 
 

@@ -121,7 +121,8 @@ def test_a_run(few, tmp_path):
         "ops: sandwich_norm backward, tiny-b1-n16, fp32",
     ]
     assert run.bandwidth == 2e9, "the higher of both measurements"
-    first, second = run.measurements
+    first, aten, second = run.measurements
+    assert (aten.name, aten.contender, aten.limit) == (first.name, "aten", first.limit)
     assert first.limit == 2 * 16 * 384 * 4 / 2e9
     assert second.limit == 3 * 16 * 384 * 4 / 2e9
     assert first.warm is not None and first.rotation > 0
