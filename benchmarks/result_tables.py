@@ -31,8 +31,11 @@ def pictures(result: Result, folder: Path) -> str:
 
 
 def headline(result: Result, folder: Path) -> str:
-    """The shortest account of one result, empty where it has none; pictures as in ``section``."""
-    if result.record is not None:
+    """The shortest account of one result, empty where it has none; pictures as in ``section``.
+
+    Of a CPU a reader asks first how the library compares with what was published.
+    """
+    if result.record is not None and result.record.environment["device_type"] == "cuda":
         rows = [m for m in result.record.measurements if m.group in HEADLINES]
         return f"{where(result)}\n\n{against_peers(rows)}" if rows else ""
     if result.kind in ("published", "conventions"):

@@ -19,9 +19,9 @@ TOP = f"text\n\n{render.SPEED}\n{render.END}\n\n{render.CONVENTIONS}\n{render.EN
 OWN = f"text\n\n{render.EVERYTHING}\n{render.END}\n\nmore text\n"
 ENVIRONMENT = {
     "device": "a device",
-    "device_type": "cpu",
-    "driver": None,
-    "cuda": None,
+    "device_type": "cuda",
+    "driver": "595.1",
+    "cuda": "13.0",
     "load": [0.5],
     "versions": {"torch": "2.12.0"},
     "commit": "0123456789abcdef",
@@ -116,6 +116,12 @@ def test_the_fastest_of_ours_stands_beside_limit_and_fastest_peer(root):
 def test_a_result_of_unknown_commit_says_so(root):
     write_bench(root / "benchmarks/results", ROWS[0], commit=None)
     assert "commit not recorded" in texts(root)[0]
+
+
+def test_a_run_on_a_cpu_stands_in_the_longer_document_only(root):
+    write_bench(root / "benchmarks/results", *ROWS, device_type="cpu", driver=None)
+    top, own = texts(root)
+    assert "2.5x" in own and "2.5x" not in top
 
 
 def test_a_task_without_a_peer_says_so(root):
