@@ -104,7 +104,10 @@ def op_choices(device: str) -> list[Choice]:
     q = torch.empty(1, 256, 12, 64, device=device, dtype=torch.bfloat16)
     k = torch.empty(1, 256, 4, 64, device=device, dtype=torch.bfloat16)
     backend, reason = ops.attention_backend(q, k, k)
-    return [*rows, Choice("attention", device, backend.value, reason)]
+    rows.append(Choice("attention", device, backend.value, reason))
+    refusal = ops.e4m3_refusal(sample.device)
+    runs = "none" if refusal else "torch._scaled_mm"
+    return [*rows, Choice("FP8 products", device, runs, refusal or "the hardware multiplies e4m3")]
 
 
 def find_packages() -> dict[str, str]:

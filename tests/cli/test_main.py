@@ -65,7 +65,14 @@ def test_a_defect_keeps_its_traceback():
 def test_doctor_says_what_runs_and_why(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in ("versions", "ops", "sandwich_join on cpu", "attention on cpu", "flash-attn"):
+    for word in (
+        "versions",
+        "ops",
+        "sandwich_join on cpu",
+        "attention on cpu",
+        "FP8 products",
+        "flash-attn",
+    ):
         assert word in out
 
 
@@ -73,7 +80,8 @@ def test_doctor_json(capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     ops = {row["op"]: row for row in report["ops"] if row["device"] == "cpu"}
-    assert ops["swiglu"]["runs"] == "reference" and all(row["why"] for row in ops.values())
+    assert ops["swiglu"]["runs"] == "reference" and ops["rope"]["runs"] == "aten"
+    assert all(row["why"] for row in ops.values())
     assert set(report["versions"]) >= {"blip3o_fast", "torch", "python", "CUDA build"}
     assert report["packages"]["triton"]
 
