@@ -62,8 +62,11 @@ class Disagreement(ValueError):
     """A contender that does not compute what the reference does."""
 
 
-def check_agreement(name: str, result: object, expected: object) -> None:
-    """Raise ``Disagreement`` unless all tensors of both are the same up to rounding."""
+def check_agreement(name: str, result: object, expected: object, tolerance: float = 0.0) -> None:
+    """Raise ``Disagreement`` unless all tensors of both are the same up to rounding.
+
+    ``tolerance`` is for what computes in a narrower dtype than its result has.
+    """
     got, want = list(_tensors(result)), list(_tensors(expected))
     if len(got) != len(want):
         raise Disagreement(f"{name}: expected {len(want)} tensors, got {len(got)}")
@@ -73,7 +76,7 @@ def check_agreement(name: str, result: object, expected: object) -> None:
                 f"{name}: expected the shape {list(b.shape)} of the reference, got {list(a.shape)}"
             )
         difference = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-        allowed = max(TOLERANCE[x.dtype] for x in (a, b))
+        allowed = max(tolerance, *(TOLERANCE[x.dtype] for x in (a, b)))
         if not difference <= allowed:
             raise Disagreement(
                 f"{name}: expected the reference up to {allowed:g} (relative), got {difference:.2g}"

@@ -127,13 +127,22 @@ def test_an_evaluation_is_the_same_hoisted_or_not():
 
 def test_a_wrong_evaluation_is_refused(monkeypatch):
     network = Network(SHAPE, "fp32", CPU)
-    stepper, evaluate = make_stepper(network, None)
+    stepper, evaluate = make_stepper(network, None, torch.float32)
     monkeypatch.setattr(
         "blip3o_fast.benchmarking.network_cases.make_stepper",
         lambda *_: (stepper, lambda *args: 1.01 * evaluate(*args)),
     )
     with pytest.raises(Disagreement, match="evaluation, hoisted: expected the reference"):
         hoisted(network, None)
+
+
+def test_fp8_is_checked_against_the_reference(monkeypatch):
+    network = Network(SHAPE, "bf16", CPU)
+    prepared = hoisted(network, Impl.REFERENCE, torch.float8_e4m3fn)
+    assert prepared.calls[0]().shape == (1, 16, 1024)
+    monkeypatch.setattr("blip3o_fast.benchmarking.network_cases.FP8_TOLERANCE", 0.0)
+    with pytest.raises(Disagreement, match=r"expected the reference up to 0\.03"):
+        hoisted(network, Impl.REFERENCE, torch.float8_e4m3fn)
 
 
 def test_contenders_of_an_evaluation():
@@ -147,6 +156,14 @@ def test_contenders_of_an_evaluation():
         **names(compiled=False),
         **peers,
     }
+
+
+def test_contenders_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("blip3o_fast.ops.e4m3_refusal", lambda device: None)
+    (case,) = evaluation_cases(SHAPE, "bf16", torch.device("cuda"), compiled=False)
+    ours = [contender.name for contender in case.contenders if contender.ours]
+    fp8 = ["plan, FP8", "plan, FP8, CUDA graph"]
+    assert ours == ["plan", "nothing hoisted", "plan, CUDA graph", *fp8]
 
 
 def test_a_translation_counts_its_evaluations():

@@ -112,7 +112,7 @@ def products(counter):
 
 def test_an_evaluation_does_this_many_flops():
     network = Network(SMALL, "fp32", CPU)
-    stepper, evaluate = make_stepper(network, None)
+    stepper, evaluate = make_stepper(network, None, network.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         evaluate(stepper.state, stepper.context, stepper.sites[0])
     attention = 2 * SMALL.config.num_hidden_layers * work.attention(SMALL.config, 2, 4).flops
