@@ -29,7 +29,7 @@ TIME = 0.5
 GRAPHED_STEPS = 50
 FP8 = torch.float8_e4m3fn
 FP8_TOLERANCE = 0.2
-"""Of rows and weights with 3 bits of mantissa, base at random is off by 0.07; a wrong product by 1."""
+"""With 3 bits of mantissa base at random is off by 0.07; a wrong product would be by 1."""
 
 
 class Network:
