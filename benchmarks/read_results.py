@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from blip3o_fast.benchmarking.record import KIND, Record, read_record
 
-Kind = Literal["bench", "check", "profile", "published", "conventions", "fp8"]
+Kind = Literal["bench", "check", "profile", "published", "conventions", "fp8", "demo"]
 KINDS: dict[str, Kind] = {
     KIND: "bench",
     "blip3o-fast gpu check": "check",
@@ -28,6 +28,7 @@ NEEDED: dict[Kind, frozenset[str]] = {
         ("environment", "seconds", "fastest", "ratio", "difference", "rounds", "layers")
     ),
     "conventions": frozenset(("environment", "data", "steps", "rows")),
+    "demo": frozenset(("title", "verdict", "mean_predictor", "ridge", "dit", "facts")),
     "fp8": frozenset(("environment", "fp8", "parameters", "samples", "sources", "rows")),
 }
 SUMMARY = "summary.json"
@@ -79,6 +80,8 @@ def read_result(path: Path) -> Result:
     if content.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
     record = read_record(path) if kind == "bench" else None
+    if kind == "demo":
+        return Result(path, kind, content, None, content["facts"]["commit"][:10], ())
     return Result(
         path, kind, content, record, find_commit(path, content), find_pictures(path, kind)
     )
@@ -103,9 +106,11 @@ def find_kind(path: Path, content: object) -> Kind:
         named = content.get("kind", content.get("benchmark"))
         if named in KINDS:
             return KINDS[named]
+        if NEEDED["demo"] <= content.keys():
+            return "demo"
     raise ValueError(
         f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_evaluation.py, "
-        "published_cpu.py, conventions.py or fp8_quality.py"
+        "published_cpu.py, conventions.py or fp8_quality.py, or a report of blip3o-fast demo"
     )
 
 

@@ -18,8 +18,8 @@ from read_results import Result, read_results
 from result_tables import headline, section
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEED, CONVENTIONS, EVERYTHING = (
-    f"<!-- results of {what} -->" for what in ("speed", "conventions", "everything")
+DEMO, SPEED, CONVENTIONS, EVERYTHING = (
+    f"<!-- results of {what} -->" for what in ("the demo", "speed", "conventions", "everything")
 )
 END = "<!-- /results -->"
 RESULTS = "benchmarks/results"
@@ -54,10 +54,10 @@ def documents(root: Path) -> dict[Path, str]:
     results = read_results(root / RESULTS)
     top, own = root / "README.md", root / "benchmarks" / "README.md"
     texts = {path: read(path) or "" for path in (top, own)}
-    quality = [result for result in results if result.kind == "conventions"]
-    others = [result for result in results if result.kind != "conventions"]
-    texts[top] = replace_block(top, texts[top], SPEED, short(others, root))
-    texts[top] = replace_block(top, texts[top], CONVENTIONS, short(quality, root))
+    blocks = {DEMO: ("demo",), SPEED: ("bench", "published"), CONVENTIONS: ("conventions",)}
+    for begin, kinds in blocks.items():
+        chosen = [result for result in results if result.kind in kinds]
+        texts[top] = replace_block(top, texts[top], begin, short(chosen, root))
     texts[own] = replace_block(own, texts[own], EVERYTHING, long(results, own.parent))
     return {
         **texts,

@@ -38,7 +38,7 @@ def headline(result: Result, folder: Path) -> str:
     if result.record is not None and result.record.environment["device_type"] == "cuda":
         rows = [m for m in result.record.measurements if m.group in HEADLINES]
         return f"{where(result)}\n\n{against_peers(rows)}" if rows else ""
-    if result.kind in ("published", "conventions"):
+    if result.kind in ("published", "conventions", "demo"):
         return "\n\n".join(
             (where(result), *SECTIONS[result.kind](result), pictures(result, folder))
         ).rstrip()
@@ -47,6 +47,9 @@ def headline(result: Result, folder: Path) -> str:
 
 def where(result: Result) -> str:
     """Device, versions, commit and date in one sentence."""
+    if result.kind == "demo":
+        facts = result.content["facts"]
+        return f"**{facts['device']}**; {facts['versions']}; commit {result.commit}."
     facts = result.content["environment"]
     if facts is None:
         return "The environment is not recorded."
@@ -223,6 +226,35 @@ def fp8(result: Result) -> Iterator[str]:
     yield fp8_quality.table(content["rows"])
 
 
+def demo(result: Result) -> Iterator[str]:
+    """The comparison of ``blip3o-fast demo``."""
+    content = result.content
+    rows = [
+        ("mean predictor", content["mean_predictor"]),
+        ("tuned ridge regression", content["ridge"]),
+    ]
+    for found in content["dit"]:
+        count = found["evaluations"]
+        rows.append((f"DiT, {count} evaluation{'s' * (count > 1)}", found))
+    samples = content["ridge"]["samples"]
+    head = ("method", "token cosine, 95% interval", "image cosine", "R2", f"R@1 of {samples}")
+    yield table(
+        head,
+        [
+            (
+                name,
+                "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found["token_cosine"]),
+                f"{found['image_cosine']['value']:.3f}",
+                f"{found['r2']['value']:.3f}",
+                f"{found['recall_generated_to_target']['1']['value']:.3f}",
+            )
+            for name, found in rows
+        ],
+    )
+    facts = content["facts"]
+    yield f"{content['verdict']['sentence']} Crops: {facts['crops']}; model: {facts['model']}."
+
+
 def cell(text: str) -> str:
     """Text without what would end a cell of a table."""
     return text.replace("|", "/")
@@ -245,4 +277,5 @@ SECTIONS: dict[Kind, Callable[[Result], Iterator[str]]] = {
     "published": published,
     "conventions": conventions,
     "fp8": fp8,
+    "demo": demo,
 }

@@ -193,6 +193,7 @@ def evaluate(
 ) -> "Report":
     """Measure the best checkpoint on held-out crops beside the baselines."""
     from blip3o_fast import load_trained_model
+    from blip3o_fast.benchmarking.environment import describe_environment
     from blip3o_fast.data import EmbeddingDataset
     from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
     from blip3o_fast.extraction.extract import open_view
@@ -211,6 +212,7 @@ def evaluate(
     measure = EvaluationSettings(
         evaluations=tuple(args.evaluations), batch_size=32, max_samples=args.max_samples, seed=SEED
     )
+    environment = describe_environment(torch.device(device))
     facts = {
         "photos": f"{training.photos} to learn from, {heldout.photos} held out",
         "crops": f"{len(training)} to learn from, {len(heldout)} held out, "
@@ -218,7 +220,9 @@ def evaluate(
         "translation": "EfficientNet-Lite2 tokens [256, 120] to Lite0 tokens [256, 112]",
         "model": f"{model.get_num_parameters():,} parameters, {args.steps} steps of "
         f"{TRAINING['batch_size']} samples",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "device": environment["device"],
+        "versions": ", ".join(f"{name} {x}" for name, x in environment["versions"].items()),
+        "commit": environment["commit"] or "not run from a clone",
     }
     return evaluate_model(
         model,

@@ -15,7 +15,10 @@ import torch
 
 from blip3o_fast.benchmarking.record import Measurement, Record
 
-TOP = f"text\n\n{render.SPEED}\n{render.END}\n\n{render.CONVENTIONS}\n{render.END}\n\nmore text\n"
+BLOCKS = "\n\n".join(
+    f"{begin}\n{render.END}" for begin in (render.DEMO, render.SPEED, render.CONVENTIONS)
+)
+TOP = f"text\n\n{BLOCKS}\n\nmore text\n"
 OWN = f"text\n\n{render.EVERYTHING}\n{render.END}\n\nmore text\n"
 ENVIRONMENT = {
     "device": "a device",
@@ -234,6 +237,27 @@ def test_a_profile_lists_the_dearest_launches(root):
     own = texts(root)[1]
     assert "| `aten::mm` | 64x32 32x16 | 12 | 6 ms | 60% | 3 ms | 50% |" in own
     assert "10 ms in 180 launches, limit 5 ms" in own
+
+
+def test_the_demo_stands_beside_its_baselines(root):
+    def metrics(cosine):
+        interval = {"value": cosine, "low": cosine - 0.01, "high": cosine + 0.01}
+        named = dict.fromkeys(("token_cosine", "image_cosine", "r2"), interval)
+        return {**named, "samples": 96, "recall_generated_to_target": {"1": interval}}
+
+    facts = {"crops": "100 to learn from", "model": "tiny", "versions": "torch 2.12.0"}
+    content = {
+        "title": "a demo",
+        "verdict": {"sentence": "The DiT beats ridge regression."},
+        "mean_predictor": metrics(0.27),
+        "ridge": metrics(0.812),
+        "dit": [{"evaluations": 1, **metrics(0.837)}, {"evaluations": 50, **metrics(0.702)}],
+        "facts": {**facts, "device": "a device", "commit": "0123456789abcdef"},
+    }
+    (root / "benchmarks/results/demo.json").write_text(json.dumps(content))
+    for text in texts(root):
+        assert "| DiT, 50 evaluations | 0.702 [0.692, 0.712] | 0.702 | 0.702 | 0.702 |" in text
+        assert "R@1 of 96" in text and "**a device**; torch 2.12.0; commit 0123456789." in text
 
 
 def test_fp8_stands_beside_bf16_and_fp32(root):
