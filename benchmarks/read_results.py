@@ -80,11 +80,9 @@ def read_result(path: Path) -> Result:
     if content.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
     record = read_record(path) if kind == "bench" else None
-    if kind == "demo":
-        return Result(path, kind, content, None, content["facts"]["commit"][:10], ())
-    return Result(
-        path, kind, content, record, find_commit(path, content), find_pictures(path, kind)
-    )
+    demo = content["facts"]["commit"][:10] if kind == "demo" else None
+    commit = demo or find_commit(path, content)
+    return Result(path, kind, content, record, commit, find_pictures(path, kind))
 
 
 def find_pictures(path: Path, kind: Kind) -> tuple[Path, ...]:
