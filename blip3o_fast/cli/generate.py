@@ -2,15 +2,17 @@
 
 A sample's noise depends on its key and ``--seed`` alone, so neither the batch size nor the number
 of processes nor an interruption changes what is drawn for it. The same command goes on where an
-interrupted one stopped. Under torchrun every process translates its share, one GPU each.
+interrupted one stopped. Under torchrun every process translates its share, one GPU each. Threads
+read the next batches and write the last ones while the device computes.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -32,6 +34,7 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 STOPPED_BY_SIGTERM = 143
+_STRETCH = 8192  # records in memory at once
 
 
 class Job(NamedTuple):
@@ -181,7 +184,7 @@ def translate(
     args: argparse.Namespace, job: Job, world: "World", device: torch.device, signals: "StopSignals"
 ) -> int:
     """This process's share; the number of samples that it translated."""
-    from blip3o_fast.data import ShardWriter
+    from blip3o_fast.data import BackgroundWriter, BatchReader, ShardWriter, read_ahead
     from blip3o_fast.evaluation.evaluate import sample_seed
 
     part = f"r{world.rank}" if world.size > 1 else ""
@@ -194,27 +197,40 @@ def translate(
         part=part,
         merge=False,
     ) as writer:
-        records = job.data.records(range(len(job.data)))
-        missing = [i for i, record in enumerate(records) if record.key not in writer.done]
+        missing = untranslated(job.data, writer.done)
         world.barrier()  # nobody writes before everybody has seen what is missing
-        mine = missing[world.rank :: world.size]
+        mine = missing[world.rank :: world.size].copy()
+        del missing
         silent = not (args.progress and world.is_main)
-        with tqdm(total=len(mine), desc="generate", unit="sample", disable=silent) as bar:
-            for indices in batches(mine, args.batch_size):
+        with (
+            tqdm(total=len(mine), desc="generate", unit="sample", disable=silent) as bar,
+            BatchReader(job.data, args.batch_size, device=device, records=True) as reader,
+            BackgroundWriter(writer) as background,
+        ):
+            for batch in read_ahead(reader, batches(mine, args.batch_size)):
                 if signals.received is not None:
-                    writer.flush()
                     break
-                batch = job.data.read(indices)
                 seeds = [sample_seed(key, args.seed) for key in batch.keys]
-                clip = job.plan(batch.eva.to(device, torch.float32), seeds=seeds)
-                writer.add(None, clip, [records[i] for i in indices])
-                count += len(indices)
-                bar.update(len(indices))
+                clip = job.plan(batch.eva.float(), seeds=seeds)
+                background.add(None, clip, batch.records.read())
+                count += len(seeds)
+                bar.update(len(seeds))
     world.barrier()
     return count
 
 
-def batches(indices: list[int], size: int) -> Iterator[list[int]]:
+def untranslated(data: "EmbeddingDataset", done: Set[str]) -> np.ndarray:
+    """Samples whose key is not done, by index, int64; a stretch of records at a time in memory."""
+    if not done:
+        return np.arange(len(data))
+    left = [
+        stretch[[record.key not in done for record in data.records(stretch)]]
+        for stretch in batches(np.arange(len(data)), _STRETCH)
+    ]
+    return np.concatenate(left)
+
+
+def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Consecutive stretches of at most ``size``."""
     return (indices[start : start + size] for start in range(0, len(indices), size))
 

@@ -1,7 +1,7 @@
 """A folder of shards as an indexable data set, all of it or one side of its held-out split."""
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,11 +27,13 @@ class Records:
     def __init__(self, index: SampleIndex, indices: Sequence[int] | np.ndarray) -> None:
         self._index = index
         self._indices = np.array(indices, np.int64)
+        self._read: tuple[SampleRecord, ...] | None = None
 
-    @cached_property
-    def all(self) -> tuple[SampleRecord, ...]:
+    def read(self) -> tuple[SampleRecord, ...]:
         """One a sample, in the order of the batch."""
-        return tuple(self._index.records(self._indices))
+        if self._read is None:
+            self._read = tuple(self._index.records(self._indices))
+        return self._read
 
 
 class Batch(NamedTuple):
@@ -48,12 +50,12 @@ class Batch(NamedTuple):
     @property
     def keys(self) -> tuple[str, ...]:
         """The key of each sample."""
-        return tuple(record.key for record in self.records.all)
+        return tuple(record.key for record in self.records.read())
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The source photo of each sample."""
-        return tuple(record.photo for record in self.records.all)
+        return tuple(record.photo for record in self.records.read())
 
 
 class EmbeddingDataset:

@@ -1,44 +1,26 @@
-"""Batches ahead of time: threads read rows while the device computes.
-
-On CUDA each thread fills a page-locked buffer and starts its copy to the device on a side stream;
-the consumer's stream waits for that copy alone. Reading is memory traffic, which needs no
-interpreter lock, so threads suffice: no processes, no pickling, no shared memory.
+"""Batches of a shuffled data set, ahead of time.
 
 The order of batches is ``blip3o_fast.data.order``'s whatever the number of threads, and the
 position is that of the next batch the consumer will get, however far the threads have read ahead.
 """
 
-import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from blip3o_fast.data.dataset import Batch, EmbeddingDataset
 from blip3o_fast.data.order import Position, epoch_order, rank_share, steps_per_epoch
+from blip3o_fast.data.readahead import BatchReader, Ready
 
-
-class _Staging:
-    """Page-locked buffers of one batch, and the event after which they may be filled again."""
-
-    def __init__(self, dataset: EmbeddingDataset, rows: int) -> None:
-        def buffer(width: int) -> torch.Tensor:
-            shape = (rows, dataset.tokens, width)
-            return torch.empty(shape, dtype=dataset.dtype, pin_memory=width > 0)
-
-        self.eva = buffer(dataset.eva_width)
-        self.clip = buffer(dataset.clip_width)
-        self.copied: torch.cuda.Event | None = None
-
-
-class _Ready(NamedTuple):
-    batch: Batch
-    copied: torch.cuda.Event | None
+_one_order_at_a_time = threading.Lock()  # sorting tens of millions takes seconds and much memory
 
 
 class Loader:
@@ -101,7 +83,6 @@ class Loader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
-        self.device = _with_index(torch.device(device))
         self.rank = rank
         self.world_size = world_size
         self.prefetch = prefetch
@@ -110,16 +91,11 @@ class Loader:
         self.position = Position()
         self.wait_seconds = 0.0
         self.total_wait_seconds = 0.0
-        self._ahead: deque[Future[_Ready]] = deque()
+        self._ahead: deque[Future[Ready]] = deque()
         self._reading = Position()
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="blip3o-loader")
-        self._staging: queue.SimpleQueue[_Staging] = queue.SimpleQueue()
-        self._stream: torch.cuda.Stream | None = None
-        if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
-            # One buffer more than threads: a thread fills one while another's is being copied.
-            for _ in range(workers + 1):
-                self._staging.put(_Staging(dataset, batch_size // world_size))
+        rows = batch_size // world_size
+        self._reader = BatchReader(dataset, rows, device=device, workers=workers)
+        self.device = self._reader.device
 
     def __iter__(self) -> Self:
         return self
@@ -127,20 +103,14 @@ class Loader:
     def __next__(self) -> Batch:
         started = time.perf_counter()
         while len(self._ahead) < self.prefetch:
-            self._ahead.append(self._threads.submit(self._prepare, self._reading))
+            self._ahead.append(self._reader.submit(partial(self._indices, self._reading)))
             self._reading = self._after(self._reading)
-        ready = self._ahead[0].result()
+        batch = self._reader.take(self._ahead[0])
         self._ahead.popleft()
         self.wait_seconds = time.perf_counter() - started
         self.total_wait_seconds += self.wait_seconds
         self.position = self._after(self.position)
-        if ready.copied is not None:
-            consumer = torch.cuda.current_stream(self.device)
-            consumer.wait_event(ready.copied)
-            # The allocator must not reuse the memory before the consumer's stream is done with it.
-            ready.batch.eva.record_stream(consumer)
-            ready.batch.clip.record_stream(consumer)
-        return ready.batch
+        return batch
 
     def epoch(self) -> Iterator[Batch]:
         """The batches that are left of the current epoch."""
@@ -185,7 +155,7 @@ class Loader:
     def close(self) -> None:
         """Stop the threads; the loader gives no more batches."""
         self._forget_ahead()
-        self._threads.shutdown()
+        self._reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,41 +189,9 @@ class Loader:
     def _indices(self, position: Position) -> np.ndarray:
         samples = len(self.dataset)
         if self.shuffle:
-            order = epoch_order(samples, self.seed, position.epoch)
+            with _one_order_at_a_time:  # the others find it in the cache
+                order, step = epoch_order(samples, self.seed, position.epoch), position.step
         else:
-            order = np.arange(samples)
-        return rank_share(order, position.step, self.batch_size, self.rank, self.world_size)
-
-    def _prepare(self, position: Position) -> _Ready:
-        indices = self._indices(position)
-        if self._stream is not None:
-            return self._prepare_cuda(indices, self._stream)
-        batch = self.dataset.read(indices)
-        if self.device.type != "cpu":
-            eva, clip = batch.eva.to(self.device), batch.clip.to(self.device)
-            batch = batch._replace(eva=eva, clip=clip)
-        return _Ready(batch, None)
-
-    def _prepare_cuda(self, indices: np.ndarray, stream: torch.cuda.Stream) -> _Ready:
-        staging = self._staging.get()
-        try:
-            if staging.copied is not None:
-                staging.copied.synchronize()
-            rows = len(indices)
-            batch = self.dataset.read_into(indices, staging.eva[:rows], staging.clip[:rows])
-            with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                eva = batch.eva.to(self.device, non_blocking=True)
-                clip = batch.clip.to(self.device, non_blocking=True)
-                copied = torch.cuda.Event(blocking=True)
-                copied.record(stream)
-            staging.copied = copied
-        finally:
-            self._staging.put(staging)
-        return _Ready(batch._replace(eva=eva, clip=clip), copied)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """Name the current CUDA device: which one is current differs from thread to thread."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+            start = position.step * self.batch_size
+            order, step = np.arange(start, min(samples, start + self.batch_size)), 0
+        return rank_share(order, step, self.batch_size, self.rank, self.world_size)

@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_data import small_model, write_shards
 
+from blip3o_fast import SamplingPlan
 from blip3o_fast.cli import generate
 from blip3o_fast.cli.main import main
-from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.data import EmbeddingDataset, ShardWriter
+from blip3o_fast.data.tensorfile import read_header
 from blip3o_fast.evaluation.evaluate import sample_seed
 
 ROOT = Path(__file__).parents[2]
@@ -139,5 +143,62 @@ def test_model_of_another_width(given, tmp_path, capsys):
     assert not (tmp_path / "clip").exists()
 
 
+def test_reading_translating_and_writing_overlap(given, tmp_path, monkeypatch):
+    """Each takes its time; together they take less than one after the other."""
+    busy = []
+
+    def slow(owner, name):
+        whole = getattr(owner, name)
+
+        def slowed(*args, **options):
+            started = time.perf_counter()
+            time.sleep(0.2)
+            result = whole(*args, **options)
+            busy.append((name, started, time.perf_counter()))
+            return result
+
+        monkeypatch.setattr(owner, name, slowed)
+
+    slow(EmbeddingDataset, "read")
+    slow(SamplingPlan, "__call__")
+    slow(ShardWriter, "add")
+    assert main([*given, "--output_dir", str(tmp_path / "clip"), "--batch_size", "4"]) == 0
+    assert [name for name, _, _ in sorted(busy, key=lambda x: (x[0], x[2]))] == [
+        *["__call__"] * 6,
+        *["add"] * 6,
+        *["read"] * 6,
+    ]
+    together = max(stop for _, _, stop in busy) - min(start for _, start, _ in busy)
+    in_turns = sum(stop - start for _, start, stop in busy)
+    assert together < 0.7 * in_turns  # a third, and the first read and the last write
+    monkeypatch.undo()
+    assert len(translated(tmp_path / "clip")) == 24
+
+
+def test_a_bad_sample_stops_the_work_and_keeps_what_was_done(given, tmp_path, capsys):
+    shard = tmp_path / "shards" / "shard_00001.safetensors"
+    whole = shard.read_bytes()
+    spec = read_header(shard)["eva"]
+    row_bytes = (spec.stop - spec.start) // 10
+    bad = bytearray(whole)
+    bad[spec.start + 6 * row_bytes : spec.start + 6 * row_bytes + 4] = b"\0\0\xc0\x7f"
+    shard.write_bytes(bad)
+    assert main([*given, "--output_dir", str(tmp_path / "clip")]) == 1
+    assert "row 6 (key 'sample16'): eva holds NaN" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    assert main([*given, "--output_dir", str(tmp_path / "clip")]) == 0
+    # Batches of 5: the fourth was bad, and of the 15 before it two shards of 7 were full.
+    assert "10 of them new" in capsys.readouterr().out
+
+
+def test_untranslated(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "_STRETCH", 7)
+    data = EmbeddingDataset(tmp_path / "shards")
+    done = {f"sample{i}" for i in (0, 1, 7, 9, 22)}
+    expected = [i for i in range(24) if i not in (0, 1, 7, 9, 22)]
+    assert generate.untranslated(data, done).tolist() == expected
+    assert generate.untranslated(data, set()).tolist() == list(range(24))
+
+
 def test_batches():
-    assert list(generate.batches([1, 2, 3], 2)) == [[1, 2], [3]]
+    assert [part.tolist() for part in generate.batches(np.arange(3), 2)] == [[0, 1], [2]]

@@ -1,6 +1,7 @@
 import json
 import threading
 import time
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -194,6 +195,29 @@ def test_a_bad_row_stops_the_stream_at_its_batch_and_no_earlier(make_dataset):
         assert loader.position == Position(0, 2)
 
 
+def test_an_order_is_sorted_once_however_many_threads_want_it(dataset, monkeypatch):
+    calls, running = [], threading.Lock()
+
+    @lru_cache(maxsize=4)
+    def slow_order(samples, seed, epoch):
+        assert running.acquire(blocking=False)
+        calls.append(epoch)
+        time.sleep(0.1)
+        running.release()
+        return epoch_order(samples, seed, epoch)
+
+    monkeypatch.setattr("blip3o_fast.data.loader.epoch_order", slow_order)
+    with loader_of(dataset, workers=5, prefetch=8) as loader:
+        keys(loader, 6)
+    assert calls == [0, 1, 2][: len(calls)] and len(calls) >= 2
+
+
+def test_reading_leaves_the_records_alone(dataset, monkeypatch):
+    monkeypatch.setattr("blip3o_fast.data.index.read_records", None)
+    with loader_of(dataset) as loader:
+        assert next(loader).eva.shape == (4, 4, 6)
+
+
 def test_waiting_is_measured(dataset, monkeypatch):
     read, gate = dataset.read, threading.Event()
 
@@ -251,7 +275,7 @@ def test_speed_against_one_large_copy(tmp_path):
         # Few batches ahead: those of the next epoch are work that this one does not show.
         dataset = EmbeddingDataset(tmp_path)
         with Loader(dataset, batch_size=8, seed=0, prefetch=2) as loader:
-            assert sum(len(batch.keys) for batch in loader.epoch()) == 96
+            assert sum(len(batch.eva) for batch in loader.epoch()) == 96
 
     def seconds(run):
         started = time.perf_counter()
