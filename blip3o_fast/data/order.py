@@ -22,7 +22,7 @@ class Position(NamedTuple):
     step: int = 0
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of ``range(samples)``, int64, read-only."""
     key = _mix(np.array([_key(seed) ^ (epoch & _MASK)], np.uint64))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blip3o_fast.data.dataset import Records
 from blip3o_fast.training.distributed import World
 
 LOSS_TERMS = ("loss", "velocity_loss", "semantic_loss", "cosine_loss", "consistency_loss")
@@ -70,6 +71,7 @@ class Pending(NamedTuple):
     """A step whose numbers are still on the device.
 
     ``numbers`` are the five loss terms, norm, bound, finite and loss scale, ``[9]`` fp32.
+    ``records`` are read only if the batch has to be named.
     """
 
     step: int
@@ -77,7 +79,7 @@ class Pending(NamedTuple):
     learning_rate: float
     data_wait: float
     numbers: Tensor
-    keys: tuple[str, ...]
+    records: Records
 
 
 class Recorder:
@@ -130,7 +132,7 @@ class Recorder:
             return
         if self.scaled and record.loss_scale > 1:
             return  # the scaler halves its scale; only the model's own overflow remains at 1
-        self.bad_keys.append((entry.step, entry.keys))
+        self.bad_keys.append((entry.step, tuple(record.key for record in entry.records.read())))
         if len(self.bad_keys) <= self.max_nonfinite:
             return
         batches = [

@@ -170,7 +170,7 @@ class Trainer:
                     self.plan.schedule.rate(progress.step - 1),
                     self.loader.wait_seconds,
                     step_numbers,
-                    batch.keys,
+                    batch.records,
                 )
             )
             due = progress.step % options.eval_every_n_steps == 0

@@ -1,6 +1,7 @@
 """Numbers of a step on their way to the host, and the watch over broken training."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from blip3o_fast.training.records import NonFiniteGradients, Pending, Recorder
 def pending(step, *, norm=1.0, scale=1.0, keys=("a", "b")):
     finite = float(math.isfinite(norm))
     numbers = torch.tensor([1.0, 2.0, 3.0, math.nan, 5.0, norm, 0.5, finite, scale])
-    return Pending(step, 0, 1e-3, 0.25, numbers, keys)
+    records = [SimpleNamespace(key=key) for key in keys]
+    return Pending(step, 0, 1e-3, 0.25, numbers, SimpleNamespace(read=lambda: records))
 
 
 def recorder(**changes):
