@@ -18,6 +18,7 @@ from scaling_tables import BACKWARD, DISK, GLOBAL_BATCHES, GPUS, HALF, config, s
 from tables import duration, number
 
 from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
+from blip3o_fast.data.records import MARK_EVERY
 from blip3o_fast.training.options import TrainingOptions
 
 FOLDER = Path(__file__).parent
@@ -27,10 +28,10 @@ SAMPLES_A_GPU = GLOBAL_BATCHES[-1] // GPUS[-1]
 SLOW_STORAGE = 10e9
 HOST_CROSSINGS = 4
 """Of a byte of a batch: into the page cache, out, into a page-locked buffer, out."""
-INDEX = 8
-"""Bytes of a sample's place (two int32) and of its number in an epoch's order (int64)."""
-PAIR = 56 + 8 + 28
-"""Bytes of a tuple of two, its slot in a list and one of its integers, in 64-bit CPython."""
+PLACE = 4 + 1 + 8 / MARK_EVERY
+"""Bytes a sample: its row, whether it was checked, and its share of the places in sidecars."""
+ORDER = 8
+"""Bytes of a sample's number in an epoch's order."""
 
 
 def render() -> str:
@@ -88,10 +89,8 @@ def sentences() -> dict[str, str]:
         "workers": str(options.num_workers),
         "pinned": number(pinned, "B"),
         "pinned_machine": number(H100.gpus * pinned, "B"),
-        "indices": number(SAMPLES * INDEX, "B"),
-        "pair": str(PAIR),
-        "pairs": number(SAMPLES * PAIR, "B"),
-        "pairs_machine": number(H100.gpus * SAMPLES * PAIR, "B"),
+        "places": number(SAMPLES * PLACE, "B"),
+        "order": number(SAMPLES * ORDER, "B"),
         "open_shards": str(_OPEN_SHARDS),
         "keep_last": str(options.keep_last),
         "epoch_steps": f"{SAMPLES // GLOBAL_BATCHES[-1]:,}",

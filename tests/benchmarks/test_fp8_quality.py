@@ -39,7 +39,7 @@ def test_the_table(given, monkeypatch, capsys):
     fp8_quality.main()
     *table, line = capsys.readouterr().out.splitlines()
     facts = json.loads(line)
-    assert facts["fp8"].startswith("emulated: ") and facts["samples"] >= facts["sources"] > 1
+    assert facts["fp8"].startswith("emulation (") and facts["samples"] >= facts["sources"] > 1
     assert len(table) == 2 + 6 and all(row.count("|") == 5 for row in table)
     by = {(row["measure"], row["at"]): row for row in facts["rows"]}
     for time in (0.2, 0.8):
