@@ -23,7 +23,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 EXPERIMENT_NAME = "experiment_config.json"
 POINTERS = ("best", "latest")
-"""Files of a training run that name one of its checkpoints; the first present is followed."""
+"""Files of a training run that name one of its checkpoints; a run itself means the first."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,12 @@ def _locate(path: Path, given: str, revision: str | None) -> Path:
     if path.is_file():
         if path.suffix == ".pt":
             return path
-        raise ValueError(f"{path}: expected a folder or a .pt file, got another kind of file")
+        if path.name in POINTERS:
+            return _follow(path.parent, path.name)
+        raise ValueError(
+            f"{path}: expected a folder, a .pt file or a run's {' or '.join(POINTERS)}, "
+            "got another kind of file"
+        )
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
             return path

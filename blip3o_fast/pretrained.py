@@ -98,8 +98,8 @@ class BLIP3oDiT(DiT):
         """Load a model in evaluation mode.
 
         Args:
-            path: our folder or training run, a published ``.pt`` file or a folder of them, or a hub
-                repository ``owner/name`` (needs the extra ``hub``).
+            path: our folder, training run or its ``latest`` or ``best``, a published ``.pt`` file
+                or a folder of them, or a hub repository ``owner/name`` (needs the extra ``hub``).
             num_attention_heads, num_key_value_heads: for a ``.pt`` file that comes without its
                 configuration.
             revision: of a hub repository.

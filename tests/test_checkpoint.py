@@ -146,6 +146,15 @@ def test_pointer_files_are_followed(tmp_path):
     assert load_trained_model(tmp_path).config.initializer_range == 0.1
     (tmp_path / "best").write_text("step_10\n")
     assert load_trained_model(tmp_path).config.initializer_range == 0.5
+    assert load_trained_model(tmp_path / "latest").config.initializer_range == 0.1
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"expected a folder, a \.pt file or a run's best or latest"
+    ):
+        load_trained_model(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp", ""])
