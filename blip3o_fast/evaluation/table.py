@@ -7,7 +7,9 @@ from blip3o_fast.evaluation.bootstrap import Estimate
 from blip3o_fast.evaluation.metrics import Metrics
 from blip3o_fast.evaluation.report import Report
 
-SHOWN_EVALUATIONS = (1, 2, 4, 10, 25, 50)
+MOST_ROWS = 8
+"""Of the DiT: as many numbers of evaluations are all shown, of more the usual ones."""
+USUAL_EVALUATIONS = (1, 2, 4, 10, 25, 50, 100)
 HEADER = ("method", "token cosine", "image", "centred", "MSE", "R2", "R@1", "CKA")
 
 _WIDTH = 80
@@ -22,13 +24,13 @@ class Row(NamedTuple):
 
 
 def comparison_rows(report: Report) -> tuple[Row, ...]:
-    """Mean predictor, ridge, the DiT at the usual numbers of evaluations, and at its best."""
+    """Mean predictor, ridge, the DiT by number of evaluations, and at its best."""
     rows = [
         Row("mean predictor", metric_cells(report.mean.metrics)),
         Row("ridge", metric_cells(report.ridge.metrics)),
     ]
     for result in report.dit:
-        if result.evaluations in SHOWN_EVALUATIONS:
+        if len(report.dit) <= MOST_ROWS or result.evaluations in USUAL_EVALUATIONS:
             plural = "" if result.evaluations == 1 else "s"
             rows.append(
                 Row(f"DiT, {result.evaluations} eval{plural}", metric_cells(result.metrics))

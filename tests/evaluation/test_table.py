@@ -6,22 +6,20 @@ from blip3o_fast.evaluation import Estimate, terminal_table
 from blip3o_fast.evaluation.table import comparison_rows, metric_cells, with_interval
 
 
-def test_rows_are_baselines_usual_counts_and_best(report):
-    methods = [row.method for row in comparison_rows(report)]
-    assert methods == [
-        "mean predictor",
-        "ridge",
-        "DiT, 1 eval",
-        "DiT, 2 evals",
-        "DiT, 10 evals",
-        "DiT, best (1)",
-    ]
-    assert [row.is_best for row in comparison_rows(report)] == [False] * 5 + [True]
+def test_rows_are_baselines_every_count_and_best(report):
+    rows = comparison_rows(report)
+    counts = [f"DiT, {n} eval{'s' * (n > 1)}" for n in (1, 2, 3, 10, 100)]
+    assert [row.method for row in rows] == ["mean predictor", "ridge", *counts, "DiT, best (1)"]
+    assert [row.is_best for row in rows] == [False] * 7 + [True]
 
 
-def test_the_best_row_may_be_an_unusual_count(report):
-    odd = dataclasses.replace(report, dit=report.dit[2:])
-    assert [row.method for row in comparison_rows(odd)][2:] == ["DiT, 10 evals", "DiT, best (3)"]
+def test_of_many_counts_the_usual_are_shown(report):
+    last = report.dit[-1]
+    more = [dataclasses.replace(last, evaluations=n) for n in (101, 102, 103, 104)]
+    many = dataclasses.replace(report, dit=(*report.dit, *more))
+    methods = [row.method for row in comparison_rows(many)][2:]
+    counts = [f"DiT, {n} eval{'s' * (n > 1)}" for n in (1, 2, 10, 100)]
+    assert methods == [*counts, "DiT, best (1)"]
 
 
 def test_cells_are_the_metrics(report):
