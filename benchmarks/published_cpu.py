@@ -12,14 +12,11 @@ run. The last line is JSON.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
-import logging
 import os
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast import SamplingPlan, accelerate
+from blip3o_fast.benchmarking.checkout import check_checkout, load_published
 from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.errors import OptionError
 
-MODEL_FILE = "src/modules/models/blip3o_dit.py"
 TOKENS, EVA, CLIP = 256, 4096, 1024
 Timer = Callable[[], list[float]]
 """Takes one turn and returns the seconds of each evaluation in it."""
@@ -83,39 +82,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_published(checkout: Path, layers: int) -> nn.Module:
-    """The published model in evaluation mode, its zero-initialised weights made random."""
-    file = checkout / MODEL_FILE
-    if not file.is_file():
-        raise SystemExit(f"--published: expected {MODEL_FILE} in {checkout}, found none")
-    if importlib.util.find_spec("transformers") is None:
-        sys.modules["transformers"] = transformers_stub()
-    spec = importlib.util.spec_from_file_location("published_blip3o_dit", file)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    logging.disable(logging.INFO)
-    spec.loader.exec_module(module)
-    model = module.create_improved_clip_reproduction_model(num_hidden_layers=layers).eval()
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.02)
-    return model
-
-
-def transformers_stub() -> types.ModuleType:
-    """The two names that the published module imports from transformers."""
-
-    class PretrainedConfig:
-        def __init__(self, **fields: Any) -> None:
-            vars(self).update(fields)
-
-    class PreTrainedModel(nn.Module):
-        def __init__(self, config: Any) -> None:
-            super().__init__()
-            self.config = config
-
-    stub: Any = types.ModuleType("transformers")
-    stub.PretrainedConfig, stub.PreTrainedModel = PretrainedConfig, PreTrainedModel
-    return stub
+    """The published base with so many blocks."""
+    try:
+        return load_published(check_checkout(checkout), Shape("base"), num_hidden_layers=layers)
+    except OptionError as error:
+        raise SystemExit(f"--{error}") from None
 
 
 def plan_bf16(model: Any, count: int, compiled: bool = False) -> SamplingPlan:

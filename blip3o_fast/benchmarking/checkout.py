@@ -81,8 +81,11 @@ def open_checkout(checkout: Path | None, shape: Shape) -> Callable[[BLIP3oDiT], 
     return make
 
 
-def load_published(file: Path, shape: Shape) -> nn.Module:
-    """The published model in evaluation mode, its zero-initialised weights made random."""
+def load_published(file: Path, shape: Shape, num_hidden_layers: int | None = None) -> nn.Module:
+    """The published model in evaluation mode, its zero-initialised weights made random.
+
+    ``num_hidden_layers`` None is what the preset has.
+    """
     if importlib.util.find_spec("transformers") is None:
         sys.modules.setdefault("transformers", _transformers_stub())
     spec = importlib.util.spec_from_file_location("published_blip3o_dit", file)
@@ -93,7 +96,8 @@ def load_published(file: Path, shape: Shape) -> nn.Module:
     try:
         spec.loader.exec_module(module)
         make = module.create_improved_clip_reproduction_model
-        model = make(model_size=shape.preset).eval()
+        changes = {} if num_hidden_layers is None else {"num_hidden_layers": num_hidden_layers}
+        model = make(model_size=shape.preset, **changes).eval()
     finally:
         logging.disable(level)
     for parameter in model.parameters():
