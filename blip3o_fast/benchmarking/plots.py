@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from blip3o_fast.benchmarking.record import Measurement, Record
 from blip3o_fast.benchmarking.roofline import draw_roofline
 from blip3o_fast.benchmarking.style import COLOURS, GREY, GRID, INK, MARKS, decimal_axis, number
+from blip3o_fast.evaluation import require_plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,17 +29,6 @@ class Point(NamedTuple):
     def line(self) -> str:
         """What the point belongs to."""
         return f"{self.m.contender}, {self.m.dtype}"
-
-
-def require_plots() -> None:
-    """Raise ``ImportError`` if matplotlib is missing; for before long work that ends in plots."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "plots: expected matplotlib, which is not installed; pip install blip3o-fast[plots], "
-            "or turn plots off"
-        ) from error
 
 
 def draw_plots(record: Record) -> dict[str, bytes]:

@@ -7,8 +7,9 @@ import matplotlib.image
 import pytest
 from benchmarking.records import measurement, record
 
-from blip3o_fast.benchmarking.plots import draw_plots, require_plots
+from blip3o_fast.benchmarking.plots import draw_plots
 from blip3o_fast.benchmarking.style import number
+from blip3o_fast.evaluation import require_plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
