@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast import ops
-from blip3o_fast.benchmarking.op_cases import SPECS, OpSpec
+from blip3o_fast.benchmarking.op_cases import SPECS, OpSpec, op_call
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import Impl
 
@@ -73,9 +73,8 @@ def worst_distance(spec: OpSpec, dtype: torch.dtype, device: torch.device, impl:
 
 def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> list[Tensor]:
     """Of the sum of all outputs, weighed with random numbers that are the same in every dtype."""
-    extra = {"shape": SHAPE} if spec.name == "rope" else {}
     leaves = [x.detach().clone().requires_grad_() for x in tensors[: spec.differentiable]]
-    result = spec.call(*leaves, *tensors[spec.differentiable :], impl=impl, **extra)
+    result = op_call(spec, SHAPE, impl)(*leaves, *tensors[spec.differentiable :])
     outputs = [result] if isinstance(result, Tensor) else list(result)
     if not leaves:
         return outputs

@@ -176,7 +176,6 @@ def implementations(
     backward: bool,
 ) -> Iterator[tuple[str, Callable[..., Any], bool]]:
     """Name, function of the tensors, and whether it is ours."""
-    extra = {"shape": shape} if spec.name == "rope" else {}
     reference = reference_call(spec, shape)
     yield "reference", reference, device.type == "cpu"
     sample = torch.empty(1, 1, shape.config.hidden_size, dtype=DTYPES[dtype], device=device)
@@ -186,17 +185,22 @@ def implementations(
                 ops.resolve_impl(impl, sample, op=spec.name)
         except ValueError:
             continue  # the record says why in its lists of what is absent and left out
-        yield impl.value, partial(spec.call, impl=impl, **extra), True
+        yield impl.value, op_call(spec, shape, impl), True
     if device.type == "cuda":
         yield from peers.op_peers(spec.name, shape)
     if compiled:
         yield "torch.compile", compile_reference(reference, device), False
 
 
+def op_call(spec: OpSpec, shape: Shape, impl: Impl) -> Callable[..., Any]:
+    """An op by one implementation, as a function of its tensors."""
+    extra = {"shape": shape} if spec.name == "rope" else {}
+    return partial(spec.call, impl=impl, **extra)
+
+
 def reference_call(spec: OpSpec, shape: Shape) -> Callable[..., Any]:
     """An op of plain PyTorch."""
-    extra = {"shape": shape} if spec.name == "rope" else {}
-    return partial(spec.call, impl=Impl.REFERENCE, **extra)
+    return op_call(spec, shape, Impl.REFERENCE)
 
 
 def compile_reference(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
