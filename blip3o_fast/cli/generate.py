@@ -33,7 +33,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp8": torch.float8_e4m3fn,
 }
-STOPPED_BY_SIGTERM = 143
 _STRETCH = 8192  # records in memory at once
 
 
@@ -90,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Translate what is not translated yet."""
     from blip3o_fast.training.distributed import join_world
-    from blip3o_fast.training.signals import StopSignals
+    from blip3o_fast.training.signals import EXIT_STATUS, StopSignals
 
     for name in ("num_inference_steps", "batch_size", "samples_per_shard"):
         if getattr(args, name) < 1:
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             finish(args.output_dir)
     if stopped:
         print("blip3o-fast generate: stopped; run again to go on", file=sys.stderr)
-        return STOPPED_BY_SIGTERM
+        return EXIT_STATUS
     if world.is_main:
         print(f"{len(job.data)} samples in {args.output_dir}, {count} of them new here")
     return 0
