@@ -15,6 +15,7 @@ from blip3o_fast.ops.quantised import (
     swiglu_quantised,
 )
 from blip3o_fast.ops.rope import rope
+from blip3o_fast.ops.rope_attention import rope_attention
 from blip3o_fast.ops.sandwich_join import sandwich_join
 from blip3o_fast.ops.sandwich_norm import sandwich_norm
 from blip3o_fast.ops.solver_update import solver_update
@@ -38,6 +39,7 @@ __all__ = [
     "AttentionBackend",
     "attention",
     "attention_backend",
+    "rope_attention",
     "adapter_norm",
     "adapter_mix",
     "solver_update",

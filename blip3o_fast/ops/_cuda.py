@@ -14,8 +14,11 @@ _LIBRARY = _PACKAGE / "_C.so"
 _RECORD = _PACKAGE / "_build_info.json"
 _CHOICES = Path(__file__).with_name("cuda_choices.json")
 
-OPS = ("swiglu", "rope", "sandwich_norm", "sandwich_join", "solver_update")
+OPS = ("swiglu", "rope", "sandwich_norm", "sandwich_join", "solver_update", "rope_attention")
 """Public ops that have a CUDA C++ kernel."""
+
+FUSIONS = ("rope_attention",)
+"""Kernels that stand for several ops, of which other people's may be faster: only measured."""
 
 WIDEST_NORM = 3072
 """The widest row of ``sandwich_norm`` and ``sandwich_join``: ``BLIP3O_MAX_WIDTH`` of blip3o.h."""
@@ -74,6 +77,8 @@ def limit(op: str, x: Tensor) -> str:
     """Why a loaded CUDA kernel cannot run on ``x``, or an empty string."""
     if x.dtype is torch.float64:
         return "the kernels take float16, bfloat16 and float32; pass impl=Impl.TRITON"
+    if op == "rope_attention" and x.dtype is torch.float32:
+        return "tensor cores take float16 and bfloat16; pass impl=Impl.TRITON"
     if op.startswith("sandwich") and x.shape[-1] > WIDEST_NORM:
         return f"rows of the norms are at most {WIDEST_NORM} wide; pass impl=Impl.TRITON"
     return ""
@@ -83,7 +88,9 @@ def is_chosen(op: str, x: Tensor, *, triton: bool) -> bool:
     """Whether the CUDA kernel runs on ``x`` unasked: measured faster, or Triton is not there."""
     if refusal(op, x):
         return False
-    return not triton or any(_matches(choice, op, x) for choice in _MEASURED)
+    if not triton and op not in FUSIONS:
+        return True
+    return any(_matches(choice, op, x) for choice in _MEASURED)
 
 
 def _matches(choice: Choice, op: str, x: Tensor) -> bool:
@@ -120,6 +127,7 @@ def load(library: Path = _LIBRARY, record: Path = _RECORD) -> CudaBuild:
 def _register_fakes() -> None:
     for name in OPERATORS:
         torch.library.register_fake(f"blip3o_fast_cuda::{name}", _twin(name))
+    torch.library.register_fake("blip3o_fast_cuda::rope_attention", fake_rope_attention)
 
 
 def _twin(name: str) -> Callable[..., Any]:
@@ -129,6 +137,12 @@ def _twin(name: str) -> Callable[..., Any]:
         return getattr(torch.ops.blip3o_fast, name)(*args)
 
     return fake
+
+
+def fake_rope_attention(q: Tensor, *rest: Any) -> Tensor:
+    """The fake of the operator that ``blip3o_fast`` does not have."""
+    del rest
+    return q.new_empty(q.shape)
 
 
 _MEASURED = read_choices()

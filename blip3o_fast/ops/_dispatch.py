@@ -36,7 +36,11 @@ class Rounding(Enum):
 
 @dataclass
 class ImplTable:
-    """The implementation of each op of one model; None leaves the choice to ``resolve_impl``."""
+    """The implementation of each op of one model; None leaves the choice to ``resolve_impl``.
+
+    ``rope_attention`` is for sampling, which rotates by ``rope`` where that is None and no single
+    kernel was measured faster.
+    """
 
     sandwich_norm: Impl | None = None
     sandwich_join: Impl | None = None
@@ -46,6 +50,7 @@ class ImplTable:
     adapter_mix: Impl | None = None
     solver_update: Impl | None = None
     flow_loss: Impl | None = None
+    rope_attention: Impl | None = None
 
     def set(self, impl: Impl | None = None, **per_op: Impl | None) -> None:
         """Choose ``impl`` for every op, then the exceptions named in ``per_op``."""

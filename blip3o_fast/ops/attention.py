@@ -41,7 +41,8 @@ def attention(
         ValueError: for shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     q, k, v = _as_autocast(q, k, v)
-    _check(q, k, v, dropout)
+    check_heads(q, k, v)
+    _check_dropout(dropout)
     chosen = _choose(_facts(q, k, v, dropout), backend)[0]
     with outside_autocast(q):
         return run(chosen, q, k, v, dropout)
@@ -61,7 +62,8 @@ def attention_backend(
         ValueError: as ``attention``.
     """
     q, k, v = _as_autocast(q, k, v)
-    _check(q, k, v, dropout)
+    check_heads(q, k, v)
+    _check_dropout(dropout)
     return _choose(_facts(q, k, v, dropout), backend)
 
 
@@ -73,7 +75,8 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ``ValueError`` unless these are queries, keys and values of one attention."""
     check_shape("q", q, "B N H d")
     B, _, H, d = q.shape
     check_shape("k", k, "B M K d", B=B, d=d)
@@ -84,6 +87,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected {q.dtype}, the dtype of q, got {x.dtype}")
+
+
+def _check_dropout(dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
 

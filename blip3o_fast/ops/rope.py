@@ -49,17 +49,7 @@ def rope(
         A tensor of the shape and dtype of ``qkv``, new unless ``inplace``. Differentiable once in
         ``qkv``.
     """
-    check_shape("cos", cos, "N d")
-    N, d = cos.shape
-    if d % 2:
-        raise ValueError(f"cos: expected an even head width d, got {d}")
-    if num_heads < 0 or num_kv_heads < 0 or num_heads + num_kv_heads < 1:
-        raise ValueError(
-            f"num_heads, num_kv_heads: expected heads, got {num_heads}, {num_kv_heads}"
-        )
-    check_shape("sin", sin, "N d", N=N, d=d)
-    check_shape("qkv", qkv, "B N W", N=N, W=(num_heads + 2 * num_kv_heads) * d)
-    check_tensors(qkv=qkv, cos=cos, sin=sin)
+    check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
     if inplace and torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
     faithful = rounding is Rounding.FAITHFUL
@@ -76,6 +66,23 @@ def rope(
         operators(impl).rope_(qkv, cos, sin, turned, faithful)
         return qkv
     return _RoPE.apply(qkv, cos, sin, turned, faithful, impl)
+
+
+def check_rotation(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> None:
+    """Raise ``ValueError`` unless these are packed heads and their tables."""
+    check_shape("cos", cos, "N d")
+    N, d = cos.shape
+    if d % 2:
+        raise ValueError(f"cos: expected an even head width d, got {d}")
+    if num_heads < 0 or num_kv_heads < 0 or num_heads + num_kv_heads < 1:
+        raise ValueError(
+            f"num_heads, num_kv_heads: expected heads, got {num_heads}, {num_kv_heads}"
+        )
+    check_shape("sin", sin, "N d", N=N, d=d)
+    check_shape("qkv", qkv, "B N W", N=N, W=(num_heads + 2 * num_kv_heads) * d)
+    check_tensors(qkv=qkv, cos=cos, sin=sin)
 
 
 class _RoPE(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """One evaluation of the velocity, with everything hoisted that does not depend on the state.
 
 What is left of a block: qkv GEMM, rope, attention, out GEMM, join, q GEMM, (rope,) attention, out
-GEMM, join, gate-up GEMM, swiglu, down GEMM, join.
+GEMM, join, gate-up GEMM, swiglu, down GEMM, join. Rope and attention may be one kernel.
 """
 
 import torch
@@ -90,18 +90,17 @@ def evaluate(
 def _self_attention(
     weights: PackedWeights, block: BlockWeights, config: DiTConfig, impls: ImplTable, h: Rows
 ) -> Tensor:
-    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv = ops.rope(
+    attended = ops.rope_attention(
         _linear(h, block.qkv, impls.sandwich_join),
         weights.cos,
         weights.sin,
-        num_heads=H,
-        num_kv_heads=K,
-        impl=impls.rope,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        impl=impls.rope_attention,
+        rope_impl=impls.rope,
         inplace=True,
     )
-    q, k, v = qkv.unflatten(-1, (H + 2 * K, d)).split((H, K, K), dim=2)
-    return F.linear(ops.attention(q, k, v).flatten(2), block.self_out)
+    return F.linear(attended, block.self_out)
 
 
 def _cross_attention(
@@ -116,17 +115,20 @@ def _cross_attention(
     H, d = config.num_attention_heads, config.head_dim
     q = _linear(h, block.cross_q, impls.sandwich_join)
     if config.conventions == "consistent":
-        q = ops.rope(
+        attended = ops.rope_attention(
             q,
             weights.cos,
             weights.sin,
             num_heads=H,
             num_kv_heads=0,
-            impl=impls.rope,
+            kept=(keys, values),
+            impl=impls.rope_attention,
+            rope_impl=impls.rope,
             inplace=True,
         )
-    attended = ops.attention(q.unflatten(-1, (H, d)), keys, values)
-    return F.linear(attended.flatten(2), block.cross_out)
+    else:
+        attended = ops.attention(q.unflatten(-1, (H, d)), keys, values).flatten(2)
+    return F.linear(attended, block.cross_out)
 
 
 def _mlp(block: BlockWeights, impls: ImplTable, h: Rows) -> Tensor:

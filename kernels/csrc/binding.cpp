@@ -45,7 +45,8 @@ class Place {
 
 void check(int error, const char* op) {
   STD_TORCH_CHECK(error != cudaErrorInvalidValue, op, ": no kernel for this width or size; rows of ",
-                  "the norms are at most ", BLIP3O_MAX_WIDTH, " wide: pass impl=Impl.TRITON");
+                  "the norms are at most ", BLIP3O_MAX_WIDTH, " wide, heads of attention 64: pass ",
+                  "impl=Impl.TRITON");
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorName(static_cast<cudaError_t>(error)),
                   ", ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
@@ -261,6 +262,44 @@ Tensor rope_backward(Tensor grad, Tensor cos, Tensor sin, int64_t heads) {
   return out;
 }
 
+/// [B, N, heads, d] as rows of adjacent heads that 16-byte accesses fit, copied where they do not.
+struct Heads {
+  Tensor owner;
+  blip3o_rows c;
+
+  explicit Heads(const Tensor& x) : owner(x) {
+    STD_TORCH_CHECK(x.dim() == 4, "expected [B, N, heads, d], got ", x.dim(), " axes");
+    if (!fit(x)) {
+      owner = fresh(x, activation_dtype(x));
+      torch::stable::copy_(owner, x);
+    }
+    c = {owner.data_ptr(), owner.stride(0), owner.stride(1)};
+  }
+
+ private:
+  static bool fit(const Tensor& x) {
+    constexpr int64_t kEight = 8;  // 16-bit elements of an access
+    return (x.size(3) <= 1 || x.stride(3) == 1) &&
+           (x.size(2) <= 1 || x.stride(2) == x.size(3)) && x.stride(1) % kEight == 0 &&
+           x.stride(0) % kEight == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+  }
+};
+
+Tensor rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool rotates_keys) {
+  const Place place(q);
+  const int activation = activation_dtype(q);
+  const Tensor cosines = whole(cos, BLIP3O_FLOAT32), sines = whole(sin, BLIP3O_FLOAT32);
+  const Heads queries(q), keys(k), values(v);
+  Tensor out = fresh(q, activation);
+  check(blip3o_rope_attention(activation, {q.size(0), q.size(1), q.size(3)}, k.size(1),
+                              static_cast<int>(q.size(2)), static_cast<int>(k.size(2)), queries.c,
+                              keys.c, values.c, static_cast<const float*>(cosines.data_ptr()),
+                              static_cast<const float*>(sines.data_ptr()), rotates_keys,
+                              out.data_ptr(), place.stream()),
+        "rope_attention");
+  return out;
+}
+
 Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps,
                      bool faithful) {
   const Place place(x);
@@ -422,6 +461,9 @@ LIBRARY(BLIP3O_NAMESPACE, m) {
   m.def("rope_(Tensor(a!) qkv, " TABLES ", bool faithful) -> ()");
   m.def("rope_backward(Tensor grad, " TABLES ") -> Tensor");
   m.def(
+      "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool rotates_keys) "
+      "-> Tensor");
+  m.def(
       "sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, "
       "bool faithful) -> Tensor");
   m.def(
@@ -442,6 +484,7 @@ IMPLEMENTATIONS(BLIP3O_NAMESPACE, BLIP3O_DISPATCH_KEY, m) {
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("rope_", TORCH_BOX(&rope_inplace));
   m.impl("rope_backward", TORCH_BOX(&rope_backward));
+  m.impl("rope_attention", TORCH_BOX(&rope_attention));
   m.impl("sandwich_norm", TORCH_BOX(&sandwich_norm));
   m.impl("sandwich_norm_backward", TORCH_BOX(&sandwich_norm_backward));
   m.impl("sandwich_join", TORCH_BOX(&sandwich_join));

@@ -102,6 +102,16 @@ BLIP3O_API int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_hea
                            int num_kv_heads, blip3o_rows qkv, const void* cos, const void* sin,
                            int adjoint, int faithful, void* out, cudaStream_t stream);
 
+/*
+ * softmax(rope(q) rope(k)^T / sqrt(d)) v, fp16 or bf16. shape: batch, queries N, d; d is 64. q rows [H d], k and v
+ * rows [K d], `keys` of them, K divides H; cos, sin [N, d] contiguous. rotates_keys == 0: k is rotated
+ * already; else keys is N. out [B, N, H d]. Pointers and strides are multiples of 16 bytes.
+ */
+BLIP3O_API int blip3o_rope_attention(int dtype, blip3o_shape shape, int64_t keys, int num_heads,
+                                     int num_kv_heads, blip3o_rows q, blip3o_rows k,
+                                     blip3o_rows v, const float* cos, const float* sin,
+                                     int rotates_keys, void* out, cudaStream_t stream);
+
 /* silu(gate) * up of rows [2I], gate first. shape.width is I. */
 BLIP3O_API int blip3o_swiglu_forward(int dtype, blip3o_shape shape, blip3o_rows gate_up,
                                      int faithful, void* out, cudaStream_t stream);

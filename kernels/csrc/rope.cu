@@ -5,6 +5,7 @@
 //
 // and value heads are copied. The halves of a table may differ, so the adjoint is not "negate sin".
 #include "elementwise.cuh"
+#include "rotation.cuh"
 
 namespace blip3o {
 namespace {
@@ -18,30 +19,6 @@ struct Rope {
   const P *cos, *sin;
   T* out;
 };
-
-template <typename T, typename P, int kPack, bool kAdjoint, bool kFaithful>
-__device__ __forceinline__ void rotate(float (&low)[kPack], float (&high)[kPack], const P* cos,
-                                       const P* sin, int half) {
-  float cos_low[kPack], cos_high[kPack], sin_low[kPack], sin_high[kPack];
-  load(cos_low, cos);
-  load(cos_high, cos + half);
-  load(sin_low, sin);
-  load(sin_high, sin + half);
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    const float a = low[i], b = high[i];
-    if constexpr (kAdjoint) {
-      low[i] = a * cos_low[i] + b * sin_high[i];
-      high[i] = b * cos_high[i] - a * sin_low[i];
-    } else if constexpr (kFaithful) {
-      low[i] = rounded<T>(a * rounded<T>(cos_low[i])) + rounded<T>(-b * rounded<T>(sin_low[i]));
-      high[i] = rounded<T>(b * rounded<T>(cos_high[i])) + rounded<T>(a * rounded<T>(sin_high[i]));
-    } else {
-      low[i] = a * cos_low[i] - b * sin_low[i];
-      high[i] = b * cos_high[i] + a * sin_high[i];
-    }
-  }
-}
 
 /// An item is one pack of a head's lower half and the same pack of its upper half.
 template <typename T, typename P, int kPack, bool kAdjoint, bool kFaithful>

@@ -46,7 +46,8 @@ def emulated_kernels() -> Path:
     # A misaligned 16-byte access or an index overflow stops the process, as it would stop a GPU.
     flags += ["-fsanitize=alignment,bounds,signed-integer-overflow"]
     flags += ["-fsanitize-undefined-trap-on-error"]
-    flags += ["-include", str(HERE / "emulation.h")]
+    for header in ("emulation.h", "emulated_tensor_core.h"):
+        flags += ["-include", str(HERE / header)]
 
     def compiled(source: Path) -> str:
         object_file = str(target / f"{source.stem}.o")

@@ -85,6 +85,10 @@ def signatures() -> dict[str, list[Any]]:
         "blip3o_rope": [
             *(*head, c_int, c_int, Rows, pointer, pointer, c_int, c_int, pointer, pointer),
         ],
+        "blip3o_rope_attention": [
+            *(c_int, Shape, c_int64, c_int, c_int, Rows, Rows, Rows),
+            *(pointer, pointer, c_int, pointer, pointer),
+        ],
         "blip3o_swiglu_forward": [c_int, Shape, Rows, c_int, pointer, pointer],
         "blip3o_swiglu_backward": [c_int, Shape, Rows, Rows, pointer, pointer],
         "blip3o_solver_update": [*head, Rows, Rows, Rows, SolverStep, pointer, pointer],
@@ -195,6 +199,20 @@ class Kernels:
         self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int, *, faithful: bool = False
     ) -> Tensor:
         return _Rope.apply(self, qkv, cos, sin, heads, kv, faithful)
+
+    def rope_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, rotates_keys: bool
+    ) -> Tensor:
+        """q ``[B, N, H, d]``, k and v ``[B, M, K, d]`` with adjacent heads; ``[B, N, H, d]``."""
+        B, N, H, d = q.shape
+        M, K = k.shape[1:3]
+        with Outputs() as out:
+            result = out.new((B, N, H, d), q.dtype)
+            sizes = (DTYPES[q.dtype], Shape(B, N, d), M, H, K)
+            views = (rows(x.flatten(2)) for x in (q, k, v))
+            tables = (pointer(cos), pointer(sin), rotates_keys)
+            self.run("rope_attention", *sizes, *views, *tables, pointer(result))
+        return result
 
     def swiglu(self, gate_up: Tensor, *, faithful: bool = False) -> Tensor:
         return _Swiglu.apply(self, gate_up, faithful)

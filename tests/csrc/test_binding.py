@@ -62,6 +62,16 @@ def test_fakes_agree_with_the_operators() -> None:
             assert got.stride() == promised.stride(), name
 
 
+def test_the_fake_of_rope_attention_agrees_with_it() -> None:
+    q, k = (randn(2, 3, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    tables = randn(3, 64), randn(3, 64)
+    real = torch.ops.blip3o_fast_host.rope_attention(q, k, k, *tables, True)
+    spread = laid_out(q, "spread")
+    promised = _cuda.fake_rope_attention(spread, k, k, *tables, True)
+    assert real.shape == promised.shape and real.stride() == promised.stride()
+    assert real.dtype == promised.dtype
+
+
 def _as_tuple(results):
     return (results,) if isinstance(results, torch.Tensor) else results
 
