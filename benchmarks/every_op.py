@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast import ops
-from blip3o_fast.benchmarking.op_cases import SPECS, OpSpec, op_call
+from blip3o_fast.benchmarking.op_cases import ROPE_ATTENTION, SPECS, OpSpec, op_call
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import Impl
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     device = torch.device(parser.parse_args(arguments).device)
     wrong = 0
-    for spec in SPECS:
+    for spec in (*SPECS, ROPE_ATTENTION):
         for dtype, allowed in ALLOWED.items():
             for impl in implementations(spec, dtype, device):
                 what = f"{spec.name}, {str(dtype).removeprefix('torch.')}, {impl.value}"
@@ -74,7 +74,9 @@ def worst_distance(spec: OpSpec, dtype: torch.dtype, device: torch.device, impl:
 def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> list[Tensor]:
     """Of the sum of all outputs, weighed with random numbers that are the same in every dtype."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors[: spec.differentiable]]
-    result = op_call(spec, SHAPE, impl)(*leaves, *tensors[spec.differentiable :])
+    # Cloned: some ops may overwrite their input.
+    rest = [x.clone() for x in tensors[spec.differentiable :]]
+    result = op_call(spec, SHAPE, impl)(*leaves, *rest)
     outputs = [result] if isinstance(result, Tensor) else list(result)
     if not leaves:
         return outputs

@@ -43,7 +43,7 @@ ELEMENTS_MOVED = {
 }
 """Elements that a row op reads and writes, by elements of its first input."""
 
-ATTENTIONS = ("flash_att", "efficient_attention", "cudnn_attention")
+ATTENTIONS = ("flash_att", "efficient_attention", "cudnn_attention", "rope_attention")
 """Parts of the names of what does attention, and not of what chooses among them."""
 
 

@@ -107,7 +107,7 @@ def instructions(sass: str) -> dict[str, list[str]]:
 def count(opcodes: list[str]) -> tuple[int, int, int, int, int]:
     """(16-byte loads, 16-byte stores, local memory, fp64, atomics) among ``opcodes``."""
     patterns = (
-        r"LDG\..*128",
+        r"LDG(STS)?\..*128",
         r"STG\..*128",
         r"(LDL|STL)",
         r"(DADD|DMUL|DFMA|DSETP|MUFU\.\w*64|F2F\.F64|F2F\.F32\.F64)",

@@ -12,6 +12,7 @@ from blip3o_fast import ops
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.cases import Case, Contender, Task, check_agreement
 from blip3o_fast.benchmarking.ceilings import DTYPES
+from blip3o_fast.benchmarking.op_cases import has_impl
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Call, Prepared
 from blip3o_fast.flow import find_solver
@@ -88,6 +89,10 @@ def evaluation_cases(
             Contender("reference", lambda: plain(network, Impl.REFERENCE), False),
             Contender("reference, hoisted", lambda: hoisted(network, Impl.REFERENCE), False),
         ]
+        if has_impl(Impl.CUDA, "rope_attention", DTYPES[dtype], device):
+            contenders.append(
+                Contender("plan, CUDA graph, rope in attention", lambda: graphed_in_one(network))
+            )
         if ops.e4m3_refusal(device) is None:
             contenders += [
                 Contender("plan, FP8", lambda: hoisted(network, None, FP8)),
@@ -188,6 +193,18 @@ def graphed(network: Network, dtype: torch.dtype | None = None) -> Prepared:
     return Prepared([lambda: plan(eva, noise=x)], kernel=False, per_call=steps)
 
 
+def graphed_in_one(network: Network) -> Prepared:
+    """``graphed`` with one kernel for rotation and attention."""
+    model = network.get()[0]
+    (translate,) = graphed(network).calls
+
+    def call() -> object:
+        with using(model, None, rope_attention=Impl.CUDA):
+            return translate()
+
+    return Prepared([call], kernel=False, per_call=GRAPHED_STEPS)
+
+
 def generate_cases(
     shape: Shape, dtype: str, device: torch.device, *, steps: int, compiled: bool
 ) -> Iterator[Case]:
@@ -217,9 +234,9 @@ def generate_cases(
 
 
 @contextmanager
-def using(model: BLIP3oDiT, impl: Impl | None) -> Iterator[None]:
-    """Run the ops of ``model`` in ``impl``, without gradients."""
-    model.set_impl(impl)
+def using(model: BLIP3oDiT, impl: Impl | None, **per_op: Impl) -> Iterator[None]:
+    """Run the ops of ``model`` in ``impl``, but for the exceptions, without gradients."""
+    model.set_impl(impl, **per_op)
     try:
         with torch.no_grad():
             yield

@@ -39,11 +39,14 @@ class OpSpec:
             (0.5 * torch.randn(size, device=device)).to(torch.float32 if i in self.wide else dtype)
             for i, size in enumerate(self.sizes(shape))
         ]
-        if self.name == "rope":  # a true rotation: both members of a pair turn by one angle
+        if self.name in ROTARY:  # a true rotation: both members of a pair turn by one angle
             for table in tensors[1:]:
                 low, high = table.chunk(2, dim=-1)
                 high.copy_(low)
         return tensors
+
+
+ROTARY = ("rope", "rope_attention")
 
 
 def _norm(shape: Shape) -> Sizes:
@@ -62,6 +65,16 @@ def _state(shape: Shape) -> tuple[int, ...]:
 def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, *, shape: Shape, impl: Impl | None) -> Tensor:
     H, K = shape.config.num_attention_heads, shape.config.num_key_value_heads
     return ops.rope(qkv, cos, sin, num_heads=H, num_kv_heads=K, impl=impl)
+
+
+def _rope_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, shape: Shape, impl: Impl | None
+) -> Tensor:
+    H, K = shape.config.num_attention_heads, shape.config.num_key_value_heads
+    inplace = impl is not Impl.REFERENCE  # as in the sampler
+    return ops.rope_attention(
+        qkv, cos, sin, num_heads=H, num_kv_heads=K, impl=impl, inplace=inplace
+    )
 
 
 def _rope_sizes(shape: Shape) -> Sizes:
@@ -137,6 +150,9 @@ SPECS = (
 )
 """Eight ops; attention is apart, since its implementations are other people's."""
 
+ROPE_ATTENTION = OpSpec("rope_attention", _rope_attention, _rope_sizes, 0, frozenset((1, 2)))
+"""Self-attention of one layer with its rotation: by one kernel, or by two of which one is ours."""
+
 
 def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) -> Iterator[Case]:
     """Every op at one shape, forward and backward.
@@ -178,23 +194,39 @@ def implementations(
     """Name, function of the tensors, and whether it is ours."""
     reference = reference_call(spec, shape)
     yield "reference", reference, device.type == "cpu"
-    sample = torch.empty(1, 1, shape.config.hidden_size, dtype=DTYPES[dtype], device=device)
+    width = shape.config.hidden_size
     for impl in (Impl.TRITON, Impl.CUDA) if device.type == "cuda" else (Impl.ATEN,):
-        try:
-            with torch.set_grad_enabled(backward):
-                ops.resolve_impl(impl, sample, op=spec.name)
-        except ValueError:
-            continue  # the record says why in its lists of what is absent and left out
-        yield impl.value, op_call(spec, shape, impl), True
+        # The record says why not in its lists of what is absent and left out.
+        if has_impl(impl, spec.name, DTYPES[dtype], device, width=width, gradients=backward):
+            yield impl.value, op_call(spec, shape, impl), True
     if device.type == "cuda":
         yield from peers.op_peers(spec.name, shape)
     if compiled:
         yield "torch.compile", compile_reference(reference, device), False
 
 
+def has_impl(
+    impl: Impl,
+    op: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    width: int = 64,
+    gradients: bool = False,
+) -> bool:
+    """Whether an implementation of an op can run here on rows of ``width``."""
+    sample = torch.empty(0, 1, width, dtype=dtype, device=device)
+    try:
+        with torch.set_grad_enabled(gradients):
+            ops.resolve_impl(impl, sample, op=op)
+    except ValueError:
+        return False
+    return True
+
+
 def op_call(spec: OpSpec, shape: Shape, impl: Impl) -> Callable[..., Any]:
     """An op by one implementation, as a function of its tensors."""
-    extra = {"shape": shape} if spec.name == "rope" else {}
+    extra = {"shape": shape} if spec.name in ROTARY else {}
     return partial(spec.call, impl=impl, **extra)
 
 
@@ -227,8 +259,8 @@ def _contender(
         sets = [first, *(spec.tensors(shape, DTYPES[dtype], device) for _ in range(count - 1))]
         make = _backward if backward else _forward
         calls = [make(call, spec, tensors) for tensors in sets]
-        expected = make(reference_call(spec, shape), spec, first)
-        check_agreement(f"{spec.name} by {name}", calls[0](), expected())
+        expected = make(reference_call(spec, shape), spec, first)()
+        check_agreement(f"{spec.name} by {name}", calls[0](), expected)
         return Prepared(calls, warm=True, rotation=count * step)
 
     return Contender(name, prepare, ours)
@@ -261,7 +293,7 @@ def _backward(
 
 
 def attention_cases(shape: Shape, dtype: str, device: torch.device) -> Iterator[Case]:
-    """Attention of one layer by every backend that can run, forward and backward."""
+    """Attention of one layer by every backend that can run, forward and backward, and with rope."""
     config, size = shape.config, DTYPES[dtype].itemsize
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     B, N = shape.batch, shape.tokens
@@ -279,6 +311,33 @@ def attention_cases(shape: Shape, dtype: str, device: torch.device) -> Iterator[
             for b in runnable
         ]
         yield Case(Task("attention", name, shape.name, dtype, needed), tuple(contenders))
+    yield _rope_attention_case(shape, dtype, device)
+
+
+def _rope_attention_case(shape: Shape, dtype: str, device: torch.device) -> Case:
+    """One kernel and two. The limit of both is that of attention: it reads all that rope does."""
+    where = (DTYPES[dtype], device)
+    rope = Impl.TRITON if device.type == "cuda" else Impl.ATEN
+    contenders = {"reference": Impl.REFERENCE}
+    if has_impl(rope, "rope", *where):
+        contenders["rope, then attention"] = rope
+    if device.type == "cuda" and has_impl(Impl.CUDA, "rope_attention", *where):
+        contenders["one kernel"] = Impl.CUDA
+    made = (
+        _contender(
+            name,
+            op_call(ROPE_ATTENTION, shape, impl),
+            impl is not Impl.REFERENCE,
+            ROPE_ATTENTION,
+            shape,
+            dtype,
+            device,
+            backward=False,
+        )
+        for name, impl in contenders.items()
+    )
+    needed = work.attention(shape.config, shape.batch, DTYPES[dtype].itemsize)
+    return Case(Task("attention", "rope + attention", shape.name, dtype, needed), tuple(made))
 
 
 def _attention_contender(

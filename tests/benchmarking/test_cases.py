@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from blip3o_fast import ops
+from blip3o_fast.benchmarking import network_cases
 from blip3o_fast.benchmarking import op_cases as op_module
 from blip3o_fast.benchmarking.block_cases import block_cases
-from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
+from blip3o_fast.benchmarking.cases import TOLERANCE, Disagreement, check_agreement
 from blip3o_fast.benchmarking.network_cases import (
     Network,
     evaluation_cases,
     generate_cases,
+    graphed,
+    graphed_in_one,
     hoisted,
     make_stepper,
     plain,
@@ -20,7 +23,8 @@ from blip3o_fast.benchmarking.network_cases import (
 from blip3o_fast.benchmarking.op_cases import SPECS, attention_cases, op_cases
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import CPU_ROTATION
-from blip3o_fast.ops import Impl
+from blip3o_fast.ops import Impl, _cuda
+from tests.csrc.build import load_host_operators
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 1, 16)
@@ -50,7 +54,7 @@ def test_the_coarser_dtype_allows_more():
 def test_every_op_has_its_directions():
     tasks = [case.task for case in op_cases(SHAPE, "fp32", CPU, compiled=False)]
     names = [spec.name for spec in SPECS]
-    assert set(names) == set(ops.ImplTable.__dataclass_fields__)
+    assert {*names, "rope_attention"} == set(ops.ImplTable.__dataclass_fields__)
     backward = [f"{name} backward" for name in names if name != "solver_update"]
     assert sorted(task.name for task in tasks) == sorted(names + backward)
     assert {(task.group, task.shape, task.dtype) for task in tasks} == {
@@ -100,13 +104,17 @@ def test_a_contender_that_computes_something_else_is_refused(backward, monkeypat
 
 
 def test_attention_by_every_backend():
-    forward, backward = attention_cases(SHAPE, "fp32", CPU)
+    forward, backward, with_rope = attention_cases(SHAPE, "fp32", CPU)
     assert backward.task.work.flops == 2 * forward.task.work.flops
     for case in (forward, backward):
         assert {c.name for c in case.contenders} >= {"sdpa", "reference"}
         assert [c.ours for c in case.contenders].count(True) == 1
         for contender in case.contenders:
             contender.prepare().calls[0]()
+    assert with_rope.task.work == forward.task.work
+    assert [c.name for c in with_rope.contenders] == ["reference", "rope, then attention"]
+    for contender in with_rope.contenders:
+        contender.prepare().calls[0]()
 
 
 def test_a_block_takes_turns_with_the_other_blocks():
@@ -160,10 +168,26 @@ def test_contenders_of_an_evaluation():
 
 def test_contenders_on_a_gpu(monkeypatch):
     monkeypatch.setattr("blip3o_fast.ops.e4m3_refusal", lambda device: None)
+    monkeypatch.setattr(network_cases, "has_impl", lambda *_: True)
     (case,) = evaluation_cases(SHAPE, "bf16", torch.device("cuda"), compiled=False)
     ours = [contender.name for contender in case.contenders if contender.ours]
     fp8 = ["plan, FP8", "plan, FP8, CUDA graph"]
-    assert ours == ["plan", "nothing hoisted", "plan, CUDA graph", *fp8]
+    graphs = ["plan, CUDA graph", "plan, CUDA graph, rope in attention"]
+    assert ours == ["plan", "nothing hoisted", *graphs, *fp8]
+
+
+def test_one_kernel_for_rotation_and_attention_is_used_and_agrees(monkeypatch):
+    load_host_operators()
+    called = []
+    host = torch.ops.blip3o_fast_host
+    monkeypatch.setattr(_cuda, "operators", lambda: called.append(1) or host)
+    monkeypatch.setattr(_cuda, "refusal", _cuda.limit)
+    monkeypatch.setattr(network_cases, "GRAPHED_STEPS", 1)
+    network = Network(SHAPE, "bf16", CPU)
+    one, two = (make(network).calls[0]() for make in (graphed_in_one, graphed))
+    check_agreement("one kernel", one, two, TOLERANCE[torch.bfloat16])
+    assert len(called) == 2 * SHAPE.config.num_hidden_layers
+    assert network.get()[0].impls == ops.ImplTable()
 
 
 def test_a_translation_counts_its_evaluations():

@@ -46,6 +46,11 @@ def test_kernels_of_equal_operators_are_added_up():
         ("blip3o_fast::sandwich_join", [[1, 8, 384]], work.Work(0.0, 4 * 8 * 384 * 2)),
         ("blip3o_fast_cuda::rope_", [[1, 8, 640]], work.Work(0.0, 2 * 8 * 640 * 2)),
         ("blip3o_fast::swiglu", [[1, 8, 2048]], work.Work(0.0, 8 * (2048 + 1024) * 2)),
+        (
+            "blip3o_fast_cuda::rope_attention",
+            [[1, 256, 6, 64], [1, 256, 2, 64], [1, 256, 2, 64]],
+            work.attention(DiTConfig.preset("tiny"), 1, 2),
+        ),
         ("aten::mul", [[8]], None),
     ],
 )
@@ -56,7 +61,7 @@ def test_work_by_shapes(op, shapes, expected):
 
 def test_every_op_agrees_with_the_reference_in_fp64(capsys):
     assert every_op.main(["--device", "cpu"]) == 0
-    assert capsys.readouterr().out.count(": good, ") == 2 * len(every_op.SPECS)
+    assert capsys.readouterr().out.count(": good, ") == 2 * (len(every_op.SPECS) + 1)
 
 
 def test_an_op_that_is_wrong_in_its_gradient_alone_is_found(monkeypatch, capsys):

@@ -32,7 +32,7 @@ def expected(qkv, cos, sin, H, K, keys_values=None):
 
 
 def compare(qkv, cos, sin, H, K, keys_values=None):
-    options = dict(num_heads=H, num_kv_heads=K, kept=keys_values, impl=IMPL)
+    options = {"num_heads": H, "num_kv_heads": K, "kept": keys_values, "impl": IMPL}
     ours = ops.rope_attention(qkv, cos, sin, **options)
     wide = keys_values and tuple(x.double() for x in keys_values)
     truth = expected(qkv.double(), cos.double(), sin.double(), H, K, wide)
@@ -79,13 +79,13 @@ def test_tables_in_16_bits(device):
 def test_empty(device, batch, tokens):
     qkv, cos, sin = inputs(batch, tokens, 2, 0, torch.bfloat16, device)
     keys_values = kept(batch, 3, 1, torch.bfloat16, device)
-    options = dict(num_heads=2, num_kv_heads=0, kept=keys_values, impl=IMPL)
+    options = {"num_heads": 2, "num_kv_heads": 0, "kept": keys_values, "impl": IMPL}
     assert ops.rope_attention(qkv, cos, sin, **options).shape == (batch, tokens, 2 * d)
 
 
 def test_bitwise_repeatable_and_batch_invariant(device):
     qkv, cos, sin = inputs(3, 9, 3, 1, torch.bfloat16, device)
-    options = dict(num_heads=3, num_kv_heads=1, impl=IMPL)
+    options = {"num_heads": 3, "num_kv_heads": 1, "impl": IMPL}
     first = ops.rope_attention(qkv, cos, sin, **options)
     again = [ops.rope_attention(qkv, cos, sin, **options) for _ in range(20)]
     assert all(torch.equal(x, first) for x in again)
@@ -109,7 +109,7 @@ def test_unasked_it_is_two_kernels(device, monkeypatch):
 def test_gradients_go_through_two_kernels(device):
     qkv, cos, sin = inputs(1, 5, 2, 1, torch.float32, device)
     qkv.requires_grad_()
-    options = dict(num_heads=2, num_kv_heads=1)
+    options = {"num_heads": 2, "num_kv_heads": 1}
     upstream = randn(1, 5, 2 * d, device=device, seed=9)
     (ours,) = torch.autograd.grad(ops.rope_attention(qkv, cos, sin, **options), qkv, upstream)
     (same,) = torch.autograd.grad(expected(qkv, cos, sin, 2, 1), qkv, upstream)
@@ -119,7 +119,7 @@ def test_gradients_go_through_two_kernels(device):
 def test_what_the_one_kernel_cannot_do_is_said(device):
     if IMPL is not ops.Impl.CUDA:
         pytest.skip("about the one kernel")
-    options = dict(num_heads=2, num_kv_heads=1, impl=IMPL)
+    options = {"num_heads": 2, "num_kv_heads": 1, "impl": IMPL}
     qkv, cos, sin = inputs(1, 5, 2, 1, torch.bfloat16, device)
     with pytest.raises(ValueError, match=r"tensor cores take float16 and bfloat16"):
         ops.rope_attention(qkv.float(), cos, sin, **options)

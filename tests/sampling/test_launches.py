@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blip3o_fast import DiTConfig
 from blip3o_fast.flow import find_solver, time_grid
 from blip3o_fast.model import DiT
-from blip3o_fast.ops import Impl, ImplTable, quantised
+from blip3o_fast.ops import Impl, ImplTable, _cuda, quantised
 from blip3o_fast.sampling.conditioning import condition
 from blip3o_fast.sampling.engine import Engine, EngineKey
 from blip3o_fast.sampling.stepper import Method, Stepper
+from tests.csrc.build import load_host_operators
 
 LIMIT = 180
 CONVENTIONS = ("consistent", "published")
@@ -36,14 +37,14 @@ class Launches(TorchDispatchMode):
 _SILENT = {"aten::_unsafe_view", "aten::empty_like"}  # neither launches anything
 
 
-def launches(device, conventions, solver, scale=1.0, dtype=torch.bfloat16):
-    """Launches of one step, and of it the number by op."""
+def launches(device, conventions, solver, scale=1.0, dtype=torch.bfloat16, **exceptions):
+    """Launches of one step, and of it the number by op; ``exceptions`` are not by Triton."""
     with FakeTensorMode(), torch.no_grad():
         with torch.device(device):
             model = DiT(DiTConfig.preset("base", conventions=conventions))
             eva, state = torch.empty(2, 256, 4096), torch.empty(2, 256, 1024)
         impls = ImplTable()
-        impls.set(Impl.TRITON)
+        impls.set(Impl.TRITON, **exceptions)
         key = EngineKey(model.config, dtype, tuple(vars(impls).values()), False)
         engine = Engine(model, key)
         method = Method(find_solver(solver), scale)
@@ -92,3 +93,18 @@ def test_fp8_launches_nothing_more(device, monkeypatch, conventions):
     assert fp8["aten::mm"] + fp8["aten::addmm"] == 12 * 2 + 2
     assert fp8["blip3o_fast::sandwich_join"] == 1
     assert fp8["blip3o_fast::swiglu"] == 0 and fp8["blip3o_fast::swiglu_quantised"] == 12
+
+
+@pytest.mark.parametrize("conventions, spared", [("consistent", 24), ("published", 12)])
+def test_one_kernel_for_rotation_and_attention(device, monkeypatch, conventions, spared):
+    load_host_operators()
+    host = torch.ops.blip3o_fast_host
+    fake = _cuda.fake_rope_attention
+    torch.library.register_fake("blip3o_fast_host::rope_attention", fake, allow_override=True)
+    monkeypatch.setattr(_cuda, "operators", lambda: host)
+    monkeypatch.setattr(_cuda, "refusal", _cuda.limit)
+    two = launches(device, conventions, "euler")
+    one = launches(device, conventions, "euler", rope_attention=Impl.CUDA)
+    assert one["blip3o_fast_host::rope_attention"] == spared
+    assert one["blip3o_fast::rope_"] == 0
+    assert two.total() - one.total() == spared
