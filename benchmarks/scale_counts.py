@@ -6,6 +6,7 @@ multiply-add. Rates are the ones that data sheets state; nothing here was measur
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -81,6 +82,50 @@ def evaluation_seconds(size: Size, tokens: int, batch: int) -> tuple[float, floa
     """Of one evaluation on ``H100``: what its flops take, and what its bytes take."""
     needed = work.evaluation(Shape(size, batch, tokens).config, batch, STORED)
     return needed.flops / H100.flops, needed.bytes / H100.bandwidth
+
+
+class Fusion(NamedTuple):
+    """What one kernel in place of two would spare in an evaluation of one sample.
+
+    Attributes:
+        name: what would move into what.
+        launches: fewer.
+        bytes: that are neither written nor read again.
+        flops: of the products that the fused kernel has to do itself, as fast as before.
+    """
+
+    name: str
+    launches: int
+    bytes: int
+    flops: float
+
+
+def fusions(config: DiTConfig) -> list[Fusion]:
+    """Of the consistent conventions, beside the fused ops that there are."""
+    L, N, D, inner = (
+        config.num_hidden_layers,
+        config.num_tokens,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    attention = 2 * L * work.attention(config, 1, STORED).flops
+    rotated = 2 * (H + K) * d + 2 * H * d  # q and k of self-attention, q of cross-attention
+    return [
+        Fusion("rope in attention", 2 * L, L * N * rotated * STORED, attention),
+        Fusion(
+            "SwiGLU in the gate-up product",
+            L,
+            L * N * 4 * inner * STORED,
+            L * 2.0 * N * D * 2 * inner,
+        ),
+        Fusion(
+            "joins in the products before them",
+            3 * L,
+            L * N * 3 * 2 * D * STORED,
+            L * 2.0 * N * (2 * D * D + D * inner),
+        ),
+    ]
 
 
 def block_activations(config: DiTConfig) -> int:

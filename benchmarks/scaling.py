@@ -46,6 +46,7 @@ def values() -> dict[str, str]:
         "sizes": page.sizes_table(),
         "data": page.data_table(),
         "bounds": page.bounds_table(),
+        "fusions": page.fusions_table(),
         "translation": page.translation_table(),
         "training": page.training_table(),
         "feeds": page.feeds_table(),

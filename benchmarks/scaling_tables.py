@@ -83,6 +83,22 @@ def bounds_table() -> str:
     return table(("tokens", "batch", "products", "HBM", "bound by"), rows)
 
 
+def fusions_table() -> str:
+    """What further fusion would spare base, for one sample."""
+    rows = [
+        (
+            fusion.name,
+            str(fusion.launches),
+            number(fusion.bytes, "B"),
+            number(fusion.bytes / H100.bandwidth, "s"),
+            number(fusion.flops / H100.flops, "s"),
+        )
+        for fusion in counts.fusions(config("base"))
+    ]
+    head = ("fusion", "launches spared", "bytes spared", "their time in HBM", "products inside")
+    return table(head, rows)
+
+
 def translation_table() -> str:
     """Hours and rates to translate every sample."""
     eva, clip = counts.sample_bytes(config("base"))

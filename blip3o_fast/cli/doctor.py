@@ -31,6 +31,8 @@ OPTIONAL = {
 }
 """Distribution: extra that brings it, and what it is for."""
 
+UNMEASURED = "nobody measured one kernel of both to be faster here"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -95,6 +97,8 @@ def op_choices(device: str) -> list[Choice]:
     sample = torch.empty(0, 256, 64, device=device, dtype=torch.float32)
     rows: list[Choice] = []
     for field in fields(ImplTable):
+        if field.name == "rope_attention":
+            continue
         with torch.no_grad():
             impl = ops.resolve_impl(None, sample, op=field.name)
         why = REASONS.get(impl, "fused kernel")
@@ -105,6 +109,10 @@ def op_choices(device: str) -> list[Choice]:
     k = torch.empty(1, 256, 4, 64, device=device, dtype=torch.bfloat16)
     backend, reason = ops.attention_backend(q, k, k)
     rows.append(Choice("attention", device, backend.value, reason))
+    packed = torch.cat((q, k, k), dim=2).flatten(2)
+    one = ops.resolve_impl(None, packed, op="rope_attention") is ops.Impl.CUDA
+    runs, why = ("cuda", "one kernel") if one else ("rope, then attention", UNMEASURED)
+    rows.append(Choice("rope_attention", device, runs, why))
     refusal = ops.e4m3_refusal(sample.device)
     runs = "none" if refusal else "torch._scaled_mm"
     return [*rows, Choice("FP8 products", device, runs, refusal or "the hardware multiplies e4m3")]

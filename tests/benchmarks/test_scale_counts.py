@@ -7,6 +7,7 @@ import scale_counts as counts
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.ops import Impl
@@ -45,6 +46,19 @@ def kept_for_backward(layers, tokens):
         terms = loss(velocity, x, x + 1, x + 2, t)
     assert terms.total.requires_grad
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+
+
+def test_fusions_of_base():
+    """12 blocks of 256 tokens, 2 bytes a number; their products are those of an evaluation."""
+    config = Shape("base").config
+    rope, swiglu, joins = counts.fusions(config)
+    assert rope.bytes == 12 * 256 * 2 * ((768 + 256) * 2 + 768 * 2)
+    assert swiglu.bytes == 12 * 256 * 2 * 2048 * 4
+    assert joins.bytes == 12 * 256 * 2 * 768 * 6
+    assert (rope.launches, swiglu.launches, joins.launches) == (24, 12, 36)
+    others = 12 * 2 * 256 * 768 * (1280 + 768) + 2 * 2 * 256 * 768 * 1024
+    inside = sum(fusion.flops for fusion in (rope, swiglu, joins))
+    assert inside + others == work.evaluation(config, 1, 2).flops
 
 
 def test_activations_are_what_autograd_keeps():
