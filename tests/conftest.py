@@ -62,6 +62,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(scope="session")
+def cpu_scales_rows() -> None:
+    """Skips where the CPU's ``_scaled_mm`` takes one scale a tensor, as before torch 2.12."""
+    x, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(x, x.t(), scales, scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip(f"torch {torch.__version__} scales rows on a GPU alone")
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, so that a kernel that reads or leaves it unwritten shows."""

@@ -29,6 +29,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    versions["torch"] = torch.__version__  # says of which build, which its metadata may not
     commit, changed = find_commit(Path(__file__).resolve().parents[2])
     return {
         "device": device_name(device),

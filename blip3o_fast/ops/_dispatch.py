@@ -85,11 +85,16 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Asked once: torch.compile before 2.12 cannot trace the question.
+_AUTOCASTING = tuple(
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+)
+
 
 def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Autocast does not reach inside a row op: it computes in the dtypes that it is given."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _AUTOCASTING and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

@@ -46,9 +46,10 @@ def test_emulated_product(lead, width, out):
 
 
 @pytest.mark.parametrize("lead", [(5,), (2, 3), (1, 1)])
-def test_scaled_mm_is_called_as_it_wants(device, monkeypatch, lead):
+def test_scaled_mm_is_called_as_it_wants(device, request, monkeypatch, lead):
     """Row-wise scales, second operand column-major; a CPU multiplies it too, in fp32."""
     if device.type == "cpu":
+        request.getfixturevalue("cpu_scales_rows")
         monkeypatch.setattr(quantised, "e4m3_refusal", lambda device: None)
     x, w = rows(*lead, 48, device=device), rows(32, 48, seed=1, device=device)
     got = ops.scaled_linear(x, w)

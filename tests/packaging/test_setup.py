@@ -1,5 +1,6 @@
 """What ``setup.py`` decides, and that its lists agree with the files beside them."""
 
+import ctypes
 import re
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +102,7 @@ def test_python_knows_the_c_interface() -> None:
     header = re.sub(r"/\*.*?\*/", "", (CSRC / "blip3o.h").read_text(), flags=re.DOTALL)
     declared = re.findall(r"BLIP3O_API int (blip3o_\w+)\(([^)]*)\)", header)
     kinds = {"int": "c_int", "float": "c_float", "cudaStream_t": "c_void_p"}
+    kinds |= {"int64_t": ctypes.c_int64.__name__}
     kinds |= {"blip3o_dtypes": "Dtypes", "blip3o_shape": "Shape", "blip3o_rows": "Rows"}
     kinds |= {"blip3o_modulation": "CModulation", "blip3o_solver_step": "SolverStep"}
     kinds |= {"blip3o_modulation_grads": "ModulationGrads"}

@@ -114,6 +114,7 @@ def test_the_model_may_ask_for_the_emulation(model, draw, impl):
 
 
 @each
+@pytest.mark.usefixtures("cpu_scales_rows")
 @pytest.mark.parametrize("impl", [None, Impl.TRITON])
 def test_through_scaled_mm(make_model, draw, monkeypatch, conventions, impl):
     """The path of a GPU on the CPU's own ``_scaled_mm``, kernels in the interpreter."""
