@@ -18,6 +18,12 @@ from blip3o_fast.sampling.weights import BlockWeights, PackedWeights, Weight
 Rows = Tensor | Quantised
 """What a product reads: in FP8 the op that computed it has quantised it."""
 
+Joined = tuple[Tensor, Rows]
+"""The stream, and the rows that open the next sub-layer.
+
+It has a name because torch.compile before 2.11 traces no subscript in an inner function's signature.
+"""
+
 
 def evaluate(
     weights: PackedWeights,
@@ -52,9 +58,7 @@ def evaluate(
     eps = config.rms_norm_eps
     closings, openings = iter(sites.closings), iter(sites.openings)
 
-    def join(
-        x: Tensor, y: Tensor, scale: Tensor | None, post: Modulation | None
-    ) -> tuple[Tensor, Rows]:
+    def join(x: Tensor, y: Tensor, scale: Tensor | None, post: Modulation | None) -> Joined:
         pre, impl = next(openings), impls.sandwich_join
         if weights.quantised and pre is not sites.openings[-1]:
             return ops.sandwich_join_quantised(x, y, scale, post, pre, eps=eps, impl=impl)

@@ -41,6 +41,7 @@ def start(path: Path, rank: int) -> int:
     if child == 0:
         status = 1
         try:
+            os.dup2(2, 1)  # Gloo of some versions talks on standard output
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             run_rank(path)
             status = 0
