@@ -21,7 +21,7 @@ Rows = Tensor | Quantised
 Joined = tuple[Tensor, Rows]
 """The stream, and the rows that open the next sub-layer.
 
-It has a name because torch.compile before 2.11 traces no subscript in an inner function's signature.
+It has a name because torch.compile before 2.11 traces no subscript in the signature of ``join``.
 """
 
 
