@@ -115,9 +115,10 @@ def gpu_sources(settings: Settings) -> Iterator[Source]:
 
 
 def _large_and_long(settings: Settings) -> Iterator[Source]:
-    """The large model, and more tokens than the published 256."""
+    """The large model, 64k rows, and more tokens than the published 256."""
     device, large = settings.device, Shape("large", 64)
-    yield "ops", partial(op_cases, large, "bf16", device, compiled=False)
+    for shape in (large, Shape("base", 256), Shape("large", 256)):
+        yield "ops", partial(op_cases, shape, "bf16", device, compiled=False)
     for batch in (1, 64):
         yield "evaluation", _evaluations(settings, Shape("large", batch), "bf16", False)
     yield "generate", _translations(large, device)

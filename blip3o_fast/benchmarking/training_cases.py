@@ -10,15 +10,18 @@ import torch
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.cases import Case, Contender, Task
 from blip3o_fast.benchmarking.ceilings import DTYPES
+from blip3o_fast.benchmarking.op_cases import has_impl
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.data import EmbeddingDataset, Manifest, SampleRecord, ShardWriter, Split
 from blip3o_fast.data.loader import Loader
+from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.training import TrainingOptions
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.run import prepare as make_plan
+from blip3o_fast.training.step import OptimizerStep
 from blip3o_fast.training.trainer import Trainer
 
 BATCHES_AHEAD = 4
@@ -30,43 +33,71 @@ def training_cases(
 ) -> Iterator[Case]:
     """A whole optimizer step on a batch in memory: draws, forward, loss, backward, clipping, AdamW.
 
-    ``dtype`` is that of autocast; weights and optimizer state are fp32.
+    ``dtype`` is that of autocast; weights and optimizer state are fp32. On a GPU also by the CUDA
+    C++ kernels, where they are built, and with every op by plain PyTorch.
     """
     with torch.device("meta"):
         parameters = BLIP3oDiT(shape.config).get_num_parameters()
     needed = work.training_step(shape, parameters, DTYPES[dtype].itemsize)
     task = Task("training", "step", shape.name, dtype, needed, shape.batch)
 
-    def prepare(compile_it: bool) -> Prepared:
-        folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
-        shards = Path(folder.name) / "shards"
-        write_shards(shards, shape.config, 2 * shape.batch + 8, held_out=4)
-        options = TrainingOptions(
-            chunked_embeddings_dir=str(shards),
-            output_dir=str(Path(folder.name) / "run"),
-            model_size=shape.preset,
-            batch_size=shape.batch,
-            max_steps=1000,
-            precision=dtype,  # pyright: ignore[reportArgumentType]
-            device=device.type,  # pyright: ignore[reportArgumentType]
-            compile=compile_it,
-            progress=False,
-        )
-        trainer = Trainer(make_plan(options, World()), World())
-        trainer.model.train()
-        batch = next(trainer.loader)
-        step = iter(range(1000))
-
-        def close() -> None:
-            trainer.loader.close()
-            folder.cleanup()
-
-        return Prepared([lambda: trainer.step(batch, next(step))], kernel=False, close=close)
-
-    contenders = [Contender("trainer", lambda: prepare(False))]
+    prepare = partial(prepare_step, shape, dtype, device)
+    contenders = [Contender("trainer", prepare)]
     if compiled:
-        contenders.append(Contender("trainer, torch.compile", lambda: prepare(True)))
+        contenders.append(Contender("trainer, torch.compile", partial(prepare, compile_it=True)))
+    if device.type == "cuda":
+        cuda = {
+            op: Impl.CUDA
+            for op in ("sandwich_norm", "sandwich_join", "rope", "swiglu")
+            if has_impl(Impl.CUDA, op, DTYPES[dtype], device, gradients=True)
+        }
+        if cuda:
+            contenders.append(Contender("trainer, CUDA C++", partial(prepare, **cuda)))
+        reference = partial(prepare, Impl.REFERENCE)
+        contenders.append(Contender("reference", reference, False))
+        if compiled:
+            tuned = partial(reference, compile_it=True)
+            contenders.append(Contender("reference, torch.compile", tuned, False))
     yield Case(task, tuple(contenders))
+
+
+def prepare_step(
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    impl: Impl | None = None,
+    *,
+    compile_it: bool = False,
+    **per_op: Impl,
+) -> Prepared:
+    """A trainer between two steps, its ops by ``impl`` but for the exceptions in ``per_op``."""
+    folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
+    shards = Path(folder.name) / "shards"
+    write_shards(shards, shape.config, 2 * shape.batch + 8, held_out=4)
+    options = TrainingOptions(
+        chunked_embeddings_dir=str(shards),
+        output_dir=str(Path(folder.name) / "run"),
+        model_size=shape.preset,
+        batch_size=shape.batch,
+        max_steps=1000,
+        precision=dtype,  # pyright: ignore[reportArgumentType]
+        device=device.type,  # pyright: ignore[reportArgumentType]
+        compile=compile_it,
+        progress=False,
+    )
+    trainer = Trainer(make_plan(options, World()), World())
+    trainer.model.train()
+    trainer.model.set_impl(impl, **per_op)
+    # Made again, for it takes the implementation of the loss from the model.
+    take_step = OptimizerStep(trainer.plan, trainer.world, trainer.parallel, trainer.state)
+    batch = next(trainer.loader)
+    step = iter(range(1000))
+
+    def close() -> None:
+        trainer.loader.close()
+        folder.cleanup()
+
+    return Prepared([lambda: take_step(batch, next(step))], kernel=False, close=close)
 
 
 def loader_cases(shape: Shape, device: torch.device) -> Iterator[Case]:

@@ -10,6 +10,7 @@ from blip3o_fast.benchmarking import training_cases as module
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import loader_cases, training_cases, write_shards
 from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.ops import Impl
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 2, 16)
@@ -35,6 +36,36 @@ def test_a_step_computes_numbers_and_leaves_nothing_behind(temporary, monkeypatc
     assert first.isfinite().all() and not torch.equal(first, second)
     prepared.close()
     assert list(temporary.glob("blip3o-fast-bench-*")) == []
+
+
+def test_a_step_by_plain_pytorch(temporary, monkeypatch):
+    """Every op of the network and of the loss, and the same numbers."""
+    narrow = SHAPE.config.replace(eva_embedding_size=64, clip_embedding_size=32)
+    monkeypatch.setattr(Shape, "config", narrow)
+    made = []
+    step = module.OptimizerStep
+    monkeypatch.setattr(module, "OptimizerStep", lambda *args: made.append(step(*args)) or made[-1])
+    results = []
+    for impl in (None, Impl.REFERENCE):
+        torch.manual_seed(0)  # of the shards
+        prepared = module.prepare_step(SHAPE, "fp32", CPU, impl)
+        results.append(prepared.calls[0]())
+        prepared.close()
+    assert made[1].loss.impl is Impl.REFERENCE
+    assert set(vars(made[1].state.model.impls).values()) == {Impl.REFERENCE}
+    torch.testing.assert_close(*results)
+
+
+def test_contenders_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(module, "has_impl", lambda impl, op, *_, gradients: op != "rope")
+    (case,) = training_cases(SHAPE, "bf16", torch.device("cuda"), compiled=True)
+    assert {contender.name: contender.ours for contender in case.contenders} == {
+        "trainer": True,
+        "trainer, torch.compile": True,
+        "trainer, CUDA C++": True,
+        "reference": False,
+        "reference, torch.compile": False,
+    }
 
 
 def test_a_loader_reads_many_more_batches_than_it_keeps_ready(temporary):
