@@ -15,6 +15,10 @@
 #   memcheck     every op under compute-sanitizer
 #   racecheck    the same for races in shared memory
 #
+# and, if --steps names it, for a call of its own:
+#
+#   training     one training step, launch by launch        training.json
+#
 # OUT/summary.json, rewritten after each step, says for each: passed, failed or skipped, exit status,
 # seconds, limit and reason. The exit status is 1 if a step failed, 2 for bad arguments.
 #
@@ -36,6 +40,7 @@ usage() {
 
 declare -A own_limit=(
   [environment]=45 [build]=100 [ops]=45 [tests]=110 [bench]=125 [profile]=40 [memcheck]=55 [racecheck]=55
+  [training]=120
 )
 steps="environment,build,ops,tests,bench,profile,memcheck,racecheck"
 python=${PYTHON:-python3}
@@ -180,7 +185,13 @@ step_bench() {
 step_profile() {
   local options=(--device "$device" --json "$out/profile.json")
   if [[ $mode == cpu ]]; then options+=(--preset tiny --batch 1); fi
-  limited "$python" benchmarks/profile_evaluation.py "${options[@]}"
+  limited "$python" benchmarks/profile_launches.py "${options[@]}"
+}
+
+step_training() {
+  local options=(--of training --device "$device" --json "$out/training.json")
+  if [[ $mode == cpu ]]; then options+=(--preset tiny --batch 1); fi
+  limited "$python" benchmarks/profile_launches.py "${options[@]}"
 }
 
 sanitize() {

@@ -107,7 +107,7 @@ def find_kind(path: Path, content: object) -> Kind:
         if NEEDED["demo"] <= content.keys():
             return "demo"
     raise ValueError(
-        f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_evaluation.py, "
+        f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_launches.py, "
         "published_cpu.py, conventions.py or fp8_quality.py, or a report of blip3o-fast demo"
     )
 

@@ -197,11 +197,11 @@ def check(result: Result) -> Iterator[str]:
 
 
 def profile(result: Result) -> Iterator[str]:
-    """The dearest launches of one evaluation."""
+    """The dearest launches of one evaluation or training step."""
     content = result.content
     task, total = content["task"], content["seconds"]
     yield (
-        f"One evaluation of {task['shape']} in {task['dtype']}: {time(total)} in "
+        f"{task['name'].capitalize()} of {task['shape']} in {task['dtype']}: {time(total)} in "
         f"{content['launches']:g} launches, limit {time(content['limit'])}."
     )
     rows: list[Sequence[str]] = []

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import every_op
-import profile_evaluation as profile
+import profile_launches as profile
 import pytest
 import torch
 
@@ -16,11 +16,24 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_the_projections_of_an_evaluation_are_found_and_counted():
     shape = Shape("tiny", 1, 16)
-    launches = profile.profile_launches(shape, "fp32", CPU)
+    launches = profile.profile_launches("evaluation", shape, "fp32", CPU)
     counted = [(x, profile.count_work(x, shape.config, 1, 4)) for x in launches]
     flops = sum(w.flops * x.calls for x, w in counted if w is not None)
     assert flops == pytest.approx(work.evaluation(shape.config, 1, 4).flops, rel=1e-6)
     assert all(x.seconds > 0 for x in launches)
+
+
+def test_the_products_of_a_training_step_are_found_and_counted(monkeypatch):
+    """Forward and backward, attention's among them."""
+    narrow = Shape("tiny", 2, 16).config.replace(eva_embedding_size=64, clip_embedding_size=32)
+    monkeypatch.setattr(Shape, "config", narrow)
+    shape = Shape("tiny", 2, 16)
+    launches = profile.profile_launches("training", shape, "fp32", CPU)
+    counted = [(x, profile.count_work(x, shape.config, 2, 4)) for x in launches]
+    flops = sum(w.flops * x.calls for x, w in counted if w is not None)
+    assert flops == pytest.approx(profile.total_work("training", shape, 4).flops, rel=0.01)
+    backward = [x for x in launches if "flash_att" in x.op and "backward" in x.op]
+    assert sum(x.calls for x in backward) == 2 * shape.config.num_hidden_layers
 
 
 def test_kernels_of_equal_operators_are_added_up():
@@ -28,7 +41,7 @@ def test_kernels_of_equal_operators_are_added_up():
         kernels = [SimpleNamespace(name=f"kernel{i}", duration=d) for i, d in enumerate(durations)]
         return SimpleNamespace(name="aten::mm", input_shapes=[[8, 4], [4, 2]], kernels=kernels)
 
-    events = [event(10.0, 5.0)] * profile.EVALUATIONS * 3
+    events = [event(10.0, 5.0)] * profile.CALLS * 3
     launch = profile.merge(events, CUDA)
     assert launch.calls == 3 and launch.launches == 6
     assert launch.seconds == pytest.approx(3 * 15e-6)

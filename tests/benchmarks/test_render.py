@@ -229,7 +229,11 @@ def test_a_profile_lists_the_dearest_launches(root):
     launch = {"op": "aten::mm", "shapes": [[64, 32], [32, 16]], "calls": 12.0, "share": 0.6}
     content = {
         **{"kind": "blip3o-fast profile", "format": 1, "environment": ENVIRONMENT},
-        **{"task": {"shape": "base-b64", "dtype": "bf16"}, "seconds": 1e-2, "limit": 5e-3},
+        **{
+            "task": {"name": "one evaluation", "shape": "base-b64", "dtype": "bf16"},
+            "seconds": 1e-2,
+            "limit": 5e-3,
+        },
         **{"launches": 180.0, "rest_seconds": 4e-3},
         "dearest": [{**launch, "seconds": 6e-3, "limit": 3e-3, "launches": 12.0, "kernels": []}],
     }

@@ -1,12 +1,12 @@
-"""Where the time of one evaluation goes: its dearest launches, each beside its own limit.
+"""Where the time of an evaluation or a training step goes: the dearest launches, and their limits.
 
-    python benchmarks/profile_evaluation.py --json profile.json [--preset base] [--batch 64]
+    python benchmarks/profile_launches.py --json profile.json [--of training] [--batch 64]
 
-torch.profiler watches the sampler's evaluation, every launch made by the host. Launches are put
-together by operator and shapes of its inputs; a GPU's time is that of the kernels, a CPU's that of
-the operator itself. A limit is ``max(flops / rate, bytes / bandwidth)`` with both measured in the
-same run, bytes counting every input once and every output once; small operators of torch itself
-have none, since their inputs stay in caches.
+torch.profiler watches the sampler's evaluation, every launch made by the host, or a whole optimizer
+step. Launches are put together by operator and shapes of its inputs; a GPU's time is that of the
+kernels, a CPU's that of the operator itself. A limit is ``max(flops / rate, bytes / bandwidth)``
+with both measured in the same run, bytes counting every input once and every output once; small
+operators of torch itself have none, since their inputs stay in caches.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -27,19 +27,33 @@ from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.table import align, seconds
+from blip3o_fast.benchmarking.training_cases import prepare_step
+from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import PRESETS, DiTConfig
 from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.pretrained import BLIP3oDiT
 
 KIND = "blip3o-fast profile"
 FORMAT = 1
-EVALUATIONS = 5
+CALLS = 5
 WARM_UP = 3
+What = Literal["evaluation", "training"]
+SAMPLES: dict[What, int] = {"evaluation": 64, "training": 128}
+NAMES: dict[What, str] = {"evaluation": "one evaluation", "training": "one training step"}
 ELEMENTS_MOVED = {
     "sandwich_norm": 2.0,
     "sandwich_join": 4.0,
     "rope": 2.0,
     "rope_": 2.0,
     "swiglu": 1.5,
+    "adapter_norm": 2.0,
+    "adapter_mix": 4.0,
+    "sandwich_norm_backward": 3.0,
+    "sandwich_join_backward": 6.0,
+    "rope_backward": 2.0,
+    "swiglu_backward": 5.0,
+    "adapter_norm_backward": 3.0,
+    "adapter_mix_backward": 7.0,
 }
 """Elements that a row op reads and writes, by elements of its first input."""
 
@@ -49,14 +63,14 @@ ATTENTIONS = ("flash_att", "efficient_attention", "cudnn_attention", "rope_atten
 
 @dataclass
 class Launch:
-    """An operator at some shapes, within one evaluation.
+    """An operator at some shapes, within one call of what is profiled.
 
     Attributes:
         op: as torch names it.
         shapes: of its tensor inputs.
         calls: how often.
         seconds: of all calls together.
-        share: of the evaluation's time.
+        share: of the whole time.
         limit: the least that all calls could take, None where nothing is counted.
         launches: kernels of all calls; on a CPU the calls themselves.
         kernels: names of what ran on a GPU.
@@ -76,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Profile, print a table, write JSON."""
     args = parse_arguments(arguments)
     device = torch.device(args.device)
-    shape = Shape(args.preset, args.batch)
+    shape = Shape(args.preset, args.batch or SAMPLES[args.of])
     environment = describe_environment(device)
     ceilings = measure_ceilings(device, (args.dtype,), seconds=0.3)
-    launches = profile_launches(shape, args.dtype, device)
+    launches = profile_launches(args.of, shape, args.dtype, device)
     total = sum(launch.seconds for launch in launches)
     size = DTYPES[args.dtype].itemsize
     for launch in launches:
@@ -87,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counted = count_work(launch, shape.config, shape.batch, size)
         launch.limit = counted and ceilings.seconds(counted, args.dtype) * launch.calls
     launches.sort(key=lambda launch: -launch.seconds)
-    needed = work.evaluation(shape.config, shape.batch, size)
+    needed = total_work(args.of, shape, size)
     content = {
         "kind": KIND,
         "format": FORMAT,
-        "task": {"shape": shape.name, "dtype": args.dtype},
+        "task": {"name": NAMES[args.of], "shape": shape.name, "dtype": args.dtype},
         "environment": environment,
         "bandwidth": ceilings.bandwidth,
         "rates": ceilings.rates,
@@ -110,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--of", default="evaluation", choices=tuple(NAMES))
     parser.add_argument("--preset", default="base", choices=tuple(PRESETS))
-    parser.add_argument("--batch", type=int, default=64, help="samples")
+    parser.add_argument("--batch", type=int, help="samples; default 64, of training 128")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--most", type=int, default=10, help="launches shown")
@@ -119,19 +134,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def profile_launches(shape: Shape, dtype: str, device: torch.device) -> list[Launch]:
-    """Every launch of one evaluation, on average over ``EVALUATIONS``."""
-    (call,) = hoisted(Network(shape, dtype, device), None).calls
+def profile_launches(what: What, shape: Shape, dtype: str, device: torch.device) -> list[Launch]:
+    """Every launch of one call, on average over ``CALLS``."""
+    prepared = prepare(what, shape, dtype, device)
+    (call,) = prepared.calls
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    for _ in range(WARM_UP):
-        call()
-    with profile(activities=activities, record_shapes=True) as recorded:
-        for _ in range(EVALUATIONS):
+    try:
+        for _ in range(WARM_UP):
             call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        with profile(activities=activities, record_shapes=True) as recorded:
+            for _ in range(CALLS):
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    finally:
+        if prepared.close is not None:
+            prepared.close()
     events: Any = recorded.events()
     found: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
     for event in events:
@@ -142,6 +162,22 @@ def profile_launches(shape: Shape, dtype: str, device: torch.device) -> list[Lau
     return [merge(group, device) for group in found.values()]
 
 
+def prepare(what: What, shape: Shape, dtype: str, device: torch.device) -> Prepared:
+    """What is profiled, ready to be called."""
+    if what == "training":
+        return prepare_step(shape, dtype, device)
+    return hoisted(Network(shape, dtype, device), None)
+
+
+def total_work(what: What, shape: Shape, size: int) -> work.Work:
+    """Of one call; ``size`` bytes an element of activations."""
+    if what == "evaluation":
+        return work.evaluation(shape.config, shape.batch, size)
+    with torch.device("meta"):
+        parameters = BLIP3oDiT(shape.config).get_num_parameters()
+    return work.training_step(shape, parameters, size)
+
+
 def microseconds(event: Any, device: torch.device) -> float:
     """What an operator itself took: its kernels on a GPU, its own part of the host's time else."""
     if device.type == "cuda":
@@ -150,14 +186,14 @@ def microseconds(event: Any, device: torch.device) -> float:
 
 
 def merge(events: list[Any], device: torch.device) -> Launch:
-    """One launch of equal events of all evaluations."""
+    """One launch of equal events of all calls."""
     kernels = [kernel.name for event in events for kernel in event.kernels]
     return Launch(
         op=events[0].name,
         shapes=[list(shape) for shape in events[0].input_shapes if shape],
-        calls=len(events) / EVALUATIONS,
-        seconds=sum(microseconds(event, device) for event in events) / 1e6 / EVALUATIONS,
-        launches=len(kernels if device.type == "cuda" else events) / EVALUATIONS,
+        calls=len(events) / CALLS,
+        seconds=sum(microseconds(event, device) for event in events) / 1e6 / CALLS,
+        launches=len(kernels if device.type == "cuda" else events) / CALLS,
         kernels=sorted(set(kernels)),
     )
 
@@ -173,7 +209,7 @@ def count_work(launch: Launch, config: DiTConfig, batch: int, size: int) -> work
         elements = torch.Size(launch.shapes[0]).numel()
         return work.Work(0.0, ELEMENTS_MOVED[name] * elements * size)
     if any(word in launch.op for word in ATTENTIONS):
-        return work.attention(config, batch, size)
+        return work.attention(config, batch, size, backward="backward" in launch.op)
     return None
 
 
@@ -197,7 +233,7 @@ def render(content: dict[str, Any], launches: list[Launch]) -> str:
     task, environment = content["task"], content["environment"]
     return "\n".join(
         (
-            f"one evaluation of {task['shape']} in {task['dtype']} on {environment['device']}: "
+            f"{task['name']} of {task['shape']} in {task['dtype']} on {environment['device']}: "
             f"{seconds(content['seconds'])} in {content['launches']:g} launches, "
             f"limit {seconds(content['limit'])}",
             *align(rows),
