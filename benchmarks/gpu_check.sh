@@ -15,9 +15,10 @@
 #   memcheck     every op under compute-sanitizer
 #   racecheck    the same for races in shared memory
 #
-# and, if --steps names it, for a call of its own:
+# and, if --steps names them, for a call of their own:
 #
 #   training     one training step, launch by launch        training.json
+#   long         2,000 steps in a row, any of them broken?  long.json
 #
 # OUT/summary.json, rewritten after each step, says for each: passed, failed or skipped, exit status,
 # seconds, limit and reason. The exit status is 1 if a step failed, 2 for bad arguments.
@@ -40,7 +41,7 @@ usage() {
 
 declare -A own_limit=(
   [environment]=45 [build]=100 [ops]=45 [tests]=110 [bench]=125 [profile]=40 [memcheck]=55 [racecheck]=55
-  [training]=120
+  [training]=120 [long]=400
 )
 steps="environment,build,ops,tests,bench,profile,memcheck,racecheck"
 python=${PYTHON:-python3}
@@ -192,6 +193,12 @@ step_training() {
   local options=(--of training --device "$device" --json "$out/training.json")
   if [[ $mode == cpu ]]; then options+=(--preset tiny --batch 1); fi
   limited "$python" benchmarks/profile_launches.py "${options[@]}"
+}
+
+step_long() {
+  local options=(--device "$device" --json "$out/long.json")
+  if [[ $mode == cpu ]]; then options+=(--preset tiny --batch 1 --samples 4 --steps 4); fi
+  limited "$python" benchmarks/long_training.py "${options[@]}"
 }
 
 sanitize() {

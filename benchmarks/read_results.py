@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from blip3o_fast.benchmarking.record import KIND, Record, read_record
 
-Kind = Literal["bench", "check", "profile", "published", "conventions", "fp8", "demo"]
+Kind = Literal["bench", "check", "profile", "long", "published", "conventions", "fp8", "demo"]
 KINDS: dict[str, Kind] = {
     KIND: "bench",
     "blip3o-fast gpu check": "check",
     "blip3o-fast profile": "profile",
+    "blip3o-fast long training": "long",
     "published_cpu": "published",
     "conventions": "conventions",
     "fp8_quality": "fp8",
@@ -24,6 +25,7 @@ NEEDED: dict[Kind, frozenset[str]] = {
     "profile": frozenset(
         ("format", "task", "environment", "seconds", "limit", "launches", "dearest", "rest_seconds")
     ),
+    "long": frozenset(("format", "task", "environment", "steps", "skipped", "clipped", "seconds")),
     "published": frozenset(
         ("environment", "seconds", "fastest", "ratio", "difference", "rounds", "layers")
     ),
@@ -108,7 +110,8 @@ def find_kind(path: Path, content: object) -> Kind:
             return "demo"
     raise ValueError(
         f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_launches.py, "
-        "published_cpu.py, conventions.py or fp8_quality.py, or a report of blip3o-fast demo"
+        "long_training.py, published_cpu.py, conventions.py or fp8_quality.py, or a report of "
+        "blip3o-fast demo"
     )
 
 

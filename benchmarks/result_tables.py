@@ -216,6 +216,20 @@ def profile(result: Result) -> Iterator[str]:
     yield table(("operator", "inputs", "calls", "time", "of all", "limit", "of limit"), rows)
 
 
+def long(result: Result) -> Iterator[str]:
+    """Many training steps in a row."""
+    content = result.content
+    task, peak = content["task"], content["peak"]
+    eva, clip = task["scales"]
+    yield (
+        f"{content['steps']:,} training steps of {task['shape']} in {task['dtype']} on random "
+        f"embeddings of standard deviations {eva:g} (EVA) and {clip:g} (CLIP): "
+        f"{content['skipped']:,} with NaN or Inf, {content['clipped']:,} clipped, "
+        f"{time(content['seconds'])} a step of which {time(content['data_wait'])} waiting for data"
+        + ("." if peak is None else f", {number(peak, 'B')} allocated at most.")
+    )
+
+
 def fp8(result: Result) -> Iterator[str]:
     """The accuracy of each dtype."""
     content = result.content
@@ -274,6 +288,7 @@ SECTIONS: dict[Kind, Callable[[Result], Iterator[str]]] = {
     "bench": bench,
     "check": check,
     "profile": profile,
+    "long": long,
     "published": published,
     "conventions": conventions,
     "fp8": fp8,

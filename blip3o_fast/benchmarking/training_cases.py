@@ -135,8 +135,18 @@ def _prepare_loader(shape: Shape, device: torch.device, threads: int) -> Prepare
     return Prepared([read], kernel=False, per_call=batches, close=close)
 
 
-def write_shards(folder: Path, config: DiTConfig, samples: int, *, held_out: int) -> None:
-    """Random paired embeddings in bf16; about ``held_out`` of them are for validation."""
+def write_shards(
+    folder: Path,
+    config: DiTConfig,
+    samples: int,
+    *,
+    held_out: int,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> None:
+    """Random paired embeddings in bf16; about ``held_out`` of them are for validation.
+
+    ``scales`` are the standard deviations of EVA and of CLIP embeddings.
+    """
     facts = Manifest(
         tokens=config.num_tokens,
         has_cls=False,
@@ -148,6 +158,6 @@ def write_shards(folder: Path, config: DiTConfig, samples: int, *, held_out: int
     )
     with ShardWriter(folder, facts=facts) as writer:
         for i in range(samples):
-            eva = torch.randn(1, config.num_tokens, config.eva_embedding_size)
-            clip = torch.randn(1, config.num_tokens, config.clip_embedding_size)
+            eva = scales[0] * torch.randn(1, config.num_tokens, config.eva_embedding_size)
+            clip = scales[1] * torch.randn(1, config.num_tokens, config.clip_embedding_size)
             writer.add(eva, clip, [SampleRecord(f"sample{i}", "", f"photo{i}")])

@@ -243,6 +243,20 @@ def test_a_profile_lists_the_dearest_launches(root):
     assert "10 ms in 180 launches, limit 5 ms" in own
 
 
+def test_a_long_training_says_what_broke(root):
+    content = {
+        **{"kind": "blip3o-fast long training", "format": 1, "environment": ENVIRONMENT},
+        "task": {"shape": "base-b128", "dtype": "bf16", "scales": [1.5, 1.0]},
+        **{"steps": 2000, "skipped": 0, "clipped": 12, "first_loss": 2.0, "last_loss": 1.0},
+        **{"seconds": 0.08, "data_wait": 1e-4, "peak": 30_000_000_000},
+    }
+    (root / "benchmarks/results/long.json").write_text(json.dumps(content))
+    own = texts(root)[1]
+    assert "2,000 training steps of base-b128 in bf16" in own
+    assert "deviations 1.5 (EVA) and 1 (CLIP): 0 with NaN or Inf, 12 clipped, 80 ms a step" in own
+    assert "30 GB allocated at most." in own
+
+
 def test_the_demo_stands_beside_its_baselines(root):
     def metrics(cosine):
         interval = {"value": cosine, "low": cosine - 0.01, "high": cosine + 0.01}
