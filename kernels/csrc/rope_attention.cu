@@ -1,10 +1,10 @@
 // Attention with rotary positions in its prologue: softmax(rope(q) rope(k)^T / 8) v for heads of 64.
 //
-// A block takes 64 or 128 queries of one head, a warp 16 of them. Keys and values pass through shared
-// memory in chunks of 64, the next chunk travelling while tensor cores work on this one; queries and keys
-// are rotated there, so nobody writes them back. Softmax is the running one
-// (arXiv:1805.02867), attention tiled after it (arXiv:2205.14135); fp32 but for the operands of the
-// products: rotated q and k are rounded once, as `rope` rounds them, and the weights once.
+// A block takes 64 or 128 queries of one head, a warp 16 or 32 of them. Keys and values pass through
+// shared memory in chunks of 64, the next chunk travelling while tensor cores work on this one; queries
+// and keys are rotated there, so nobody writes them back. Softmax is the running one (arXiv:1805.02867),
+// attention tiled after it (arXiv:2205.14135). All is fp32 but for the operands of the products: rotated
+// q and k are rounded once, as `rope` rounds them, and the weights once.
 //
 // Per head and tile of queries: reads the tile, all keys and values and their rows of the tables, writes
 // the tile. A query's result does not depend on the tile that holds it.
@@ -323,8 +323,8 @@ int blip3o_rope_attention(int dtype, blip3o_shape shape, int64_t keys, int num_h
   using namespace blip3o;
   const bool fits = shape.width == kHead && num_heads > 0 && num_kv_heads > 0 &&
                     num_heads % num_kv_heads == 0 && shape.batch >= 0 && shape.tokens >= 0 &&
-                    keys > 0 && shape.tokens <= INT_MAX / kHead && keys <= INT_MAX / kHead &&
-                    (!rotates_keys || keys == shape.tokens);
+                    shape.tokens <= INT_MAX / kHead && keys <= INT_MAX / kHead &&
+                    (keys > 0 || shape.tokens == 0) && (!rotates_keys || keys == shape.tokens);
   constexpr int64_t kBytes = sizeof(__half);
   if (!fits || !aligned(q, kBytes) || !aligned(k, kBytes) || !aligned(v, kBytes) ||
       !aligned({cos, sin, out})) {

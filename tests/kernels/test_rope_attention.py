@@ -77,10 +77,13 @@ def test_tables_in_16_bits(device):
 
 @pytest.mark.parametrize("batch, tokens", [(0, 5), (2, 0)])
 def test_empty(device, batch, tokens):
-    qkv, cos, sin = inputs(batch, tokens, 2, 0, torch.bfloat16, device)
+    qkv, cos, sin = inputs(batch, tokens, 2, 1, torch.bfloat16, device)
     keys_values = kept(batch, 3, 1, torch.bfloat16, device)
+    whole = ops.rope_attention(qkv, cos, sin, num_heads=2, num_kv_heads=1, impl=IMPL)
+    queries = qkv[..., : 2 * d]
     options = {"num_heads": 2, "num_kv_heads": 0, "kept": keys_values, "impl": IMPL}
-    assert ops.rope_attention(qkv, cos, sin, **options).shape == (batch, tokens, 2 * d)
+    crossed = ops.rope_attention(queries, cos, sin, **options)
+    assert whole.shape == crossed.shape == (batch, tokens, 2 * d)
 
 
 def test_bitwise_repeatable_and_batch_invariant(device):
