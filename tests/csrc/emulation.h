@@ -119,16 +119,27 @@ inline void prepare(dim3 threads) {
   }
 }
 
-/// Runs one block to its end, and reports a barrier that some threads never reach.
+/// Whether a warp rests in this shift: about half of them do, others in the next.
+inline bool rests(uint32_t shift, int warp) {
+  return ((shift * 31 + warp + 1) * 2654435761u) >> 31;
+}
+
+/// Runs one block to its end, and reports a barrier that some threads never reach. Warps advance
+/// unevenly, until none that is awake can go on: what relies on a barrier that is not there meets a
+/// warp that is far behind.
 inline void run(dim3 threads) {
   prepare(threads);
   const int count = threads.x * threads.y;
-  while (block.all.members > 0) {
+  constexpr int kPatience = 64;  // shifts, in many of which each warp is awake
+  int idle = 0;
+  for (uint32_t shift = 0; block.all.members > 0;) {
     const long before = block.events;
     for (int i = 0; i < count; ++i) {
-      if (!block.threads[i].done) visit(block.threads[i]);
+      if (!block.threads[i].done && !rests(shift, block.threads[i].warp)) visit(block.threads[i]);
     }
-    if (block.events == before) {
+    idle = block.events == before ? idle + 1 : 0;
+    if (idle > 0) ++shift;
+    if (idle > kPatience) {
       std::fprintf(stderr, "deadlock: a barrier waits for threads that never come\n");
       std::abort();
     }
