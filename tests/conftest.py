@@ -62,6 +62,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """``impl=Impl.CUDA`` runs the kernels on the host, on CPU tensors; an entry a call."""
+    from blip3o_fast.ops import _cuda
+    from tests.csrc.build import load_host_operators
+
+    load_host_operators()
+    host, calls = torch.ops.blip3o_fast_host, []
+    monkeypatch.setattr(_cuda, "operators", lambda: calls.append(None) or host)
+    monkeypatch.setattr(_cuda, "refusal", _cuda.limit)
+    return calls
+
+
 @pytest.fixture(scope="session")
 def cpu_scales_rows() -> None:
     """Skips where the CPU's ``_scaled_mm`` takes one scale a tensor, as before torch 2.12."""

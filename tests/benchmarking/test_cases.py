@@ -23,8 +23,7 @@ from blip3o_fast.benchmarking.network_cases import (
 from blip3o_fast.benchmarking.op_cases import SPECS, attention_cases, op_cases
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import CPU_ROTATION
-from blip3o_fast.ops import Impl, _cuda
-from tests.csrc.build import load_host_operators
+from blip3o_fast.ops import Impl
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 1, 16)
@@ -176,17 +175,12 @@ def test_contenders_on_a_gpu(monkeypatch):
     assert ours == ["plan", "nothing hoisted", *graphs, *fp8]
 
 
-def test_one_kernel_for_rotation_and_attention_is_used_and_agrees(monkeypatch):
-    load_host_operators()
-    called = []
-    host = torch.ops.blip3o_fast_host
-    monkeypatch.setattr(_cuda, "operators", lambda: called.append(1) or host)
-    monkeypatch.setattr(_cuda, "refusal", _cuda.limit)
+def test_one_kernel_for_rotation_and_attention_is_used_and_agrees(monkeypatch, emulated_cuda):
     monkeypatch.setattr(network_cases, "GRAPHED_STEPS", 1)
     network = Network(SHAPE, "bf16", CPU)
     one, two = (make(network).calls[0]() for make in (graphed_in_one, graphed))
     check_agreement("one kernel", one, two, TOLERANCE[torch.bfloat16])
-    assert len(called) == 2 * SHAPE.config.num_hidden_layers
+    assert len(emulated_cuda) == 2 * SHAPE.config.num_hidden_layers
     assert network.get()[0].impls == ops.ImplTable()
 
 

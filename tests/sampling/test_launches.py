@@ -14,7 +14,6 @@ from blip3o_fast.ops import Impl, ImplTable, _cuda, quantised
 from blip3o_fast.sampling.conditioning import condition
 from blip3o_fast.sampling.engine import Engine, EngineKey
 from blip3o_fast.sampling.stepper import Method, Stepper
-from tests.csrc.build import load_host_operators
 
 LIMIT = 180
 CONVENTIONS = ("consistent", "published")
@@ -96,13 +95,10 @@ def test_fp8_launches_nothing_more(device, monkeypatch, conventions):
 
 
 @pytest.mark.parametrize("conventions, spared", [("consistent", 24), ("published", 12)])
-def test_one_kernel_for_rotation_and_attention(device, monkeypatch, conventions, spared):
-    load_host_operators()
-    host = torch.ops.blip3o_fast_host
+@pytest.mark.usefixtures("emulated_cuda")
+def test_one_kernel_for_rotation_and_attention(device, conventions, spared):
     fake = _cuda.fake_rope_attention
     torch.library.register_fake("blip3o_fast_host::rope_attention", fake, allow_override=True)
-    monkeypatch.setattr(_cuda, "operators", lambda: host)
-    monkeypatch.setattr(_cuda, "refusal", _cuda.limit)
     two = launches(device, conventions, "euler")
     one = launches(device, conventions, "euler", rope_attention=Impl.CUDA)
     assert one["blip3o_fast_host::rope_attention"] == spared

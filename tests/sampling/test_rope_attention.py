@@ -4,30 +4,14 @@ import pytest
 import torch
 
 from blip3o_fast import SamplingPlan
-from blip3o_fast.ops import Impl, _cuda
-from tests.csrc.build import load_host_operators
+from blip3o_fast.ops import Impl
 
 HEADS_OF_64 = {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 1}
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The kernel on the host; one entry a call."""
-    load_host_operators()
-    made = []
-
-    def operators():
-        made.append(1)
-        return torch.ops.blip3o_fast_host
-
-    monkeypatch.setattr(_cuda, "operators", operators)
-    monkeypatch.setattr(_cuda, "refusal", _cuda.limit)
-    return made
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("conventions", ["consistent", "published"])
-def test_one_kernel_gives_what_two_give(calls, make_model, draw, conventions, scale):
+def test_one_kernel_gives_what_two_give(emulated_cuda, make_model, draw, conventions, scale):
     """To the rounding of bf16: it is not further from fp32 than twice the other."""
     model = make_model(conventions=conventions, **HEADS_OF_64)
     for p in model.parameters():
@@ -39,15 +23,15 @@ def test_one_kernel_gives_what_two_give(calls, make_model, draw, conventions, sc
         return SamplingPlan(model, steps=2, guidance_scale=scale, dtype=dtype)(eva, noise)
 
     exact, two = (run(dtype, None) for dtype in (torch.float32, torch.bfloat16))
-    assert not calls
+    assert not emulated_cuda
     one = run(torch.bfloat16, Impl.CUDA)
     evaluations, attentions = 4, 2 if conventions == "consistent" else 1
-    assert len(calls) == evaluations * attentions
+    assert len(emulated_cuda) == evaluations * attentions
     errors = [float((x - exact).norm() / exact.norm()) for x in (one, two)]
     assert errors[0] < 2 * errors[1] < 0.05, errors
 
 
-def test_heads_of_another_width_are_refused(calls, model, draw):
+def test_heads_of_another_width_are_refused(emulated_cuda, model, draw):
     model.set_impl(rope_attention=Impl.CUDA)
     with pytest.raises(ValueError, match="takes heads of 64, got 8"):
         SamplingPlan(model, steps=1, dtype=torch.bfloat16)(*draw(model))
