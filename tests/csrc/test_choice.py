@@ -59,6 +59,17 @@ def test_without_triton_the_build_serves(
     assert ops.resolve_impl(None, x.double(), op="swiglu") is ops.Impl.REFERENCE
 
 
+def test_what_stands_for_several_ops_is_chosen_by_measurement_alone(
+    loaded: None, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention by somebody else may be faster, so that Triton is absent is no reason."""
+    monkeypatch.setattr(_dispatch, "_TRITON_INSTALLED", False)
+    assert ops.resolve_impl(None, x, op="rope_attention") is ops.Impl.REFERENCE
+    measured = Choice("rope_attention", "9.0", "bfloat16", 768, 768, "rope_attention.json")
+    monkeypatch.setattr(_cuda, "_MEASURED", (measured,))
+    assert ops.resolve_impl(None, x, op="rope_attention") is ops.Impl.CUDA
+
+
 def test_what_cannot_run_says_why_and_what_to_do(loaded: None, x: torch.Tensor) -> None:
     wide = x.new_empty(1, 1, 3080)
     refused = (
