@@ -77,7 +77,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 @pytest.fixture(scope="session")
 def cpu_scales_rows() -> None:
-    """Skips where the CPU's ``_scaled_mm`` takes one scale a tensor, as before torch 2.12."""
+    """Skips where the CPU's ``_scaled_mm`` takes one scale a tensor, as that of torch 2.11."""
     x, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     try:
         torch._scaled_mm(x, x.t(), scales, scales.t(), out_dtype=torch.bfloat16)

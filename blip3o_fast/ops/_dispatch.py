@@ -85,7 +85,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Asked once: torch.compile before 2.12 cannot trace the question.
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
 _AUTOCASTING = tuple(
     kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
 )
