@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from blip3o_fast import ops
-from blip3o_fast.benchmarking.op_cases import ROPE_ATTENTION, SPECS, OpSpec, op_call
+from blip3o_fast.benchmarking.attention_cases import ROPE_ATTENTION
+from blip3o_fast.benchmarking.op_cases import SPECS, OpSpec, op_call
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import Impl
 

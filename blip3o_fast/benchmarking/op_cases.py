@@ -1,4 +1,4 @@
-"""The fused ops and attention, forward and backward."""
+"""The fused ops, forward and backward."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,17 +67,8 @@ def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, *, shape: Shape, impl: Impl | N
     return ops.rope(qkv, cos, sin, num_heads=H, num_kv_heads=K, impl=impl)
 
 
-def _rope_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, *, shape: Shape, impl: Impl | None
-) -> Tensor:
-    H, K = shape.config.num_attention_heads, shape.config.num_key_value_heads
-    inplace = impl is not Impl.REFERENCE  # as in the sampler
-    return ops.rope_attention(
-        qkv, cos, sin, num_heads=H, num_kv_heads=K, impl=impl, inplace=inplace
-    )
-
-
-def _rope_sizes(shape: Shape) -> Sizes:
+def rope_sizes(shape: Shape) -> Sizes:
+    """A packed projection and its tables."""
     config = shape.config
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     table = (shape.tokens, config.head_dim)
@@ -124,7 +115,7 @@ SPECS = (
         lambda s: [_stream(s), _stream(s), (s.config.hidden_size,), *_norm(s), *_norm(s)],
         11,
     ),
-    OpSpec("rope", _rope, _rope_sizes, 1, frozenset((1, 2))),
+    OpSpec("rope", _rope, rope_sizes, 1, frozenset((1, 2))),
     OpSpec(
         "swiglu",
         ops.swiglu,
@@ -150,9 +141,6 @@ SPECS = (
 )
 """Eight ops; attention is apart, since its implementations are other people's."""
 
-ROPE_ATTENTION = OpSpec("rope_attention", _rope_attention, _rope_sizes, 0, frozenset((1, 2)))
-"""Self-attention of one layer with its rotation: by one kernel, or by two of which one is ours."""
-
 
 def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) -> Iterator[Case]:
     """Every op at one shape, forward and backward.
@@ -174,7 +162,7 @@ def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) 
                 work.row_op(spec.name, shape, size, backward=backward),
             )
             contenders = [
-                _contender(name, call, ours, spec, shape, dtype, device, backward)
+                make_contender(name, call, ours, spec, shape, dtype, device, backward)
                 for name, call, ours in implementations(
                     spec, shape, dtype, device, compiled=compiled, backward=backward
                 )
@@ -241,7 +229,7 @@ def compile_reference(call: Callable[..., Any], device: torch.device) -> Callabl
     return torch.compile(call, mode=mode, dynamic=False, fullgraph=True)
 
 
-def _contender(
+def make_contender(
     name: str,
     call: Callable[..., Any],
     ours: bool,
@@ -251,6 +239,8 @@ def _contender(
     device: torch.device,
     backward: bool,
 ) -> Contender:
+    """An implementation, to be timed on tensors that rotate once it agrees with the reference."""
+
     def prepare() -> Prepared:
         torch.manual_seed(0)
         first = spec.tensors(shape, DTYPES[dtype], device)
@@ -290,69 +280,3 @@ def _backward(
         return torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
 
     return backward
-
-
-def attention_cases(shape: Shape, dtype: str, device: torch.device) -> Iterator[Case]:
-    """Attention of one layer by every backend that can run, forward and backward, and with rope."""
-    config, size = shape.config, DTYPES[dtype].itemsize
-    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    B, N = shape.batch, shape.tokens
-    spec = OpSpec(
-        "attention", ops.attention, lambda _: [(B, N, H, d), (B, N, K, d), (B, N, K, d)], 3
-    )
-    sample = spec.tensors(shape, DTYPES[dtype], device)
-    runnable = [b for b in ops.AttentionBackend if peers.backend_refusal(b, *sample) is None]
-    chosen = ops.attention_backend(*sample)[0]
-    for backward in (False, True):
-        name = "attention" + (" backward" if backward else "")
-        needed = work.attention(config, B, size, backward=backward)
-        contenders = [
-            _attention_contender(b, spec, shape, dtype, device, backward, ours=b is chosen)
-            for b in runnable
-        ]
-        yield Case(Task("attention", name, shape.name, dtype, needed), tuple(contenders))
-    yield _rope_attention_case(shape, dtype, device)
-
-
-def _rope_attention_case(shape: Shape, dtype: str, device: torch.device) -> Case:
-    """One kernel and two. The limit of both is that of attention: it reads all that rope does."""
-    where = (DTYPES[dtype], device)
-    rope = Impl.TRITON if device.type == "cuda" else Impl.ATEN
-    contenders = {"reference": Impl.REFERENCE}
-    if has_impl(rope, "rope", *where):
-        contenders["rope, then attention"] = rope
-    if device.type == "cuda" and has_impl(Impl.CUDA, "rope_attention", *where):
-        contenders["one kernel"] = Impl.CUDA
-    made = (
-        _contender(
-            name,
-            op_call(ROPE_ATTENTION, shape, impl),
-            impl is not Impl.REFERENCE,
-            ROPE_ATTENTION,
-            shape,
-            dtype,
-            device,
-            backward=False,
-        )
-        for name, impl in contenders.items()
-    )
-    needed = work.attention(shape.config, shape.batch, DTYPES[dtype].itemsize)
-    return Case(Task("attention", "rope + attention", shape.name, dtype, needed), tuple(made))
-
-
-def _attention_contender(
-    backend: ops.AttentionBackend,
-    spec: OpSpec,
-    shape: Shape,
-    dtype: str,
-    device: torch.device,
-    backward: bool,
-    *,
-    ours: bool,
-) -> Contender:
-    def call(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl | None = None) -> Tensor:
-        wanted = ops.AttentionBackend.REFERENCE if impl is Impl.REFERENCE else backend
-        return ops.attention(q, k, v, backend=wanted)
-
-    own = OpSpec(spec.name, call, spec.sizes, spec.differentiable)
-    return _contender(backend.value, call, ours, own, shape, dtype, device, backward)

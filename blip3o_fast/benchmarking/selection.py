@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from blip3o_fast.benchmarking.attention_cases import attention_cases
 from blip3o_fast.benchmarking.block_cases import block_cases
 from blip3o_fast.benchmarking.cases import Case
 from blip3o_fast.benchmarking.checkout import open_checkout
 from blip3o_fast.benchmarking.clock import Budget
 from blip3o_fast.benchmarking.network_cases import evaluation_cases, generate_cases
-from blip3o_fast.benchmarking.op_cases import attention_cases, op_cases
+from blip3o_fast.benchmarking.op_cases import op_cases
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import loader_cases, training_cases
 

@@ -8,6 +8,7 @@ import torch
 from blip3o_fast import ops
 from blip3o_fast.benchmarking import network_cases
 from blip3o_fast.benchmarking import op_cases as op_module
+from blip3o_fast.benchmarking.attention_cases import attention_cases
 from blip3o_fast.benchmarking.block_cases import block_cases
 from blip3o_fast.benchmarking.cases import TOLERANCE, Disagreement, check_agreement
 from blip3o_fast.benchmarking.network_cases import (
@@ -20,7 +21,7 @@ from blip3o_fast.benchmarking.network_cases import (
     make_stepper,
     plain,
 )
-from blip3o_fast.benchmarking.op_cases import SPECS, attention_cases, op_cases
+from blip3o_fast.benchmarking.op_cases import SPECS, op_cases
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import CPU_ROTATION
 from blip3o_fast.ops import Impl
