@@ -27,11 +27,10 @@ from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.table import align, seconds
-from blip3o_fast.benchmarking.training_cases import prepare_step
+from blip3o_fast.benchmarking.training_cases import prepare_step, step_work
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import PRESETS, DiTConfig
 from blip3o_fast.data.atomic import write_atomically
-from blip3o_fast.pretrained import BLIP3oDiT
 
 KIND = "blip3o-fast profile"
 FORMAT = 1
@@ -173,9 +172,7 @@ def total_work(what: What, shape: Shape, size: int) -> work.Work:
     """Of one call; ``size`` bytes an element of activations."""
     if what == "evaluation":
         return work.evaluation(shape.config, shape.batch, size)
-    with torch.device("meta"):
-        parameters = BLIP3oDiT(shape.config).get_num_parameters()
-    return work.training_step(shape, parameters, size)
+    return step_work(shape, size)
 
 
 def microseconds(event: Any, device: torch.device) -> float:

@@ -91,7 +91,10 @@ def evaluation_cases(
         ]
         if has_impl(Impl.CUDA, "rope_attention", DTYPES[dtype], device):
             contenders.append(
-                Contender("plan, CUDA graph, rope in attention", lambda: graphed_in_one(network))
+                Contender(
+                    "plan, CUDA graph, rope in attention",
+                    lambda: graphed(network, rope_attention=Impl.CUDA),
+                )
             )
         if ops.e4m3_refusal(device) is None:
             contenders += [
@@ -182,7 +185,7 @@ def make_stepper(
     return stepper, cast("Callable[..., Tensor]", engine.evaluate)
 
 
-def graphed(network: Network, dtype: torch.dtype | None = None) -> Prepared:
+def graphed(network: Network, dtype: torch.dtype | None = None, **per_op: Impl) -> Prepared:
     """A translation by ``GRAPHED_STEPS`` Euler steps, each a replay: an evaluation and an update.
 
     The preparation of the condition is spread over the steps, so the figure is an upper bound.
@@ -190,19 +193,12 @@ def graphed(network: Network, dtype: torch.dtype | None = None) -> Prepared:
     model, x, eva = network.get()
     steps = GRAPHED_STEPS
     plan = SamplingPlan(model, steps=steps, solver="euler", dtype=dtype or network.dtype)
-    return Prepared([lambda: plan(eva, noise=x)], kernel=False, per_call=steps)
-
-
-def graphed_in_one(network: Network) -> Prepared:
-    """``graphed`` with one kernel for rotation and attention."""
-    model = network.get()[0]
-    (translate,) = graphed(network).calls
 
     def call() -> object:
-        with using(model, None, rope_attention=Impl.CUDA):
-            return translate()
+        with using(model, None, **per_op):
+            return plan(eva, noise=x)
 
-    return Prepared([call], kernel=False, per_call=GRAPHED_STEPS)
+    return Prepared([call], kernel=False, per_call=steps)
 
 
 def generate_cases(

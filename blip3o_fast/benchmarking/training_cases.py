@@ -36,9 +36,7 @@ def training_cases(
     ``dtype`` is that of autocast; weights and optimizer state are fp32. On a GPU also by the CUDA
     C++ kernels, where they are built, and with every op by plain PyTorch.
     """
-    with torch.device("meta"):
-        parameters = BLIP3oDiT(shape.config).get_num_parameters()
-    needed = work.training_step(shape, parameters, DTYPES[dtype].itemsize)
+    needed = step_work(shape, DTYPES[dtype].itemsize)
     task = Task("training", "step", shape.name, dtype, needed, shape.batch)
 
     prepare = partial(prepare_step, shape, dtype, device)
@@ -59,6 +57,13 @@ def training_cases(
             tuned = partial(reference, compile_it=True)
             contenders.append(Contender("reference, torch.compile", tuned, False))
     yield Case(task, tuple(contenders))
+
+
+def step_work(shape: Shape, size: int) -> work.Work:
+    """Of an optimizer step; ``size`` bytes an element of activations."""
+    with torch.device("meta"):
+        parameters = BLIP3oDiT(shape.config).get_num_parameters()
+    return work.training_step(shape, parameters, size)
 
 
 def prepare_step(

@@ -43,13 +43,12 @@ def rope_attention(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or ``impl`` that cannot run.
     """
-    check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
     if (kept is None) == (num_kv_heads == 0):
         raise ValueError(
             "num_kv_heads: expected keys and values in qkv or kept, and not in both, "
             f"got {num_kv_heads} key heads and kept={'None' if kept is None else 'given'}"
         )
-    if _is_one_kernel(impl, qkv, cos.shape[1], kept):
+    if _is_one_kernel(impl, qkv, cos, sin, num_heads, num_kv_heads, kept):
         q, k, v = _heads(qkv, cos.shape[1], num_heads, kept)
         check_heads(q, k, v)
         return operators(Impl.CUDA).rope_attention(q, k, v, cos, sin, kept is None).flatten(2)
@@ -74,17 +73,23 @@ def _heads(
 
 
 def _is_one_kernel(
-    impl: Impl | None, qkv: Tensor, d: int, kept: tuple[Tensor, Tensor] | None
+    impl: Impl | None,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    kept: tuple[Tensor, Tensor] | None,
 ) -> bool:
     if impl not in (None, Impl.CUDA):
         return False
-    unfit = _unfit(qkv, d, kept)
-    if impl is None:
-        return not unfit and resolve_impl(None, qkv, op="rope_attention") is Impl.CUDA
-    resolve_impl(impl, qkv, op="rope_attention")
-    if unfit:
+    if resolve_impl(impl, qkv, op="rope_attention") is not Impl.CUDA:
+        return False
+    check_rotation(qkv, cos, sin, num_heads, num_kv_heads)  # of two kernels rope checks it
+    unfit = _unfit(qkv, cos.shape[1], kept)
+    if unfit and impl is Impl.CUDA:
         raise ValueError(f"impl=CUDA: {unfit}; pass another for two kernels, rope and attention")
-    return True
+    return not unfit
 
 
 def _unfit(qkv: Tensor, d: int, kept: tuple[Tensor, Tensor] | None) -> str | None:

@@ -16,7 +16,6 @@ from blip3o_fast.benchmarking.network_cases import (
     evaluation_cases,
     generate_cases,
     graphed,
-    graphed_in_one,
     hoisted,
     make_stepper,
     plain,
@@ -179,7 +178,9 @@ def test_contenders_on_a_gpu(monkeypatch):
 def test_one_kernel_for_rotation_and_attention_is_used_and_agrees(monkeypatch, emulated_cuda):
     monkeypatch.setattr(network_cases, "GRAPHED_STEPS", 1)
     network = Network(SHAPE, "bf16", CPU)
-    one, two = (make(network).calls[0]() for make in (graphed_in_one, graphed))
+    one, two = (
+        graphed(network, **impls).calls[0]() for impls in ({"rope_attention": Impl.CUDA}, {})
+    )
     check_agreement("one kernel", one, two, TOLERANCE[torch.bfloat16])
     assert len(emulated_cuda) == 2 * SHAPE.config.num_hidden_layers
     assert network.get()[0].impls == ops.ImplTable()
