@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from blip3o_fast.conventions import Conventions, ConventionsName, find_conventions
+
 Size = Literal["tiny", "small", "base", "large"]
 TrainingMode = Literal["patch_only", "cls_patch"]
 
@@ -44,7 +46,7 @@ class DiTConfig:
         use_eva_adapter: the gated MLP adapter; off means one linear map.
         eva_adapter_layers: layers of the adapter's MLP, widths spaced evenly from E to D.
         eva_adapter_dropout: in the adapter, in training.
-        conventions: ``consistent`` or ``published``; see ``blip3o_fast.flow.path``.
+        conventions: ``consistent`` or ``published``; see ``blip3o_fast.conventions``.
         grid: (depth, height, width) of the patches; None: (1, image / patch, image / patch).
         simple_scale_factor: training multiplied its targets by this, ``generate`` divides by it.
         condition_dropout: probability with which training zeroed the condition; guidance needs
@@ -80,13 +82,14 @@ class DiTConfig:
     use_eva_adapter: bool = True
     eva_adapter_layers: int = 6
     eva_adapter_dropout: float = 0.1
-    conventions: Literal["consistent", "published"] = "consistent"
+    conventions: ConventionsName = "consistent"
     grid: tuple[int, int, int] | None = None
     simple_scale_factor: float = 1.0
     condition_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_types()
+        find_conventions(self.conventions)
         if self.grid is None:
             side = self.image_size // self.patch_size
             object.__setattr__(self, "grid", (1, side, side))
@@ -97,6 +100,11 @@ class DiTConfig:
     def head_dim(self) -> int:
         """Width d of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rules(self) -> Conventions:
+        """The record that ``conventions`` names."""
+        return find_conventions(self.conventions)
 
     @property
     def has_cls(self) -> bool:
@@ -211,10 +219,10 @@ class DiTConfig:
                 f"num_tokens: expected {tokens} for grid {grid} in mode {self.training_mode}, "
                 f"got {self.num_tokens}"
             )
-        if self.use_3d_rope and self.conventions == "published" and self.head_dim % 8:
+        if self.use_3d_rope and self.head_dim % self.rules.head_width_multiple:
             raise ValueError(
-                f"hidden_size: the published rotary layout expects a head width that is a multiple "
-                f"of 8, got {self.head_dim}"
+                f"hidden_size: the rotary layout of conventions={self.conventions!r} expects a head "
+                f"width that is a multiple of {self.rules.head_width_multiple}, got {self.head_dim}"
             )
         if not self.use_3d_rope and self.max_position_embeddings < self.num_tokens:
             raise ValueError(
@@ -223,10 +231,6 @@ class DiTConfig:
             )
 
     def _check_constants(self) -> None:
-        if self.conventions not in ("consistent", "published"):
-            raise ValueError(
-                f"conventions: expected consistent or published, got {self.conventions!r}"
-            )
         if self.conventions == "published" and self.rms_norm_eps != PUBLISHED_ADALN_EPS:
             raise ValueError(
                 f"rms_norm_eps: the published AdaLN always applies {PUBLISHED_ADALN_EPS:g}; "

@@ -1,24 +1,33 @@
-"""Rectified flow, independent of any network: path, times, solvers, loss."""
+"""Rectified flow, independent of any network: path, times, solvers, loop, loss."""
 
-from blip3o_fast.flow.integrate import Callback, draw_noise, integrate
 from blip3o_fast.flow.loss import RectifiedFlowLoss
-from blip3o_fast.flow.path import clean_estimate, interpolate, velocity_target
+from blip3o_fast.flow.path import draw_noise, interpolate
 from blip3o_fast.flow.schedule import TimeGrid, sample_times, time_grid
-from blip3o_fast.flow.solvers import SOLVERS, Solver, Step, find_solver
+from blip3o_fast.flow.solvers import SOLVERS, Evaluation, Solver, find_solver
+from blip3o_fast.flow.trajectory import (
+    Callback,
+    Row,
+    SolverTable,
+    Trajectory,
+    Velocity,
+    solver_table,
+)
 
 __all__ = [
     "interpolate",
-    "velocity_target",
-    "clean_estimate",
+    "draw_noise",
     "TimeGrid",
     "time_grid",
     "sample_times",
     "SOLVERS",
     "Solver",
-    "Step",
+    "Evaluation",
     "find_solver",
+    "Row",
+    "Velocity",
+    "SolverTable",
+    "solver_table",
+    "Trajectory",
     "Callback",
-    "integrate",
-    "draw_noise",
     "RectifiedFlowLoss",
 ]

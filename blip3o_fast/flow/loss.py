@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from blip3o_fast import ops
-from blip3o_fast.reference import Conventions, LossTerms, LossWeights
+from blip3o_fast.conventions import ConventionsName, find_conventions
+from blip3o_fast.reference import LossTerms, LossWeights
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,20 @@ class RectifiedFlowLoss:
     """
 
     weights: tuple[float, float, float, float] = LossWeights()
-    conventions: Conventions = "consistent"
+    conventions: ConventionsName = "consistent"
     masks: bool | None = None
     impl: ops.Impl | None = None
 
     def __post_init__(self) -> None:
         if len(self.weights) != 4 or min(self.weights) < 0:
             raise ValueError(f"weights: expected four non-negative numbers, got {self.weights}")
-        if self.conventions not in ("consistent", "published"):
-            raise ValueError(
-                f"conventions: expected consistent or published, got {self.conventions!r}"
-            )
+        find_conventions(self.conventions)
 
     def __call__(
         self, velocity: Tensor, x_t: Tensor, x_1: Tensor, noise: Tensor, t: Tensor
     ) -> LossTerms:
         """Terms of the loss; everything but ``t`` ``[B]`` is ``[B, N, C]``."""
-        masks = self.conventions == "published" if self.masks is None else self.masks
+        rules = find_conventions(self.conventions)
         return ops.flow_loss(
             velocity,
             x_t,
@@ -45,7 +43,7 @@ class RectifiedFlowLoss:
             noise,
             t,
             weights=LossWeights(*self.weights),
-            conventions=self.conventions,
-            masks=masks,
+            conventions=rules.loss,
+            masks=rules.loss_masks if self.masks is None else self.masks,
             impl=self.impl,
         )

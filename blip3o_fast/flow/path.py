@@ -1,26 +1,10 @@
-"""The straight path between noise and data, and the one statement of its conventions.
+"""The straight path between noise and data.
 
     t = 0 is noise, t = 1 is data
     x_t = (1 - t) eps + t x_1          v = x_1 - eps          x_1 = x_t + (1 - t) v
 
-This is rectified flow (arXiv:2209.03003). Everything else in the library imports it from here.
-
-The published implementation trains on this path but contradicts it elsewhere, so ``conventions``
-names one of two columns, a field of ``DiTConfig``:
-
-=========================  ============================  =========================================
-matter                     ``consistent``                ``published``
-=========================  ============================  =========================================
-sampler's time labels      0 to 1                        1 to 0, while the state moves by + dt v
-Heun's second label        t + dt                        t + dt, which reaches 1 + dt
-clamp of the state         none                          +-50 after every step
-clean estimate in loss     x_t + (1 - t) v               x_t - (1 - t) v, two terms over t > 0.5
-rotary embedding           a rotation                    a shear (see ``model.positions``)
-cross-attention positions  the same rotary embedding     none
-input stream               state + aligned EVA tokens    state
-timestep input             1000 t                        t
-output of the network      v - c(t) x_t (``model.dit``)  v
-=========================  ============================  =========================================
+This is rectified flow (arXiv:2209.03003). ``blip3o_fast.conventions`` says how the published
+implementation departs from it.
 """
 
 import torch
@@ -32,11 +16,34 @@ def interpolate(x_1: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(noise, x_1, t.to(x_1.dtype)[:, None, None])
 
 
-def velocity_target(x_1: Tensor, noise: Tensor) -> Tensor:
-    """``v = x_1 - noise``, constant along the path."""
-    return x_1 - noise
+def draw_noise(
+    shape: tuple[int, int, int],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+    seeds: list[int] | None = None,
+) -> Tensor:
+    """Standard normal ``[B, N, C]`` to start from.
 
-
-def clean_estimate(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """``x_1 = x_t + (1 - t) v``: where the straight line through ``x_t`` ends; t ``[B]``."""
-    return x_t + (1 - t.to(x_t.dtype))[:, None, None] * velocity
+    Args:
+        shape: (B, N, C).
+        device: where the noise is wanted. A generator draws on its own device, so a CPU generator
+            gives the same noise everywhere.
+        dtype: precision that the noise is drawn in.
+        generator: None is torch's default.
+        seeds: one per sample; each sample's noise then depends on its seed alone, not on its batch.
+    """
+    B, N, C = shape
+    if seeds is None:
+        source = generator.device if generator is not None else device
+        return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+    if generator is not None:
+        raise ValueError("noise: expected a generator or seeds, got both")
+    if len(seeds) != B:
+        raise ValueError(f"seeds: expected {B}, one per sample, got {len(seeds)}")
+    rows = [
+        torch.randn((N, C), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        for seed in seeds
+    ]
+    return (torch.stack(rows) if rows else torch.empty(shape, dtype=dtype)).to(device)

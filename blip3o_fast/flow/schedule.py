@@ -9,9 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blip3o_fast.flow.solvers import Step
-
-GridName = Literal["ascending", "published", "published_trainer"]
+from blip3o_fast.conventions import GridName
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,6 @@ class TimeGrid:
         """The time told to the model at ``fraction`` of a step."""
         label = self.labels[step] + self.direction * fraction * self.lengths[step]
         return label if self.direction > 0 else max(0.0, label)
-
-    def step(self, index: int, fractions: tuple[float, ...]) -> Step:
-        """One step, with the labels of evaluations at ``fractions`` of it."""
-        times = tuple(self.label(index, fraction) for fraction in fractions)
-        before = self.lengths[max(index - 1, 0)]
-        return Step(times, self.lengths[index], self.lengths[index] / before)
 
 
 def time_grid(grid: GridName | Sequence[float], num_steps: int) -> TimeGrid:

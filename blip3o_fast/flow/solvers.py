@@ -1,141 +1,184 @@
-"""Explicit one- and two-evaluation solvers of ``dx/dt = v(x, t)``.
+"""Solvers of ``dx/dt = v(x, t)`` as data.
 
-A solver knows neither network nor grid: it is given the velocity field, the state and one ``Step``
-of a grid. The state is fp32; ``ops.solver_update`` forms every linear combination in one pass,
-including guidance, which is linear and therefore commutes with the solver's weights.
+Every explicit solver is a list of evaluations. Evaluation i computes the slope ``v_i = v(x_i, t_i)``
+at the present state, and the state moves to
+
+    x_{i+1} = a_i x_i + sum_{j <= i} c_ij v_j
+
+A solver is therefore the times t_i and the numbers (a_i, c_ij). The loop (``flow.trajectory``) and
+``ops.solver_update`` know nothing else. A ``Tableau`` gives them for Runge-Kutta methods, an order
+for Adams-Bashforth methods. Adding a solver is adding one entry to ``SOLVERS``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import numpy as np
 
-Velocity = Callable[[Tensor, float], Tensor]
-"""``velocity(x, t) -> v``: state ``[B, N, C]`` and time label to slope."""
-
-SolverName = Literal["euler", "heun", "midpoint", "adams_bashforth2"]
+from blip3o_fast.flow.schedule import TimeGrid
 
 
-class Step(NamedTuple):
-    """One step of a grid, as a solver sees it.
+class Evaluation(NamedTuple):
+    """One evaluation of the velocity, and how the state moves after it.
 
-    ``times`` are the labels of its evaluations, ``dt`` its length (a number, or a 0-d tensor on the
-    device of the state), ``ratio`` its length over that of the step before.
+    Attributes:
+        label: the time that the network is told.
+        state: coefficient a of the present state.
+        newest: coefficient of the slope that this evaluation computes.
+        kept: coefficients of the slopes that earlier evaluations kept, by slot ``[R]``.
+        slot: where this slope is kept, after ``kept`` was read; -1: it is not needed again.
+        ends_step: whether the state is now at the end of a step of the grid.
     """
 
-    times: tuple[float, ...]
-    dt: Tensor | float
-    ratio: float = 1.0
-
-
-class Update(Protocol):
-    """``ops.solver_update`` with guidance, clamp and implementation already chosen."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        velocity: Tensor,
-        dt: Tensor | float,
-        *,
-        previous: Tensor | None = None,
-        weight: float = 1.0,
-        previous_weight: float = 0.0,
-        final: bool = False,
-    ) -> Tensor:
-        """``final`` marks the update that ends a step."""
-        ...
+    label: float
+    state: float
+    newest: float
+    kept: tuple[float, ...]
+    slot: int
+    ends_step: bool
 
 
 class Solver(Protocol):
-    """An explicit method."""
+    """What a solver is to those who use it."""
 
     @property
-    def fractions(self) -> tuple[float, ...]:
-        """Where in a step each evaluation lies, from 0 to 1."""
+    def use(self) -> str:
+        """When to choose it, in one sentence."""
         ...
 
-    def step(
-        self, velocity: Velocity, update: Update, x: Tensor, step: Step, past: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Advance ``x``; ``past`` is what the step before returned beside its state."""
+    @property
+    def evaluations_per_step(self) -> int:
+        """Evaluations of the network that one step of a grid costs."""
+        ...
+
+    def evaluations(self, grid: TimeGrid) -> list[Evaluation]:
+        """All evaluations of a grid, in order."""
         ...
 
 
 @dataclass(frozen=True)
-class Euler:
-    """Order 1, one evaluation: ``x' = x + dt v(x, t)``."""
+class RungeKutta:
+    """An explicit Runge-Kutta method by its Butcher tableau (Hairer, Norsett, Wanner, II.1).
 
-    fractions: tuple[float, ...] = (0.0,)
-
-    def step(
-        self, velocity: Velocity, update: Update, x: Tensor, step: Step, past: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """``x' = x + dt v``."""
-        del past
-        return update(x, velocity(x, step.times[0]), step.dt, final=True), None
-
-
-@dataclass(frozen=True)
-class Heun:
-    """Order 2, two evaluations: average the slopes at both ends of an Euler step."""
-
-    fractions: tuple[float, ...] = (0.0, 1.0)
-
-    def step(
-        self, velocity: Velocity, update: Update, x: Tensor, step: Step, past: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """``x' = x + dt (v1 + v2) / 2`` with ``v2 = v(x + dt v1, t + dt)``."""
-        del past
-        v1 = velocity(x, step.times[0])
-        v2 = velocity(update(x, v1, step.dt), step.times[1])
-        x = update(x, v2, step.dt, previous=v1, weight=0.5, previous_weight=0.5, final=True)
-        return x, None
-
-
-@dataclass(frozen=True)
-class Midpoint:
-    """Order 2, two evaluations: the slope half-way serves the whole step."""
-
-    fractions: tuple[float, ...] = (0.0, 0.5)
-
-    def step(
-        self, velocity: Velocity, update: Update, x: Tensor, step: Step, past: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """``x' = x + dt v(x + dt v1 / 2, t + dt / 2)``."""
-        del past
-        v1 = velocity(x, step.times[0])
-        v2 = velocity(update(x, v1, step.dt, weight=0.5), step.times[1])
-        return update(x, v2, step.dt, final=True), None
-
-
-@dataclass(frozen=True)
-class AdamsBashforth2:
-    """Order 2, one evaluation: extrapolate through the slope of the step before.
-
-    With r the ratio of step lengths, ``x' = x + dt ((1 + r/2) v - (r/2) v_before)``. The first step
-    is Euler's: a single local error of order dt^2 leaves the global order at 2.
+    Attributes:
+        use: when to choose it.
+        fractions: c, where in a step each evaluation lies, from 0 to 1.
+        stages: a, one row for each evaluation after the first.
+        weights: b, of the slopes in the step.
     """
 
-    fractions: tuple[float, ...] = (0.0,)
+    use: str
+    fractions: tuple[float, ...]
+    stages: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
 
-    def step(
-        self, velocity: Velocity, update: Update, x: Tensor, step: Step, past: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """``x' = x + dt ((1 + r/2) v - (r/2) v_before)``."""
-        v = velocity(x, step.times[0])
-        if past is None:
-            return update(x, v, step.dt, final=True), v
-        half = step.ratio / 2
-        x = update(x, v, step.dt, previous=past, weight=1 + half, previous_weight=-half, final=True)
-        return x, v
+    @property
+    def evaluations_per_step(self) -> int:
+        """The number of stages."""
+        return len(self.fractions)
+
+    def evaluations(self, grid: TimeGrid) -> list[Evaluation]:
+        """The state moves from stage to stage, so each stage takes back what the last one added."""
+        count = self.evaluations_per_step
+        rows = np.zeros((count + 1, count))
+        for i, row in enumerate((*self.stages, self.weights), start=1):
+            rows[i, : len(row)] = row
+        moves = np.diff(rows, axis=0)
+        return [
+            Evaluation(
+                label=grid.label(step, fraction),
+                state=1.0,
+                newest=float(dt * moves[i, i]),
+                kept=tuple(float(c) for c in dt * np.where(np.arange(count) < i, moves[i], 0))[:-1],
+                slot=i if i < count - 1 else -1,
+                ends_step=i == count - 1,
+            )
+            for step, dt in enumerate(grid.lengths)
+            for i, fraction in enumerate(self.fractions)
+        ]
+
+
+@dataclass(frozen=True)
+class AdamsBashforth:
+    """The explicit multistep method of an order, for steps of any lengths (Hairer et al., III.1).
+
+    The slope is extrapolated by the polynomial through the last ``order`` slopes. The first steps
+    have fewer slopes and use lower orders; on an even grid their error, of order 2, is what remains
+    when the steps are many.
+
+    Attributes:
+        use: when to choose it.
+        order: number of slopes a step combines, at least 1.
+    """
+
+    use: str
+    order: int
+    evaluations_per_step: int = 1
+
+    def evaluations(self, grid: TimeGrid) -> list[Evaluation]:
+        """Slopes are kept in a ring of ``order - 1`` slots, each over the oldest."""
+        slots = self.order - 1
+        starts = np.concatenate(([0.0], np.cumsum(grid.lengths)))
+        evaluations = []
+        for step, dt in enumerate(grid.lengths):
+            used = range(max(0, step - slots), step + 1)
+            *earlier, newest = _extrapolation((starts[list(used)] - starts[step]) / dt)
+            kept = [0.0] * slots
+            for before, weight in zip(used, earlier, strict=False):
+                kept[before % slots] = dt * weight
+            evaluations.append(
+                Evaluation(
+                    label=grid.label(step, 0.0),
+                    state=1.0,
+                    newest=dt * newest,
+                    kept=tuple(kept),
+                    slot=step % slots if slots else -1,
+                    ends_step=True,
+                )
+            )
+        return evaluations
+
+
+def _extrapolation(nodes: np.ndarray) -> list[float]:
+    """Weights with which values at ``nodes`` integrate their polynomial from 0 to 1."""
+    powers = np.arange(len(nodes))
+    return np.linalg.solve(nodes[None, :] ** powers[:, None], 1 / (powers + 1)).tolist()
 
 
 SOLVERS: dict[str, Solver] = {
-    "euler": Euler(),
-    "heun": Heun(),
-    "midpoint": Midpoint(),
-    "adams_bashforth2": AdamsBashforth2(),
+    "euler": RungeKutta(
+        use="order 1, one evaluation a step; with a single step it gives the conditional mean",
+        fractions=(0.0,),
+        stages=(),
+        weights=(1.0,),
+    ),
+    "heun": RungeKutta(
+        use="order 2, two evaluations a step; the published sampler and the default",
+        fractions=(0.0, 1.0),
+        stages=((1.0,),),
+        weights=(0.5, 0.5),
+    ),
+    "midpoint": RungeKutta(
+        use="order 2, two evaluations a step; often a little more exact than heun",
+        fractions=(0.0, 0.5),
+        stages=((0.5,),),
+        weights=(0.0, 1.0),
+    ),
+    "rk4": RungeKutta(
+        use="order 4, four evaluations a step; for references with many evaluations",
+        fractions=(0.0, 0.5, 0.5, 1.0),
+        stages=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+        weights=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
+    ),
+    "adams_bashforth2": AdamsBashforth(
+        use="order 2, one evaluation a step; as exact as heun for fewer evaluations", order=2
+    ),
+    "adams_bashforth3": AdamsBashforth(
+        use="order 3 after its first steps, one evaluation a step", order=3
+    ),
+    "adams_bashforth4": AdamsBashforth(
+        use="order 4 after its first steps, one evaluation a step; for smooth velocities", order=4
+    ),
 }
 
 

@@ -1,6 +1,6 @@
-"""The network: parameters and wiring; the arithmetic is in ``blip3o_fast.ops``."""
+"""The network: what it computes (``network``), and the modules that hold its parameters."""
 
 from blip3o_fast.model.block import DiTBlock
-from blip3o_fast.model.dit import DiT, clean_coefficient, skip_coefficient
+from blip3o_fast.model.dit import DiT, plain_velocity
 
-__all__ = ["DiT", "DiTBlock", "clean_coefficient", "skip_coefficient"]
+__all__ = ["DiT", "DiTBlock", "plain_velocity"]

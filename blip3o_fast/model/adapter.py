@@ -5,28 +5,55 @@ multiples of 8, which would push 16-bit GEMMs off the tensor cores' fast path, s
 are padded with zeros; parameters keep the published shapes.
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast import ops
 from blip3o_fast.config import DiTConfig
+from blip3o_fast.model.layers import is_plain
 from blip3o_fast.ops import ImplTable
 
 CUDA_WIDTH_MULTIPLE = 64
 """One 128-byte line of 16-bit numbers, so that every row starts on a line."""
 
 
+def adapt(
+    eva: Tensor,
+    layers: Iterable[Callable[[Tensor], Tensor]],
+    gate: Callable[[Tensor], Tensor],
+    residual: Callable[[Tensor], Tensor],
+    width: int,
+    impls: ImplTable,
+) -> Tensor:
+    """``g * mlp(eva) + (1 - g) * residual(eva)`` with ``g = sigmoid(gate(mlp(eva)))``."""
+    h = eva
+    for layer in layers:
+        h = layer(h)
+    adapted = h[..., :width]
+    return ops.adapter_mix(gate(adapted), adapted, residual(eva), impl=impls.adapter_mix)
+
+
+def adapter_layer(
+    h: Tensor, weight: Tensor, bias: Tensor, norm: nn.LayerNorm, impls: ImplTable
+) -> Tensor:
+    """``gelu(norm(linear(h)))`` over the true width of padded rows."""
+    h = F.linear(h, weight, bias)
+    return ops.adapter_norm(h, norm.weight, norm.bias, eps=norm.eps, impl=impls.adapter_norm)
+
+
 class EVAAdapter(nn.Module):
-    """``g * mlp(eva) + (1 - g) * linear(eva)`` with ``g = sigmoid(gate(mlp(eva)))``."""
+    """The adapter under the published parameter names."""
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__()
         E, D, layers = config.eva_embedding_size, config.hidden_size, config.eva_adapter_layers
-        widths = [int(width) for width in np.linspace(E, D, layers + 1)]
+        self.widths = [int(width) for width in np.linspace(E, D, layers + 1)]
         self.impls = impls
         self.adaptation_layers = nn.Sequential()
-        for narrow, wide in zip(widths[1:], widths, strict=False):
+        for narrow, wide in zip(self.widths[1:], self.widths, strict=False):
             self.adaptation_layers.extend(
                 (
                     nn.Linear(wide, narrow),
@@ -42,23 +69,35 @@ class EVAAdapter(nn.Module):
                 nn.init.xavier_uniform_(module.weight, gain=0.1)
                 nn.init.zeros_(module.bias)
 
+    def layers(self) -> list[list[nn.Module]]:
+        """Linear, LayerNorm, GELU and Dropout of every layer."""
+        modules = list(self.adaptation_layers)
+        return [modules[i : i + 4] for i in range(0, len(modules), 4)]
+
     def forward(self, eva: Tensor) -> Tensor:
         """``[B, M, E]`` to ``[B, M, D]``."""
         multiple = width_multiple(eva)
-        layers = list(self.adaptation_layers)
-        D = self.residual_proj.out_features
-        h = eva
-        for linear, norm, dropout in zip(layers[0::4], layers[1::4], layers[3::4], strict=True):
-            assert isinstance(linear, nn.Linear) and isinstance(norm, nn.LayerNorm)
-            h = padded_linear(h, linear, multiple)
-            h = ops.adapter_norm(
-                h, norm.weight, norm.bias, eps=norm.eps, impl=self.impls.adapter_norm
-            )
-            h = dropout(h)
-        adapted = h[..., :D]
-        return ops.adapter_mix(
-            self.gate[0](adapted), adapted, self.residual_proj(eva), impl=self.impls.adapter_mix
+
+        def call(layer: list[nn.Module], width: int) -> Callable[[Tensor], Tensor]:
+            return lambda h: self._layer(h, layer, width, multiple)
+
+        return adapt(
+            eva,
+            [call(layer, width) for layer, width in zip(self.layers(), self.widths, strict=False)],
+            self.gate[0],
+            self.residual_proj,
+            self.widths[-1],
+            self.impls,
         )
+
+    def _layer(self, h: Tensor, layer: list[nn.Module], width: int, multiple: int) -> Tensor:
+        linear, norm, gelu, dropout = layer
+        kinds = zip(layer, (nn.Linear, nn.LayerNorm, nn.GELU), strict=False)
+        if not all(is_plain(module, kind) for module, kind in kinds):
+            return dropout(gelu(norm(linear(h[..., :width]))))
+        assert isinstance(linear, nn.Linear) and isinstance(norm, nn.LayerNorm)
+        weight, bias = padded(linear.weight, linear.bias, h.shape[-1], multiple)
+        return dropout(adapter_layer(h, weight, bias, norm, self.impls))
 
 
 def width_multiple(x: Tensor) -> int:
@@ -66,9 +105,9 @@ def width_multiple(x: Tensor) -> int:
     return CUDA_WIDTH_MULTIPLE if x.is_cuda else 1
 
 
-def padded_linear(x: Tensor, linear: nn.Linear, multiple: int) -> Tensor:
-    """``linear`` with the output rounded up to a multiple and the input's padding ignored."""
-    columns = x.shape[-1] - linear.in_features
-    rows = -linear.out_features % multiple
-    weight = F.pad(linear.weight, (0, columns, 0, rows)) if columns or rows else linear.weight
-    return F.linear(x, weight, F.pad(linear.bias, (0, rows)) if rows else linear.bias)
+def padded(weight: Tensor, bias: Tensor, width: int, multiple: int) -> tuple[Tensor, Tensor]:
+    """A projection of rows of ``width`` whose output is rounded up to a multiple, with zeros."""
+    columns, rows = width - weight.shape[1], -weight.shape[0] % multiple
+    if columns or rows:
+        weight = F.pad(weight, (0, columns, 0, rows))
+    return weight, F.pad(bias, (0, rows)) if rows else bias

@@ -1,30 +1,28 @@
-"""One block: self-attention, cross-attention and SwiGLU, each a residual sub-layer.
-
-    h  = norm(x; pre)          y = branch(h)          x' = x + norm(layer_scale * y; post)
-
-``norm`` is a double RMSNorm with AdaLN modulation. Closing a sub-layer and opening the next is one
-op, ``ops.sandwich_join``, so a block takes the opened ``h`` with the stream ``x`` and returns
-both, opened for whatever follows. The plain pre-norm variant has no ``post``.
-"""
+"""One block as a module: parameters under the published names, called by ``model.network``."""
 
 import torch
 from torch import Tensor, nn
 
-from blip3o_fast import ops
 from blip3o_fast.config import DiTConfig
+from blip3o_fast.model import network
 from blip3o_fast.model.layers import AdaLN, CrossAttention, RMSNorm, SelfAttention, SwiGLU
+from blip3o_fast.model.network import Branch, Joining, Rotary, Sites
 from blip3o_fast.ops import ImplTable, Modulation
 
 
 class DiTBlock(nn.Module):
-    """Three sub-layers and the norms around them, under the published parameter names."""
+    """Three branches and the norms around them.
+
+    A block opens with the join that closes the last branch of the block before it, and hands on its
+    own last branch. It reads no parameter but its own, so it can be sharded, compiled, checkpointed
+    and hooked by itself.
+    """
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__()
         D = config.hidden_size
-        self.eps = config.rms_norm_eps
+        self.joining = Joining(config.rms_norm_eps, impls)
         self.sandwich = config.use_sandwich_norm
-        self.impls = impls
         self.self_attn = SelfAttention(config, impls)
         self.cross_attn = CrossAttention(config, impls)
         self.mlp = SwiGLU(config, impls)
@@ -43,8 +41,13 @@ class DiTBlock(nn.Module):
             self.norm2, self.ada_ln2 = RMSNorm(D), AdaLN(D)
             self.norm3, self.ada_ln3 = RMSNorm(D), AdaLN(D)
 
+    @property
+    def layer_scales(self) -> tuple[Tensor | None, ...]:
+        """Per-channel scales of the three branches, or None."""
+        return self.layer_scale_1, self.layer_scale_2, self.layer_scale_3
+
     def pre_sites(self) -> list[tuple[RMSNorm, AdaLN]]:
-        """The norm and AdaLN that open each of the three sub-layers."""
+        """The norm and AdaLN that open each of the three branches."""
         if not self.sandwich:
             return [
                 (self.norm1, self.ada_ln1),
@@ -58,7 +61,7 @@ class DiTBlock(nn.Module):
         ]
 
     def post_sites(self) -> list[tuple[RMSNorm, AdaLN]]:
-        """The norm and AdaLN that close each sub-layer; empty without sandwich norm."""
+        """The norm and AdaLN that close each branch; empty without sandwich norm."""
         if not self.sandwich:
             return []
         return [
@@ -67,44 +70,41 @@ class DiTBlock(nn.Module):
             (self.mlp_post_norm, self.mlp_ada_ln_post),
         ]
 
-    def opening(self, activated: Tensor) -> Modulation:
-        """What opens this block's self-attention; ``activated`` is SiLU of the time embedding."""
-        norm, ada_ln = self.pre_sites()[0]
-        return ada_ln.modulation(norm, activated)
+    def sites(self, activated: Tensor) -> Sites:
+        """The modulations at a time; ``activated`` is SiLU of its embedding, ``[B, D]``."""
+        pre = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.pre_sites()]
+        post = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.post_sites()]
+        return Sites(tuple(pre), tuple(post) or (None, None, None))
 
     def forward(
         self,
         x: Tensor,
-        h: Tensor,
+        branch: Branch | None,
         context: Tensor,
         activated: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        following: Modulation,
-    ) -> tuple[Tensor, Tensor]:
-        """Stream ``x`` and opened ``h`` ``[B, N, D]``, adapted EVA tokens ``[B, M, D]``."""
-        pre = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.pre_sites()[1:]]
-        post = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.post_sites()]
-        post = post or [None, None, None]
-        x, h = self.join(x, self.self_attn(h, cos, sin), self.layer_scale_1, post[0], pre[0])
-        y = self.cross_attn(h, context, cos, sin)
-        x, h = self.join(x, y, self.layer_scale_2, post[1], pre[1])
-        return self.join(x, self.mlp(h), self.layer_scale_3, post[2], following)
+        rotary: Rotary,
+    ) -> tuple[Tensor, Branch]:
+        """Stream ``[B, N, D]`` and open branch, adapted EVA tokens ``[B, M, D]``."""
+        x, last = network.block(self, x, branch, context, rotary, self.sites(activated))
+        return x, _owned(last)
 
-    def join(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor | None,
-        post: Modulation | None,
-        pre: Modulation,
-    ) -> tuple[Tensor, Tensor]:
-        """Close a sub-layer and open the next."""
-        x, h = ops.sandwich_join(
-            x, y, scale, post, pre, eps=self.eps, impl=self.impls.sandwich_join
-        )
-        assert h is not None
-        return x, h
+
+def _owned(branch: Branch) -> Branch:
+    """The branch with copies of the parameters in it.
+
+    FSDP frees the memory of a block's gathered parameters when its forward returns. Three rows of D
+    numbers are copied in one launch.
+    """
+    scale, post = branch.layer_scale, branch.post
+    parameters = [scale, *(post[:2] if post is not None else (None, None))]
+    given = [p for p in parameters if p is not None]
+    if not given:
+        return branch
+    copies = iter(torch.stack(given).unbind())
+    scale, *norms = (None if p is None else next(copies) for p in parameters)
+    if post is not None:
+        post = Modulation(*norms, post.shift, post.scale)
+    return Branch(branch.y, scale, post)
 
 
 def layer_scale(config: DiTConfig) -> nn.Parameter | None:

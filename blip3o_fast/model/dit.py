@@ -1,43 +1,21 @@
-"""The network: state, time and condition to velocity."""
+"""The network as a module: state, time and condition to velocity."""
 
-from typing import cast
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip3o_fast import ops
 from blip3o_fast.axes import check_shape
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.model.adapter import EVAAdapter
 from blip3o_fast.model.block import DiTBlock
 from blip3o_fast.model.layers import AdaLN, RMSNorm, TimestepEmbedder
+from blip3o_fast.model.network import BlockCall, Joining, LinearGuess, Rotary, network
 from blip3o_fast.model.positions import RotaryTables
-from blip3o_fast.ops import Impl, ImplTable, Modulation
-
-
-def skip_coefficient(t: Tensor) -> Tensor:
-    """``c(t) = (2t - 1) / (t^2 + (1 - t)^2)``: the velocity is ``c(t) x_t`` plus what the network
-    adds.
-
-    ``c(t) x_t`` is the best linear guess of ``v = x_1 - eps`` from ``x_t`` alone when both are
-    uncorrelated with unit variance: E[v x_t] / E[x_t^2]. Without it the network has to carry the
-    noise itself through every norm to its output, and at t = 0, where v = E[x_1] - eps, whatever
-    it loses of eps is error of the estimate. The same idea as the skip of arXiv:2206.00364, and
-    like it without parameters. It belongs to the consistent conventions; published weights know no
-    skip.
-    """
-    return (2 * t - 1) / (t.square() + (1 - t).square())
-
-
-def clean_coefficient(t: Tensor) -> Tensor:
-    """``t / (t^2 + (1 - t)^2)``: times ``x_t``, the best linear guess of ``x_1`` from ``x_t``.
-
-    The consistent conventions show the network this guess instead of ``x_t``. At t = 0, where
-    ``x_t`` is noise and says nothing, it is zero: with the skip of ``-x_t`` a single Euler step
-    then gives an estimate of the conditional mean that does not depend on the noise at all.
-    """
-    return t / (t.square() + (1 - t).square())
+from blip3o_fast.ops import Impl, ImplTable
 
 
 class DiT(nn.Module):
@@ -52,6 +30,7 @@ class DiT(nn.Module):
         D, C = config.hidden_size, config.clip_embedding_size
         self.config = config
         self.impls = ImplTable()
+        self.joining = Joining(config.rms_norm_eps, self.impls)
         self.gradient_checkpointing = config.use_gradient_checkpointing
         self.input_proj = nn.Linear(C, D)
         self.timestep_embedder = TimestepEmbedder(config)
@@ -91,18 +70,27 @@ class DiT(nn.Module):
             return self.output_pre_norm, self.output_adaln_pre
         return self.output_norm, self.output_adaln
 
-    def embed_state(self, hidden_states: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """State ``[B, N, C]`` and adapted EVA tokens ``[B, N, D]`` to the stream ``[B, N, D]``.
+    def stream(self, context: Tensor) -> Tensor | None:
+        """What the residual stream starts with beside the projected state: ``[B, N, D]`` or None.
 
-        Token i of the state and token i of the condition are the same patch, so the consistent
-        conventions add the one to the other; the published model leaves cross-attention to find it.
+        Token i of the state and token i of the condition are the same patch. Where the conventions
+        align them, the adapted EVA tokens ``[B, N, D]`` are added to the stream.
         """
-        if self.config.conventions == "consistent":
-            gain = clean_coefficient(timestep).to(hidden_states.dtype)[:, None, None]
-            x = self.input_proj(gain * hidden_states) + context
-        else:
-            x = self.input_proj(hidden_states)
-        return x if self.config.use_3d_rope else x + self.pos_embed[:, : x.shape[1]]
+        aligned = context if self.config.rules.aligned_stream else None
+        if self.config.use_3d_rope:
+            return aligned
+        positions = self.pos_embed[:, : self.config.num_tokens]
+        if aligned is None:
+            return positions.expand(context.shape[0], -1, -1)
+        return aligned + positions
+
+    def linear_guess(self, timestep: Tensor, dtype: torch.dtype) -> LinearGuess | None:
+        """The weights of the state at times ``[B]``, ``[B, 1, 1]`` each, or None."""
+        rules = self.config.rules
+        if rules.input_gain is None or rules.output_skip is None:
+            return None
+        both = (rules.input_gain(timestep), rules.output_skip(timestep))
+        return LinearGuess(*(weight.to(dtype)[:, None, None] for weight in both))
 
     def forward(
         self,
@@ -127,45 +115,53 @@ class DiT(nn.Module):
             ValueError: on a wrong shape, dtype or device, saying what was expected and what came.
         """
         self._check_inputs(hidden_states, timestep, encoder_hidden_states)
-        config = self.config
-        cos, sin = self.rotary.cos, self.rotary.sin
         activated = nn.functional.silu(self.timestep_embedder(timestep))
         context = self.eva_adapter(encoder_hidden_states)
-        openings = self.openings(activated)
+        rotary = Rotary(self.rotary.cos, self.rotary.sin)
+        norm, ada_ln = self.output_site()
 
-        x = self.embed_state(hidden_states, timestep, context)
-        h = ops.sandwich_norm(
-            x, *openings[0], eps=config.rms_norm_eps, impl=self.impls.sandwich_norm
-        )
-        for block, following in zip(self.layers(), openings[1:], strict=True):
-            inputs = (x, h, context, activated, cos, sin, following)
+        def call(block: nn.Module) -> BlockCall:
+            run = block
             if self.gradient_checkpointing and self.training:
-                x, h = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x, h = block(*inputs)
+                run = partial(checkpoint, block, use_reentrant=False)
+            return partial(run, context=context, activated=activated, rotary=rotary)
 
-        velocity = self.output_proj(h)
-        if config.conventions == "consistent":
-            skip = skip_coefficient(timestep).to(hidden_states.dtype)[:, None, None]
-            velocity = velocity + skip * hidden_states
+        velocity, h = network(
+            self,
+            hidden_states,
+            hidden_states.dtype,
+            self.stream(context),
+            self.linear_guess(timestep, hidden_states.dtype),
+            [call(block) for block in self.blocks],
+            ada_ln.modulation(norm, activated),
+        )
         return {"velocity_prediction": velocity, "hidden_states": h} if return_dict else velocity
 
     def layers(self) -> list[DiTBlock]:
         """The blocks in order."""
         return cast(list[DiTBlock], list(self.blocks))
 
-    def openings(self, activated: Tensor) -> list[Modulation]:
-        """What opens each block, then what opens the output projection."""
-        norm, ada_ln = self.output_site()
-        blocks = [block.opening(activated) for block in self.layers()]
-        return [*blocks, ada_ln.modulation(norm, activated)]
-
     def get_num_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each block in the backward pass: less memory, one more forward."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Recompute each block in the backward pass: less memory, one more forward.
+
+        ``gradient_checkpointing_kwargs`` is what ``transformers.Trainer`` passes; only
+        ``{"use_reentrant": False}`` is possible.
+
+        Raises:
+            ValueError: for any other option.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False) or options:
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected use_reentrant=False and nothing else, "
+                f"got {dict(gradient_checkpointing_kwargs or {})}"
+            )
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -189,3 +185,29 @@ class DiT(nn.Module):
                     f"{name}: expected {weight.dtype}, the dtype of the model, got {tensor.dtype}; "
                     "convert one of them or use autocast"
                 )
+
+
+def plain_velocity(model: DiT, eva: Tensor, *, guided: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model itself as a velocity field ``(x, t) -> v``, with nothing hoisted.
+
+    Args:
+        model: in evaluation mode, unless its dropout is wanted.
+        eva: ``[B, N, E]``.
+        guided: return ``[2B, N, C]``, the conditional half first; the zero condition is stacked
+            under ``eva``.
+    """
+    eva = eva.to(model.input_proj.weight.dtype)
+    if guided:
+        eva = torch.cat((eva, torch.zeros_like(eva)))
+
+    def velocity(x: Tensor, t: Tensor | float) -> Tensor:
+        state = x.to(eva.dtype)
+        if guided:
+            state = torch.cat((state, state))
+        wide = torch.promote_types(eva.dtype, torch.float32)
+        times = torch.as_tensor(t, device=state.device, dtype=wide).expand(state.shape[0])
+        v = model(state, times, eva, return_dict=False)
+        assert isinstance(v, Tensor)
+        return v
+
+    return velocity

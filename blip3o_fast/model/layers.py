@@ -1,9 +1,11 @@
-"""The parts of a block: norms, timestep embedding, attention, MLP.
+"""The parts of a block as modules: norms, timestep embedding, attention, MLP.
 
 Parameter names and shapes are the published ones. Projections that read the same input are separate
 parameters (so checkpoints, optimizers and sharding see the published layout) and are packed into
 one GEMM when they run; concatenating weights costs far less than a second pass over the
-activations.
+activations. A projection that is anything but a plain ``nn.Linear`` (LoRA, hooks,
+parametrisations, FSDP units) is called as the module it is. What the parts compute stands in
+``model.network``.
 """
 
 import math
@@ -12,13 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_fast import ops
 from blip3o_fast.config import DiTConfig
+from blip3o_fast.model import network
+from blip3o_fast.model.network import KeysValues, Rotary
 from blip3o_fast.ops import ImplTable, Modulation
 
 FREQUENCY_EMBEDDING_SIZE = 256
 MAX_PERIOD = 10000.0
-TIMESTEP_SCALE = {"consistent": 1000.0, "published": 1.0}
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is exactly ``kind`` and nothing has been hung on it.
+
+    Its parameters may then be used without calling it. Adapters, parametrisations and FSDP change
+    the class; pruning, ``weight_norm`` and tensor parallelism add hooks.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and not any(hooks)
+
+
+def project(x: Tensor, *layers: nn.Module) -> Tensor:
+    """The outputs of bias-free linear layers that read the same ``x``, side by side."""
+    if len(layers) > 1 and all(is_plain(layer, nn.Linear) for layer in layers):
+        return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    outputs = [layer(x) for layer in layers]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -46,13 +71,21 @@ class AdaLN(nn.Module):
         return Modulation(outer.weight, self.norm.weight, shift, scale)
 
 
+def sinusoids(t: Tensor, scale: float) -> Tensor:
+    """Times ``[B]`` to ``[B, 256]``, cosines first, in the dtype of ``t``."""
+    half = FREQUENCY_EMBEDDING_SIZE // 2
+    steps = torch.arange(half, device=t.device, dtype=t.dtype)
+    angles = scale * t[:, None] * torch.exp(-math.log(MAX_PERIOD) / half * steps)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t, cosines first, through a two-layer MLP."""
+    """Sinusoids of t through a two-layer MLP."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.hidden_size
-        self.scale = TIMESTEP_SCALE[config.conventions]
+        self.scale = config.rules.time_scale
         inner, outer = nn.Linear(FREQUENCY_EMBEDDING_SIZE, D), nn.Linear(D, D)
         for layer in (inner, outer):
             nn.init.normal_(layer.weight, std=0.01)
@@ -60,22 +93,21 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(inner, nn.SiLU(), outer)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Times ``[B]`` in [0, 1] to ``[B, D]``."""
-        half = FREQUENCY_EMBEDDING_SIZE // 2
-        steps = torch.arange(half, device=t.device, dtype=torch.float32)
-        angles = self.scale * t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) / half * steps)
-        sinusoids = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+        """Times ``[B]`` in [0, 1] to ``[B, D]``; angles are fp32, fp64 in an fp64 model."""
+        dtype = next(self.mlp.parameters()).dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.mlp(sinusoids(t.to(wide), self.scale).to(dtype))
 
 
 class Attention(nn.Module):
     """Parameters of grouped-query attention: H query heads, K key and value heads."""
 
+    packed = False
+
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__()
         D, d = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = d
         self.dropout = config.attention_dropout
         self.impls = impls
         self.q_proj = nn.Linear(D, self.heads * d, bias=False)
@@ -87,56 +119,54 @@ class Attention(nn.Module):
             nn.init.normal_(layer.weight, std=std)
         nn.init.normal_(self.o_proj.weight, std=std / math.sqrt(self.heads))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q ``[B, N, H, d]``, k and v ``[B, M, K, d]`` to ``[B, N, D]``."""
-        dropout = self.dropout if self.training else 0.0
-        return self.o_proj(ops.attention(q, k, v, dropout=dropout).flatten(2))
+    def drop_rate(self) -> float:
+        """Probability of dropping an attention weight: none in evaluation mode."""
+        return self.dropout if self.training else 0.0
+
+    def out(self, attended: Tensor) -> Tensor:
+        """The last projection."""
+        return self.o_proj(attended)
 
 
 class SelfAttention(Attention):
     """Every token of the state attends to every other."""
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``; cos and sin ``[N, d]``."""
-        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        qkv = F.linear(h, torch.cat(weights))
-        H, K = self.heads, self.kv_heads
-        qkv = ops.rope(qkv, cos, sin, num_heads=H, num_kv_heads=K, impl=self.impls.rope)
-        q, k, v = qkv.unflatten(-1, (H + 2 * K, self.head_dim)).split((H, K, K), dim=2)
-        return self.attend(q, k, v)
+    def project(self, h: Tensor) -> Tensor:
+        """Queries, keys and values."""
+        return project(h, self.q_proj, self.k_proj, self.v_proj)
+
+    def forward(self, h: Tensor, rotary: Rotary) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``."""
+        return network.attend(self, self.project(h), rotary, None)
 
 
 class CrossAttention(Attention):
     """Every token of the state attends to the adapted EVA tokens.
 
-    With ``rotary`` the queries and keys carry the positions of self-attention, so that token i of
-    the state can find token i of the condition.
+    Where the conventions give it positions, the queries and keys carry those of self-attention, so
+    that token i of the state can find token i of the condition.
     """
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__(config, impls)
-        self.rotary = config.conventions == "consistent"
+        self.positions = config.rules.cross_positions
 
-    def keys_values(self, context: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Adapted EVA tokens ``[B, M, D]`` to k and v ``[B, M, K, d]``: constant while sampling."""
-        kv = F.linear(context, torch.cat((self.k_proj.weight, self.v_proj.weight)))
-        K = self.kv_heads
-        if self.rotary:
-            kv = ops.rope(kv, cos, sin, num_heads=0, num_kv_heads=K, impl=self.impls.rope)
-        k, v = kv.unflatten(-1, (2 * K, self.head_dim)).split(K, dim=2)
-        return k, v
+    def project(self, h: Tensor) -> Tensor:
+        """Queries."""
+        return self.q_proj(h)
 
-    def forward(self, h: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``[B, N, D]`` and ``[B, M, D]`` to ``[B, N, D]``."""
-        q = self.q_proj(h)
-        if self.rotary:
-            q = ops.rope(q, cos, sin, num_heads=self.heads, num_kv_heads=0, impl=self.impls.rope)
-        q = q.unflatten(-1, (self.heads, self.head_dim))
-        return self.attend(q, *self.keys_values(context, cos, sin))
+    def forward(self, h: Tensor, context: Tensor, rotary: Rotary) -> Tensor:
+        """``[B, N, D]`` and adapted EVA tokens ``[B, M, D]`` to ``[B, N, D]``."""
+        turning = rotary if self.positions else None
+        kv = project(context, self.k_proj, self.v_proj)
+        kept = network.split_keys_values(kv, self.kv_heads, turning, self.impls)
+        return network.attend(self, self.project(h), turning, kept)
 
 
 class SwiGLU(nn.Module):
     """``down(silu(gate(h)) * up(h))`` (arXiv:2002.05202)."""
+
+    quantised = False
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__()
@@ -151,7 +181,14 @@ class SwiGLU(nn.Module):
         nn.init.normal_(self.up_proj.weight, std=std)
         nn.init.normal_(self.down_proj.weight, std=std / math.sqrt(inner / D))
 
+    def gate_up(self, h: Tensor) -> Tensor:
+        """The first projections, the gate first."""
+        return project(h, self.gate_proj, self.up_proj)
+
+    def down(self, activated: Tensor) -> Tensor:
+        """The last projection, dropped out in training."""
+        return self.dropout(self.down_proj(activated))
+
     def forward(self, h: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``."""
-        gate_up = F.linear(h, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-        return self.dropout(self.down_proj(ops.swiglu(gate_up, impl=self.impls.swiglu)))
+        return network.swiglu(self, h)

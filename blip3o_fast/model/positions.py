@@ -2,11 +2,11 @@
 
 ``ops.rope`` turns the pair (i, i + d/2) of a head by ``cos[i], sin[i]`` and ``cos[j], sin[j]``.
 
-*consistent*: both members of a pair share one angle, so the map is a rotation: it preserves norms,
+*rotation*: both members of a pair share one angle, so the map is a rotation: it preserves norms,
 and a logit depends on the offset between two tokens only. The d/2 angles are divided among the
 axes longer than 1, each axis with its own geometric sequence of frequencies.
 
-*published*: angles are laid out over the whole head as [height d/4 | width d/4 | depth d/2], each
+*shear*: angles are laid out over the whole head as [height d/4 | width d/4 | depth d/2], each
 block its own half twice. A pair thus mixes a height or width angle with a depth angle of 0, which
 makes the map a shear that depends on absolute position.
 
@@ -48,10 +48,8 @@ def rotary_tables(config: DiTConfig) -> tuple[Tensor, Tensor]:
     with torch.device("cpu"):
         if not config.use_3d_rope:
             angles = _sequence_angles(config)
-        elif config.conventions == "published":
-            angles = _with_cls(_sheared_angles(config), config)
         else:
-            angles = _with_cls(_grid_angles(config), config)
+            angles = _with_cls(_LAYOUTS[config.rules.rotary](config), config)
     return angles.cos(), angles.sin()
 
 
@@ -84,6 +82,9 @@ def _sheared_angles(config: DiTConfig) -> Tensor:
         ],
         dim=1,
     )
+
+
+_LAYOUTS = {"rotation": _grid_angles, "shear": _sheared_angles}
 
 
 def _sequence_angles(config: DiTConfig) -> Tensor:

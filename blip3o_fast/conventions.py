@@ -1,0 +1,126 @@
+"""The conventions of a model: one record states every choice that differs between them.
+
+The published implementation trains on the path of ``flow.path`` but contradicts it elsewhere. The
+name of a record is a field of ``DiTConfig``. Adding a third set of conventions is adding one record
+here.
+
+==========================  ===========================  ========================================
+choice                      ``consistent``               ``published``
+==========================  ===========================  ========================================
+time labels of the sampler  0 to 1                       1 to 0, while the state moves by + dt v
+Heun's second label         t + dt                       t + dt, which reaches 1 + dt
+clamp of the state          none                         +-50 after every step
+clean estimate in the loss  x_t + (1 - t) v              x_t - (1 - t) v, two terms over t > 0.5
+rotary embedding            a rotation                   a shear (see ``model.positions``)
+cross-attention positions   the same rotary embedding    none
+input stream                state + aligned EVA tokens   state
+timestep input              1000 t                       t
+state that enters           clean_coefficient(t) x_t     x_t
+velocity                    network's + c(t) x_t         network's
+==========================  ===========================  ========================================
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+ConventionsName = Literal["consistent", "published"]
+GridName = Literal["ascending", "published", "published_trainer"]
+
+
+def clean_coefficient(t: Tensor) -> Tensor:
+    """``t / (t^2 + (1 - t)^2)``: times ``x_t``, the best linear guess of ``x_1`` from ``x_t``.
+
+    The consistent conventions show the network this guess instead of ``x_t``. At t = 0 the state is
+    noise and says nothing about the data, and the guess is zero. With the output skip of ``-x_t`` a
+    single Euler step then estimates the conditional mean without depending on the noise.
+    """
+    return t / (t.square() + (1 - t).square())
+
+
+def skip_coefficient(t: Tensor) -> Tensor:
+    """``c(t) = (2t - 1) / (t^2 + (1 - t)^2)``: the velocity is ``c(t) x_t`` plus the network's
+    output.
+
+    ``c(t) x_t`` is the best linear guess of ``v = x_1 - eps`` from ``x_t`` alone when both are
+    uncorrelated with unit variance: E[v x_t] / E[x_t^2]. Without it the network has to carry the
+    noise through every norm to its output. At t = 0, where v = E[x_1] - eps, every part of eps that
+    it loses is an error of the estimate. The skip of arXiv:2206.00364 is the same idea. It has no
+    parameters.
+    """
+    return (2 * t - 1) / (t.square() + (1 - t).square())
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Everything that one set of conventions decides.
+
+    Attributes:
+        time_scale: the timestep embedding reads ``time_scale * t``.
+        input_gain: weight of the state that enters the network, a function of t; None: 1.
+        output_skip: weight of the state that is added to the network's output; None: 0.
+        aligned_stream: add the adapted EVA token i to token i of the input stream.
+        rotary: layout of the rotary angles, see ``model.positions``.
+        head_width_multiple: what that layout divides a head into.
+        cross_positions: whether cross-attention rotates its queries and keys.
+        time_grid: the grid that the sampler walks unless told otherwise.
+        noise_in_feature_dtype: draw noise in the dtype of the features, not in fp32.
+        loss: the form of the loss, see ``reference.flow_loss``: ``published`` has the opposite sign
+            in its clean estimate, and clamps and caps.
+        loss_masks: whether two terms of the loss see only samples with t > 0.5.
+    """
+
+    time_scale: float
+    input_gain: Callable[[Tensor], Tensor] | None
+    output_skip: Callable[[Tensor], Tensor] | None
+    aligned_stream: bool
+    rotary: Literal["rotation", "shear"]
+    head_width_multiple: int
+    cross_positions: bool
+    time_grid: GridName
+    noise_in_feature_dtype: bool
+    loss: Literal["consistent", "published"]
+    loss_masks: bool
+
+
+CONVENTIONS: dict[str, Conventions] = {
+    "consistent": Conventions(
+        time_scale=1000.0,
+        input_gain=clean_coefficient,
+        output_skip=skip_coefficient,
+        aligned_stream=True,
+        rotary="rotation",
+        head_width_multiple=4,
+        cross_positions=True,
+        time_grid="ascending",
+        noise_in_feature_dtype=False,
+        loss="consistent",
+        loss_masks=False,
+    ),
+    "published": Conventions(
+        time_scale=1.0,
+        input_gain=None,
+        output_skip=None,
+        aligned_stream=False,
+        rotary="shear",
+        head_width_multiple=8,
+        cross_positions=False,
+        time_grid="published",
+        noise_in_feature_dtype=True,
+        loss="published",
+        loss_masks=True,
+    ),
+}
+
+
+def find_conventions(name: str) -> Conventions:
+    """The record of that name.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    if name not in CONVENTIONS:
+        raise ValueError(f"conventions: expected {' or '.join(CONVENTIONS)}, got {name!r}")
+    return CONVENTIONS[name]

@@ -1,0 +1,135 @@
+"""The loop from noise to data.
+
+    for i in range(len(table)):
+        v = velocity(x, row i)
+        x = a_i x + sum_j c_ij v_j
+
+What changes from one evaluation to the next stands in a table on the device, and which row is next
+in a counter on the device. ``Trajectory.advance`` therefore takes no argument that changes, and one
+CUDA graph of it serves every solver and every number of steps.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip3o_fast import ops
+from blip3o_fast.flow.schedule import TimeGrid
+from blip3o_fast.flow.solvers import Evaluation
+
+
+class Row(NamedTuple):
+    """What one evaluation reads beside the state.
+
+    ``numbers`` ``[K]`` and ``places`` ``[P]`` (int64) are the columns that the maker of the table
+    added for the velocity.
+    """
+
+    numbers: Tensor
+    places: Tensor
+
+
+Velocity = Callable[[Tensor, Row], Tensor]
+"""``velocity(x, row) -> v``: state ``[B, N, C]`` to slope, ``[2B, N, C]`` with guidance."""
+
+Callback = Callable[[int, Tensor], None]
+"""``callback(step, x)`` after each step, counted from 0; it must not modify ``x`` ``[B, N, C]``."""
+
+
+class SolverTable(NamedTuple):
+    """All evaluations of a solver on a grid, one a row, on the device of the state.
+
+    Attributes:
+        numbers: ``[n, R + 3 + K]`` in the dtype of the state: the bound on the new state, the
+            coefficients of the state, of the newest slope and of the R kept slopes, then the
+            columns of the velocity.
+        places: ``[n, 1 + P]`` int64: the slot that keeps the slope, then those of the velocity.
+        slots: R.
+    """
+
+    numbers: Tensor
+    places: Tensor
+    slots: int
+
+    def __len__(self) -> int:
+        return self.numbers.shape[0]
+
+
+def solver_table(
+    evaluations: Sequence[Evaluation],
+    grid: TimeGrid,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    numbers: Tensor | None = None,
+    places: Tensor | None = None,
+) -> SolverTable:
+    """Put evaluations on a device.
+
+    Args:
+        evaluations: of a solver on ``grid``.
+        grid: gives the bound that holds at the end of each step.
+        device, dtype: of the state.
+        numbers: ``[n, K]`` that the velocity reads; None: the time label, K = 1.
+        places: ``[n, P]`` that the velocity reads; None: P = 0.
+    """
+    bound = math.inf if grid.clamp is None else grid.clamp
+    rows = [
+        (bound if e.ends_step else math.inf, e.state, e.newest, *e.kept) for e in evaluations
+    ]
+    if numbers is None:
+        numbers = torch.tensor([[e.label] for e in evaluations], dtype=dtype, device=device)
+    coefficients = torch.tensor(rows, dtype=dtype, device=device)
+    slots = torch.tensor([[e.slot] for e in evaluations], device=device)
+    return SolverTable(
+        torch.cat((coefficients, numbers.to(coefficients)), dim=1),
+        slots if places is None else torch.cat((slots, places), dim=1),
+        len(evaluations[0].kept),
+    )
+
+
+class Trajectory:
+    """A batch on its way from noise to data: its state, its slopes, and ``advance``.
+
+    Args:
+        velocity: the field.
+        table: of the solver; ``row`` says which of its rows is next.
+        x: noise ``[B, N, C]``, fp32 or fp64; overwritten as it moves.
+        guidance_scale: 1 is none; otherwise the velocity returns both halves.
+        impl: of ``ops.solver_update``.
+    """
+
+    def __init__(
+        self,
+        velocity: Velocity,
+        table: SolverTable,
+        x: Tensor,
+        *,
+        guidance_scale: float = 1.0,
+        impl: ops.Impl | None = None,
+    ) -> None:
+        self.velocity, self.table, self.x = velocity, table, x
+        self.guidance_scale, self.impl = guidance_scale, impl
+        self.slopes = x.new_zeros(table.slots, *x.shape)
+        self.row = torch.zeros(1, dtype=torch.int64, device=x.device)
+
+    def advance(self) -> None:
+        """One evaluation of the velocity, and the move that it allows."""
+        coefficients = self.table.slots + 3
+        numbers = self.table.numbers.index_select(0, self.row)[0]
+        places = self.table.places.index_select(0, self.row)[0]
+        v = self.velocity(self.x, Row(numbers[coefficients:], places[1:]))
+        ops.solver_update(
+            self.x,
+            v,
+            self.slopes,
+            numbers[:coefficients],
+            slot=places[:1],
+            guidance_scale=self.guidance_scale,
+            out=self.x,
+            impl=self.impl,
+        )
+        self.row += 1

@@ -1,0 +1,269 @@
+"""The network, written once.
+
+    h  = norm(x; pre)          y = branch(h)          x' = x + norm(layer_scale * y; post)
+
+``norm`` is a double RMSNorm with AdaLN modulation. A block has three such branches: self-attention,
+cross-attention and SwiGLU. Closing one branch and opening the next is one op, ``join``, so what
+moves from block to block is the stream and the branch that it has not received yet.
+
+The functions here compute with *parts*: projections, layer scales and settings. The modules of
+``DiT`` are parts when it trains; the packed weights of ``sampling.packed`` are parts when it
+samples. Both run these lines.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from blip3o_fast import ops
+from blip3o_fast.ops import ImplTable, Modulation, Quantised
+
+Rows = Tensor | Quantised
+"""What a projection reads: in FP8 the op that computed the rows has quantised them."""
+
+
+class Rotary(NamedTuple):
+    """``cos`` and ``sin`` ``[N, d]`` of every token's angles."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class KeysValues(NamedTuple):
+    """Of cross-attention, ``[B, M, K, d]`` each: constant while sampling."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Branch(NamedTuple):
+    """The output ``y`` of a branch that the stream has not received yet, and how it will."""
+
+    y: Tensor
+    layer_scale: Tensor | None = None
+    post: Modulation | None = None
+
+
+class Sites(NamedTuple):
+    """The modulations of a block: what opens and what closes each of its three branches."""
+
+    pre: tuple[Modulation, ...]
+    post: tuple[Modulation | None, ...]
+
+
+class LinearGuess(NamedTuple):
+    """What the state says by itself; weights that broadcast over the state.
+
+    ``gain`` times the state enters the network, ``skip`` times the state is added to its output.
+    """
+
+    gain: Tensor
+    skip: Tensor
+
+
+class Joining(NamedTuple):
+    """How branches are joined to the stream: epsilon, implementations, and rows in e4m3 or not."""
+
+    eps: float
+    impls: ImplTable
+    quantised: bool = False
+
+
+class AttentionParts(Protocol):
+    """What an attention is made of; ``packed`` parts own the rows that they return."""
+
+    heads: int
+    kv_heads: int
+    impls: ImplTable
+    packed: bool
+
+    def drop_rate(self) -> float:
+        """Probability of dropping an attention weight."""
+        ...
+
+    def project(self, h: Rows) -> Tensor:
+        """Queries, and keys and values in self-attention, ``[B, N, ...]``."""
+        ...
+
+    def out(self, attended: Tensor) -> Tensor:
+        """``[B, N, H d]`` to ``[B, N, D]``."""
+        ...
+
+
+class SwiGLUParts(Protocol):
+    """What the MLP is made of."""
+
+    impls: ImplTable
+    quantised: bool
+
+    def gate_up(self, h: Rows) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, 2I]``, the gate first."""
+        ...
+
+    def down(self, activated: Rows) -> Tensor:
+        """``[B, N, I]`` to ``[B, N, D]``."""
+        ...
+
+
+class BlockParts(Protocol):
+    """What a block is made of: three branches, and the scale of each."""
+
+    joining: Joining
+
+    @property
+    def layer_scales(self) -> tuple[Tensor | None, ...]:
+        """``[D]`` each, or None."""
+        ...
+
+    @property
+    def self_attn(self) -> Callable[[Any, Rotary], Tensor]:
+        """``(h, rotary) -> y``."""
+        ...
+
+    @property
+    def cross_attn(self) -> Callable[[Any, Any, Rotary], Tensor]:
+        """``(h, condition, rotary) -> y``."""
+        ...
+
+    @property
+    def mlp(self) -> Callable[[Any], Tensor]:
+        """``h -> y``."""
+        ...
+
+
+class EndParts(Protocol):
+    """What stands before the first block and after the last."""
+
+    joining: Joining
+
+    def input_proj(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to ``[B', N, D]``; B' = 2B evaluates both halves of guidance."""
+        ...
+
+    def output_proj(self, h: Tensor) -> Tensor:
+        """``[B', N, D]`` to ``[B', N, C]``."""
+        ...
+
+
+BlockCall = Callable[[Tensor, Branch | None], tuple[Tensor, Branch]]
+
+
+def join(
+    how: Joining, x: Tensor, branch: Branch | None, pre: Modulation
+) -> tuple[Tensor, Rows]:
+    """Close a branch and open the next: the new stream and the rows ``h``, ``[B, N, D]`` each."""
+    eps, impls = how.eps, how.impls
+    if branch is None:
+        norm = ops.sandwich_norm_quantised if how.quantised else ops.sandwich_norm
+        return x, norm(x, *pre, eps=eps, impl=impls.sandwich_norm)
+    y, scale, post = branch
+    if how.quantised:
+        return ops.sandwich_join_quantised(
+            x, y, scale, post, pre, eps=eps, impl=impls.sandwich_join
+        )
+    x, h = ops.sandwich_join(x, y, scale, post, pre, eps=eps, impl=impls.sandwich_join)
+    assert h is not None
+    return x, h
+
+
+def attend(p: AttentionParts, q: Tensor, rotary: Rotary | None, kept: KeysValues | None) -> Tensor:
+    """Projected rows ``[B, N, ...]`` to ``[B, N, D]``; ``kept`` are the keys of cross-attention."""
+    dropout = p.drop_rate()
+    if rotary is None:
+        assert kept is not None
+        heads = q.unflatten(-1, (p.heads, -1))
+        return p.out(ops.attention(heads, *kept, dropout=dropout).flatten(2))
+    attended = ops.rope_attention(
+        q,
+        *rotary,
+        num_heads=p.heads,
+        num_kv_heads=p.kv_heads if kept is None else 0,
+        kept=kept,
+        dropout=dropout,
+        impl=p.impls.rope_attention if p.packed else None,
+        rope_impl=p.impls.rope,
+        inplace=p.packed,
+    )
+    return p.out(attended)
+
+
+def split_keys_values(
+    kv: Tensor, kv_heads: int, rotary: Rotary | None, impls: ImplTable
+) -> KeysValues:
+    """Projected EVA tokens ``[B, M, 2 K d]``, keys first, to rotated keys and values."""
+    if rotary is not None:
+        kv = ops.rope(kv, *rotary, num_heads=0, num_kv_heads=kv_heads, impl=impls.rope)
+    return KeysValues(*kv.unflatten(-1, (2, kv_heads, -1)).unbind(-3))
+
+
+def swiglu(p: SwiGLUParts, h: Rows) -> Tensor:
+    """``down(silu(gate(h)) * up(h))`` (arXiv:2002.05202)."""
+    activate = ops.swiglu_quantised if p.quantised else ops.swiglu
+    return p.down(activate(p.gate_up(h), impl=p.impls.swiglu))
+
+
+def block(
+    p: BlockParts,
+    x: Tensor,
+    branch: Branch | None,
+    condition: Tensor | KeysValues,
+    rotary: Rotary,
+    sites: Sites,
+) -> tuple[Tensor, Branch]:
+    """Self-attention, cross-attention and MLP; each join closes the branch before it.
+
+    ``condition`` is what the cross-attention of ``p`` reads: adapted EVA tokens ``[B, M, D]``, or
+    the keys and values that were made of them.
+    """
+    pre, post, scales = sites.pre, sites.post, p.layer_scales
+    x, h = join(p.joining, x, branch, pre[0])
+    branch = Branch(p.self_attn(h, rotary), scales[0], post[0])
+    x, h = join(p.joining, x, branch, pre[1])
+    branch = Branch(p.cross_attn(h, condition, rotary), scales[1], post[1])
+    x, h = join(p.joining, x, branch, pre[2])
+    return x, Branch(p.mlp(h), scales[2], post[2])
+
+
+def network(
+    p: EndParts,
+    state: Tensor,
+    dtype: torch.dtype,
+    stream: Tensor | None,
+    guess: LinearGuess | None,
+    blocks: Iterable[BlockCall],
+    output: Modulation,
+) -> tuple[Tensor, Tensor]:
+    """The velocity at ``state`` ``[B, N, C]``, and the rows ``[B', N, D]`` that it is read from.
+
+    Args:
+        p: input and output projection.
+        state: any floating dtype.
+        dtype: of the activations.
+        stream: what the residual stream starts with beside the projected state, ``[B', N, D]``, or
+            None.
+        guess: None where the network sees the state as it is.
+        blocks: in order.
+        output: modulation before the output projection.
+    """
+    x = p.input_proj(state.to(dtype) if guess is None else _scaled(state, guess.gain, dtype))
+    branch = None
+    if stream is not None:
+        x, branch = stream, Branch(x)
+    for call in blocks:
+        x, branch = call(x, branch)
+    _, h = join(p.joining._replace(quantised=False), x, branch, output)
+    assert isinstance(h, Tensor)
+    velocity = p.output_proj(h)
+    if guess is not None:
+        halves = velocity.unflatten(0, (-1, state.shape[0]))
+        velocity = torch.addcmul(halves, state, guess.skip).flatten(0, 1)
+    return velocity, h
+
+
+def _scaled(state: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gain * state`` in ``dtype``: one pass over memory where no gradient is recorded."""
+    if torch.is_grad_enabled() or state.dtype == dtype:
+        return (gain * state).to(dtype)
+    return torch.mul(state, gain, out=torch.empty_like(state, dtype=dtype))
