@@ -11,10 +11,13 @@ from blip3o_fast.published import (
     accelerate,
     create_clip_reproduction_model,
 )
-from blip3o_fast.sampling import SamplingPlan, generate
+from blip3o_fast.sampling import SamplingPlan, forget
 
 if TYPE_CHECKING:
     from blip3o_fast.extraction import extract_eva_features
+
+generate = BLIP3oDiT.generate
+"""``generate(model, eva_features, ...)`` is ``model.generate(eva_features, ...)``."""
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,7 @@ __all__ = [
     "PRESETS",
     "generate",
     "SamplingPlan",
+    "forget",
     "RectifiedFlowLoss",
     "load_trained_model",
     "extract_eva_features",

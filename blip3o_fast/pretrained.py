@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from blip3o_fast.checkpoint import check_tensors, load_checkpoint, save_checkpoint
 from blip3o_fast.flow import Callback
-from blip3o_fast.flow.schedule import GridName
-from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.model import DiT
-from blip3o_fast.sampling import generate
+from blip3o_fast.sampling import PlanOptions, SamplingPlan
 
 
 class BLIP3oDiT(DiT):
@@ -31,16 +30,17 @@ class BLIP3oDiT(DiT):
         *,
         noise: Tensor | None = None,
         seeds: Sequence[int] | None = None,
-        solver: SolverName | None = None,
-        time_grid: GridName | Sequence[float] | None = None,
+        solver: str | None = None,
         progress: bool = False,
         callback: Callback | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[PlanOptions],
     ) -> Tensor:
         """Sample CLIP tokens by integrating the velocity from noise to data.
 
         One Euler step gives the conditional mean, the best answer for cosine and squared error;
         many steps give a sample. Runs without gradients and without dropout; the state is fp32.
+
+        What sampling needs is kept from call to call: packed weights, tables and CUDA graphs.
 
         Args:
             eva_features: ``[B, N, E]``, finite, on the model's device.
@@ -51,13 +51,11 @@ class BLIP3oDiT(DiT):
             noise: ``[B, N, C]`` to start from, instead of drawing it.
             seeds: one per sample, instead of a generator: a sample's noise then depends on its own
                 seed alone, not on its batch.
-            solver: euler, heun, midpoint or adams_bashforth2.
-            time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0
-                to 1; None follows the model's conventions.
+            solver: a name of ``flow.SOLVERS``.
             progress: show a bar of steps.
             callback: called with (step, state) after each step.
-            dtype: of weights and activations, as in ``SamplingPlan``: None is the model's own, or
-                autocast's; float8_e4m3fn where the GPU has it.
+            **options: ``time_grid``, ``dtype``, ``impl``, ``graph``, ``compile`` and
+                ``working_memory`` of ``SamplingPlan``.
 
         Returns:
             ``[B, N, C]`` in the dtype of ``eva_features``, divided by ``simple_scale_factor``.
@@ -65,20 +63,14 @@ class BLIP3oDiT(DiT):
         Raises:
             ValueError: on a wrong shape, dtype, device, NaN or option, saying what was expected.
         """
-        return generate(
+        plan = SamplingPlan(
             self,
-            eva_features,
-            num_inference_steps,
+            steps=num_inference_steps,
             solver=solver or ("heun" if use_heun else "euler"),
             guidance_scale=guidance_scale,
-            grid=time_grid,
-            noise=noise,
-            generator=generator,
-            seeds=seeds,
-            progress=progress,
-            callback=callback,
-            dtype=dtype,
+            **options,
         )
+        return plan(eva_features, noise, generator, seeds, progress, callback)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` under the published parameter names."""

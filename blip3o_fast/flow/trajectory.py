@@ -77,9 +77,7 @@ def solver_table(
         places: ``[n, P]`` that the velocity reads; None: P = 0.
     """
     bound = math.inf if grid.clamp is None else grid.clamp
-    rows = [
-        (bound if e.ends_step else math.inf, e.state, e.newest, *e.kept) for e in evaluations
-    ]
+    rows = [(bound if e.ends_step else math.inf, e.state, e.newest, *e.kept) for e in evaluations]
     if numbers is None:
         numbers = torch.tensor([[e.label] for e in evaluations], dtype=dtype, device=device)
     coefficients = torch.tensor(rows, dtype=dtype, device=device)
@@ -126,10 +124,11 @@ class Trajectory:
             self.x,
             v,
             self.slopes,
-            numbers[:coefficients],
+            numbers[1:coefficients],
             slot=places[:1],
             guidance_scale=self.guidance_scale,
             out=self.x,
             impl=self.impl,
         )
+        self.x.clamp_(-numbers[0], numbers[0])
         self.row += 1

@@ -37,11 +37,17 @@ def adapt(
 
 
 def adapter_layer(
-    h: Tensor, weight: Tensor, bias: Tensor, norm: nn.LayerNorm, impls: ImplTable
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    impls: ImplTable,
 ) -> Tensor:
     """``gelu(norm(linear(h)))`` over the true width of padded rows."""
     h = F.linear(h, weight, bias)
-    return ops.adapter_norm(h, norm.weight, norm.bias, eps=norm.eps, impl=impls.adapter_norm)
+    return ops.adapter_norm(h, norm_weight, norm_bias, eps=eps, impl=impls.adapter_norm)
 
 
 class EVAAdapter(nn.Module):
@@ -97,7 +103,8 @@ class EVAAdapter(nn.Module):
             return dropout(gelu(norm(linear(h[..., :width]))))
         assert isinstance(linear, nn.Linear) and isinstance(norm, nn.LayerNorm)
         weight, bias = padded(linear.weight, linear.bias, h.shape[-1], multiple)
-        return dropout(adapter_layer(h, weight, bias, norm, self.impls))
+        h = adapter_layer(h, weight, bias, norm.weight, norm.bias, norm.eps, self.impls)
+        return dropout(h)
 
 
 def width_multiple(x: Tensor) -> int:

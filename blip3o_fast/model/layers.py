@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.model import network
-from blip3o_fast.model.network import KeysValues, Rotary
+from blip3o_fast.model.network import Rotary
 from blip3o_fast.ops import ImplTable, Modulation
 
 FREQUENCY_EMBEDDING_SIZE = 256

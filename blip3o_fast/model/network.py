@@ -138,11 +138,13 @@ class EndParts(Protocol):
 
     joining: Joining
 
-    def input_proj(self, x: Tensor) -> Tensor:
-        """``[B, N, C]`` to ``[B', N, D]``; B' = 2B evaluates both halves of guidance."""
+    @property
+    def input_proj(self) -> Callable[[Tensor], Tensor]:
+        """``[B, N, C]`` to ``[B, N, D]``."""
         ...
 
-    def output_proj(self, h: Tensor) -> Tensor:
+    @property
+    def output_proj(self) -> Callable[[Tensor], Tensor]:
         """``[B', N, D]`` to ``[B', N, C]``."""
         ...
 
@@ -150,9 +152,7 @@ class EndParts(Protocol):
 BlockCall = Callable[[Tensor, Branch | None], tuple[Tensor, Branch]]
 
 
-def join(
-    how: Joining, x: Tensor, branch: Branch | None, pre: Modulation
-) -> tuple[Tensor, Rows]:
+def join(how: Joining, x: Tensor, branch: Branch | None, pre: Modulation) -> tuple[Tensor, Rows]:
     """Close a branch and open the next: the new stream and the rows ``h``, ``[B, N, D]`` each."""
     eps, impls = how.eps, how.impls
     if branch is None:
@@ -234,6 +234,8 @@ def network(
     guess: LinearGuess | None,
     blocks: Iterable[BlockCall],
     output: Modulation,
+    *,
+    halves: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The velocity at ``state`` ``[B, N, C]``, and the rows ``[B', N, D]`` that it is read from.
 
@@ -246,8 +248,11 @@ def network(
         guess: None where the network sees the state as it is.
         blocks: in order.
         output: modulation before the output projection.
+        halves: B' / B: 2 evaluates both halves of guidance at the same state.
     """
     x = p.input_proj(state.to(dtype) if guess is None else _scaled(state, guess.gain, dtype))
+    if halves > 1:
+        x = torch.cat([x] * halves)
     branch = None
     if stream is not None:
         x, branch = stream, Branch(x)
@@ -257,8 +262,8 @@ def network(
     assert isinstance(h, Tensor)
     velocity = p.output_proj(h)
     if guess is not None:
-        halves = velocity.unflatten(0, (-1, state.shape[0]))
-        velocity = torch.addcmul(halves, state, guess.skip).flatten(0, 1)
+        both = velocity.unflatten(0, (halves, -1))
+        velocity = torch.addcmul(both, state, guess.skip).flatten(0, 1)
     return velocity, h
 
 

@@ -19,6 +19,7 @@ def rope_attention(
     num_heads: int,
     num_kv_heads: int,
     kept: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
     impl: Impl | None = None,
     rope_impl: Impl | None = None,
     inplace: bool = False,
@@ -31,6 +32,7 @@ def rope_attention(
         num_heads: H.
         num_kv_heads: K of ``qkv``; 0 beside ``kept``.
         kept: keys and values ``[B, M, K, d]`` of cross-attention, where they are rotated already.
+        dropout: probability of dropping an attention weight; needs two kernels.
         impl: CUDA is one kernel that rotates on the way to attention, for 16-bit heads of 64 and no
             gradient. Any other is two: ``rope`` by that implementation, then ``attention``. None is
             one where that was measured faster, else two.
@@ -48,7 +50,7 @@ def rope_attention(
             "num_kv_heads: expected keys and values in qkv or kept, and not in both, "
             f"got {num_kv_heads} key heads and kept={'None' if kept is None else 'given'}"
         )
-    if _is_one_kernel(impl, qkv, cos, sin, num_heads, num_kv_heads, kept):
+    if _is_one_kernel(impl, qkv, cos, sin, num_heads, num_kv_heads, kept, dropout):
         q, k, v = _heads(qkv, cos.shape[1], num_heads, kept)
         check_heads(q, k, v)
         return operators(Impl.CUDA).rope_attention(q, k, v, cos, sin, kept is None).flatten(2)
@@ -59,7 +61,8 @@ def rope_attention(
         impl=rope_impl if impl is None else impl,
         inplace=inplace,
     )
-    return attention(*_heads(turned, cos.shape[1], num_heads, kept)).flatten(2)
+    heads = _heads(turned, cos.shape[1], num_heads, kept)
+    return attention(*heads, dropout=dropout).flatten(2)
 
 
 def _heads(
@@ -80,20 +83,25 @@ def _is_one_kernel(
     num_heads: int,
     num_kv_heads: int,
     kept: tuple[Tensor, Tensor] | None,
+    dropout: float,
 ) -> bool:
     if impl not in (None, Impl.CUDA):
         return False
     if resolve_impl(impl, qkv, op="rope_attention") is not Impl.CUDA:
         return False
     check_rotation(qkv, cos, sin, num_heads, num_kv_heads)  # of two kernels rope checks it
-    unfit = _unfit(qkv, cos.shape[1], kept)
+    unfit = _unfit(qkv, cos.shape[1], kept, dropout)
     if unfit and impl is Impl.CUDA:
         raise ValueError(f"impl=CUDA: {unfit}; pass another for two kernels, rope and attention")
     return not unfit
 
 
-def _unfit(qkv: Tensor, d: int, kept: tuple[Tensor, Tensor] | None) -> str | None:
+def _unfit(
+    qkv: Tensor, d: int, kept: tuple[Tensor, Tensor] | None, dropout: float
+) -> str | None:
     """Why the one kernel cannot compute this, or None."""
+    if dropout:
+        return "the kernel drops nothing: expected dropout=0"
     if d != WIDTH:
         return f"the kernel takes heads of {WIDTH}, got {d}"
     if kept is not None and not kept[0].shape[1]:

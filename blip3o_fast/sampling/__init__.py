@@ -1,8 +1,6 @@
 """Sampling: the network and the flow put together."""
 
-from blip3o_fast.sampling.engine import forget
-from blip3o_fast.sampling.generate import generate
-from blip3o_fast.sampling.plain import plain_velocity
-from blip3o_fast.sampling.plan import SamplingPlan
+from blip3o_fast.sampling.cache import forget
+from blip3o_fast.sampling.plan import PlanOptions, SamplingPlan
 
-__all__ = ["generate", "SamplingPlan", "forget", "plain_velocity"]
+__all__ = ["SamplingPlan", "PlanOptions", "forget"]

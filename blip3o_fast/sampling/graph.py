@@ -1,15 +1,15 @@
-"""One solver step as a CUDA graph.
+"""One evaluation, and the move of the state after it, as a CUDA graph.
 
-A step of base at batch 1 is some 350 launches; replayed as a graph it costs the host one. All that
-changes from step to step stands in device memory (``sampling.stepper``), so a graph serves every
-number of steps; grids longer than ``WINDOW`` steps are loaded a window at a time.
+An evaluation of base is some 180 launches; replayed as a graph it costs the host one. All that
+changes from one to the next stands in device memory (``flow.trajectory``), so a graph serves every
+solver and every number of steps; tables longer than ``WINDOW`` rows are loaded a window at a time.
 
 * A graph is captured for a batch *bucket*. Rows beyond the batch are zero: no op mixes samples, so
   they cost time and cannot reach a real row.
 * Warm-up runs on a side stream before capture: Triton compiles, cuBLAS allocates.
 * Intermediates live in one private pool shared by a model's graphs, which never run concurrently;
   inputs and the state live outside it.
-* The first replay is compared bitwise with the same step run eagerly.
+* The first replay is compared bitwise with the same evaluation run eagerly.
 
 Memory of a graph: state and keys and values of its bucket (4.2 MB a sample for base in bf16), and
 the activations of one evaluation. At most ``GRAPHS`` are kept, the most recently used.
@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.sampling.conditioning import Context
-from blip3o_fast.sampling.stepper import Stepper, StepTable
+from blip3o_fast.flow import Trajectory
+from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable
 
 WINDOW = 64
-"""Steps whose modulations are on hand at a time: 58 MB for base where two times a step differ."""
+"""Rows whose modulations are on hand at a time: 29 MB for base."""
 
 GRAPHS = 8
 WARM_UP = 3
@@ -57,8 +57,8 @@ class GraphStore:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.steps: OrderedDict[object, CapturedStep] = OrderedDict()
-        self.windows: dict[tuple[int, torch.dtype], WindowBuffers] = {}
+        self.captured: OrderedDict[object, Captured] = OrderedDict()
+        self.windows: dict[tuple[int, torch.dtype], Window] = {}
         self.pool: Any = None
         self._last_use: torch.cuda.Event | None = None
 
@@ -76,100 +76,138 @@ class GraphStore:
                 self._last_use.record(stream)
 
     def find(
-        self, key: object, table: StepTable, make: Callable[[StepTable], Stepper]
-    ) -> "CapturedStep":
+        self,
+        key: object,
+        table: TimeTable,
+        make: Callable[[TimeTable], tuple[Trajectory, HoistedVelocity]],
+    ) -> "Captured":
         """The graph of a signature.
 
-        ``make`` gives its stepper, with buffers of the bucket, over a table like ``table``.
+        ``make`` gives its trajectory, with buffers of the bucket, over a table like ``table``.
         """
-        if key not in self.steps:
+        if key not in self.captured:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
-            while len(self.steps) >= GRAPHS:
-                self.steps.popitem(last=False)
-            form = (table.rows.shape[1], table.scalars.dtype)
-            window = self.windows.get(form)
-            if window is None:
-                window = self.windows[form] = WindowBuffers(table)
-            self.steps[key] = CapturedStep(make(window.buffers), window, self.pool)
-        self.steps.move_to_end(key)
-        return self.steps[key]
+            while len(self.captured) >= GRAPHS:
+                self.captured.popitem(last=False)
+            form = (table.solver.slots, table.solver.numbers.dtype)
+            if form not in self.windows:
+                self.windows[form] = Window(table)
+            window = self.windows[form]
+            self.captured[key] = Captured(*make(window.buffers), window, self.pool)
+        self.captured.move_to_end(key)
+        return self.captured[key]
 
     def clear(self) -> None:
         """Free every graph and the pool's memory."""
         with self.lock:
-            self.steps.clear()
+            self.captured.clear()
             self.windows.clear()
             self.pool = None
 
 
-class WindowBuffers:
-    """Up to ``WINDOW`` steps of any grid with as many evaluations a step as ``table``."""
+class Window:
+    """Up to ``WINDOW`` rows of any table with as many slots as ``table``."""
 
-    def __init__(self, table: StepTable) -> None:
-        evaluations = table.rows.shape[1]
-        times = WINDOW * evaluations + 1
-        self.buffers = StepTable(
-            table.modulations.new_zeros(times, *table.modulations.shape[1:]),
-            table.rows.new_zeros(WINDOW, evaluations),
-            table.scalars.new_zeros(WINDOW, table.scalars.shape[1]),
+    def __init__(self, table: TimeTable) -> None:
+        solver, modulations = table.solver, table.modulations
+        self.buffers = TimeTable(
+            solver._replace(
+                numbers=solver.numbers.new_zeros(WINDOW, solver.numbers.shape[1]),
+                places=solver.places.new_zeros(WINDOW, solver.places.shape[1]),
+            ),
+            modulations.new_zeros(WINDOW, *modulations.shape[1:]),
+            (),
         )
-        self._loaded: tuple[StepTable, int] | None = None
+        self._loaded: tuple[TimeTable, int] | None = None
 
-    def select(self, table: StepTable, step: int) -> int:
-        """Have the window of ``table`` that holds ``step`` at hand; its index there."""
-        window = step // WINDOW
+    def select(self, table: TimeTable, row: int) -> int:
+        """Have the window of ``table`` that holds ``row`` at hand; its index there."""
+        window = row // WINDOW
         if self._loaded is None or self._loaded[0] is not table or self._loaded[1] != window:
             self._load(table, window * WINDOW)
             self._loaded = (table, window)
-        return step % WINDOW
+        return row % WINDOW
 
-    def _load(self, table: StepTable, first: int) -> None:
-        rows = table.rows[first : first + WINDOW]
-        used, local = torch.unique(rows, return_inverse=True)
-        self.buffers.modulations[: used.shape[0]] = table.modulations.index_select(0, used)
-        self.buffers.rows[: local.shape[0]] = local
-        self.buffers.scalars[: local.shape[0]] = table.scalars[first : first + WINDOW]
+    def _load(self, table: TimeTable, first: int) -> None:
+        solver, buffers = table.solver, self.buffers.solver
+        places = solver.places[first : first + WINDOW]
+        used, local = torch.unique(places[:, 1], return_inverse=True)
+        self.buffers.modulations[: len(used)] = table.modulations.index_select(0, used)
+        buffers.places[: len(places)] = torch.stack((places[:, 0], local), dim=1)
+        buffers.numbers[: len(places)] = solver.numbers[first : first + WINDOW]
 
 
-class CapturedStep:
-    """A stepper's ``advance`` as a graph, with the copies in and out of its buffers."""
+class Captured:
+    """A trajectory's ``advance`` as a graph, with the copies in and out of its buffers."""
 
-    def __init__(self, stepper: Stepper, window: WindowBuffers, pool: Any) -> None:
-        self.stepper, self.window = stepper, window
-        self.graph = _capture(stepper, pool)
+    def __init__(
+        self, trajectory: Trajectory, velocity: HoistedVelocity, window: Window, pool: Any
+    ) -> None:
+        self.trajectory, self.context, self.window = trajectory, velocity.context, window
+        self.graph = _capture(trajectory, pool)
         self._verified = False
 
-    def load(self, state: Tensor, context: Context, past: Tensor | None) -> None:
+    def load(self, x: Tensor, slopes: Tensor, context: Context) -> None:
         """Copy a batch in and clear the rows beyond it."""
-        own, batch, held = self.stepper, state.shape[0], self.stepper.state.shape[0]
-        _fill(own.state, state)
-        for half in range(context.keys_values.shape[0] // batch):
+        own, batch, held = self.trajectory, len(x), len(self.trajectory.x)
+        _fill(own.x, x)
+        for buffer, rows in zip(own.slopes, slopes, strict=True):
+            _fill(buffer, rows)
+        for half in range(len(context.keys_values) // batch):
             given = slice(half * batch, (half + 1) * batch)
             kept = slice(half * held, (half + 1) * held)
-            for buffer, rows in zip((*own.context, own.past), (*context, past), strict=True):
+            for buffer, rows in zip(self.context, context, strict=True):
                 if buffer is not None and rows is not None:
                     _fill(buffer[kept], rows[given])
 
-    def unload(self, state: Tensor, past: Tensor | None) -> None:
-        """Copy the batch out into ``state`` (and ``past``)."""
-        own, batch, held = self.stepper, state.shape[0], self.stepper.state.shape[0]
-        state.copy_(own.state[:batch])
-        if own.past is not None and past is not None:
-            for half in range(past.shape[0] // batch):
-                past[half * batch : (half + 1) * batch] = own.past[half * held :][:batch]
+    def unload(self, x: Tensor, slopes: Tensor) -> None:
+        """Copy the batch out into ``x`` and ``slopes``."""
+        x.copy_(self.trajectory.x[: len(x)])
+        slopes.copy_(self.trajectory.slopes[:, : len(x)])
 
-    def select(self, table: StepTable, step: int) -> None:
-        """Make ``step`` of ``table`` the next."""
-        self.stepper.counter.fill_(self.window.select(table, step))
-
-    def replay(self) -> None:
-        """Take the selected step, and select the next of the window."""
+    def replay(self, table: TimeTable, row: int) -> None:
+        """Take the evaluation of ``row`` of ``table``."""
+        self.trajectory.row.fill_(self.window.select(table, row))
         if self._verified:
             self.graph.replay()
         else:
-            _replay_verified(self.stepper, self.graph)
+            _replay_verified(self.trajectory, self.graph)
             self._verified = True
+
+
+class GraphRun:
+    """A micro-batch that moves by replays.
+
+    Args:
+        captured: of a bucket that holds the micro-batch.
+        table: of the solver.
+        x: noise ``[b, N, C]``, overwritten.
+        context: of the micro-batch.
+        shared: whether others replay ``captured`` between two moves of this run; the graph's
+            buffers are then copied in and out around every one.
+    """
+
+    def __init__(
+        self, captured: Captured, table: TimeTable, x: Tensor, context: Context, *, shared: bool
+    ) -> None:
+        self.captured, self.table, self.shared = captured, table, shared
+        self.kept, self.context, self.row = x, context, 0
+        self.slopes = x.new_zeros(table.solver.slots, *x.shape)
+
+    @property
+    def x(self) -> Tensor:
+        """This run's copy if the graph is shared, the graph's buffer otherwise."""
+        return self.kept if self.shared else self.captured.trajectory.x[: len(self.kept)]
+
+    def advance(self) -> None:
+        """Load what is needed, replay, and keep what others would overwrite."""
+        if self.row == 0 or self.shared:
+            self.captured.load(self.kept, self.slopes, self.context)
+        self.captured.replay(self.table, self.row)
+        self.row += 1
+        if self.shared:
+            self.captured.unload(self.kept, self.slopes)
 
 
 def _fill(buffer: Tensor, rows: Tensor) -> None:
@@ -177,20 +215,20 @@ def _fill(buffer: Tensor, rows: Tensor) -> None:
     buffer[rows.shape[0] :] = 0
 
 
-def _capture(stepper: Stepper, pool: Any) -> torch.cuda.CUDAGraph:
-    device = stepper.state.device
+def _capture(trajectory: Trajectory, pool: Any) -> torch.cuda.CUDAGraph:
+    device = trajectory.x.device
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
-            stepper.counter.zero_()
-            stepper.advance()
+            trajectory.row.zero_()
+            trajectory.advance()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with _CAPTURE, _no_collection():
         try:
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                stepper.advance()
+                trajectory.advance()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -213,18 +251,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _replay_verified(stepper: Stepper, graph: torch.cuda.CUDAGraph) -> None:
-    """Take one step twice from the same state, eagerly and by the graph, and compare the bits."""
-    buffers = [x for x in (stepper.state, stepper.past, stepper.counter) if x is not None]
+def _replay_verified(trajectory: Trajectory, graph: torch.cuda.CUDAGraph) -> None:
+    """Move twice from the same state, eagerly and by the graph, and compare the bits."""
+    buffers = [trajectory.x, trajectory.slopes, trajectory.row]
     before = [x.clone() for x in buffers]
-    stepper.advance()
+    trajectory.advance()
     eager = [x.clone() for x in buffers]
     for buffer, start in zip(buffers, before, strict=True):
         buffer.copy_(start)
     graph.replay()
     if not all(torch.equal(x, y) for x, y in zip(buffers, eager, strict=True)):
         raise RuntimeError(
-            "generate: the captured CUDA graph does not reproduce the eager step bit by bit; "
+            "generate: the captured CUDA graph does not reproduce the eager evaluation bit by bit; "
             "pass graph=False and report the output of 'blip3o-fast doctor'"
         )
 

@@ -63,7 +63,7 @@ def starting_noise(
     B, N, C = eva.shape[0], config.num_tokens, config.clip_embedding_size
     wide = torch.promote_types(eva.dtype, torch.float32)
     if noise is None:
-        drawn = eva.dtype if config.conventions == "published" and seeds is None else wide
+        drawn = eva.dtype if config.rules.noise_in_feature_dtype and seeds is None else wide
         listed = None if seeds is None else [int(seed) for seed in seeds]
         noise = draw_noise(
             (B, N, C), device=eva.device, dtype=drawn, generator=generator, seeds=listed

@@ -2,37 +2,45 @@
 
     SamplingPlan(model, steps=50)(eva)        the same numbers as the plain model, to rounding
 
-1. ``conditioning``: the adapter and all cross-attention keys and values, once a sample.
-2. ``modulation``: the modulations of all sites at all times of the grid, once a grid.
-3. ``evaluation``: what is left, through the fused ops, at most 180 launches for base.
-4. ``stepper``: one solver step as a function of buffers; ``graph``: that function as a CUDA graph.
-5. ``engine``: what plans of one model share, rebuilt when its weights change.
+1. ``packed``: the network's weights, packed and folded once a model.
+2. ``hoisted``: the condition once a sample, the modulations of all times once a grid, and one
+   evaluation of what is left, at most 180 launches for base.
+3. ``flow.trajectory``: the loop; ``graph``: one turn of it as a CUDA graph.
+4. ``batches``: micro-batches; ``cache``: what plans of one model share.
 """
 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from blip3o_fast.flow import Callback, find_solver
+from blip3o_fast.conventions import GridName
+from blip3o_fast.flow import Callback, Trajectory, find_solver
 from blip3o_fast.flow import time_grid as make_grid
-from blip3o_fast.flow.schedule import GridName
-from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, e4m3_refusal
-from blip3o_fast.sampling.conditioning import Context, condition
-from blip3o_fast.sampling.engine import Engine, emulates, engine_key, find_engine, impl_table
-from blip3o_fast.sampling.graph import bucket, refuse_outer_capture
+from blip3o_fast.sampling.batches import Run, micro_batch, walk
+from blip3o_fast.sampling.cache import Engine, emulates, find_engine, impl_table
+from blip3o_fast.sampling.graph import GraphRun, bucket, refuse_outer_capture
+from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, condition
 from blip3o_fast.sampling.inputs import check_features, starting_noise, warn_of_guidance
-from blip3o_fast.sampling.memory import micro_batch
-from blip3o_fast.sampling.run import EagerRun, GraphRun, Run, walk
-from blip3o_fast.sampling.stepper import Method, Stepper, StepTable
-from blip3o_fast.sampling.weights import E4M3
+from blip3o_fast.sampling.packed import E4M3
 
-DEFAULT_GRID: dict[str, GridName] = {"consistent": "ascending", "published": "published"}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
+
+
+class PlanOptions(TypedDict, total=False):
+    """The options of ``SamplingPlan`` that ``generate`` passes on; it documents them."""
+
+    time_grid: GridName | Sequence[float] | None
+    dtype: torch.dtype | None
+    impl: Impl | None
+    graph: bool | None
+    compile: bool
+    working_memory: int | None
 
 
 class SamplingPlan:
@@ -45,18 +53,18 @@ class SamplingPlan:
     Args:
         model: any device; its train or eval mode does not matter, sampling never drops units.
         steps: S, at least 1.
-        solver: euler, heun, midpoint or adams_bashforth2.
+        solver: a name of ``flow.SOLVERS``, which say when to use them.
         guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
         time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0 to 1;
             None follows the model's conventions.
         dtype: of weights and activations: float32, bfloat16, float16 or float64. None is that of
             autocast where it is on, and the model's own otherwise. The state is fp32 regardless.
             float8_e4m3fn multiplies most of each block in FP8 and is bf16 elsewhere
-            (``sampling.weights``); it costs accuracy. It wants an NVIDIA GPU of compute capability
+            (``sampling.packed``); it costs accuracy. It wants an NVIDIA GPU of compute capability
             8.9 or at least 9.0, and widths that are multiples of 16; ``impl=Impl.REFERENCE``
             emulates it anywhere, slowly, so that its quality can be judged.
         impl: of every fused op; None follows ``model.set_impl``.
-        graph: replay each step as a CUDA graph. None: on CUDA, unless ``compile``.
+        graph: replay each evaluation as a CUDA graph. None: on CUDA, unless ``compile``.
         compile: compile the evaluation with ``torch.compile`` at the first call of each batch size.
         working_memory: bytes that the activations of a micro-batch may take; None is 1 GiB on a CPU
             and the size of the L2 cache on CUDA. At least one sample always goes through.
@@ -70,7 +78,7 @@ class SamplingPlan:
         model: DiT,
         *,
         steps: int,
-        solver: SolverName = "heun",
+        solver: str = "heun",
         guidance_scale: float = 1.0,
         time_grid: GridName | Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
@@ -79,13 +87,13 @@ class SamplingPlan:
         compile: bool = False,
         working_memory: int | None = None,
     ) -> None:
-        conventions = model.config.conventions
         self.model, self.dtype, self.impl = model, dtype, impl
         self.graph, self.compile, self.working_memory = graph, compile, working_memory
-        self.grid = make_grid(time_grid or DEFAULT_GRID[conventions], steps)
+        named = model.config.rules.time_grid if time_grid is None else time_grid
+        self.grid = make_grid(named, steps)
+        self.solver, self.guidance_scale = find_solver(solver), float(guidance_scale)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale}")
-        self.method = Method(find_solver(solver), float(guidance_scale), self.grid.clamp)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
         if graph and compile:
@@ -125,14 +133,14 @@ class SamplingPlan:
         model, device = self.model, eva.device
         self.check_device(device)
         refuse_outer_capture(device)
-        warn_of_guidance(model, self.method.guidance_scale, stacklevel=3)
+        warn_of_guidance(model, self.guidance_scale, stacklevel=3)
         check_features(model, eva)
         graph = self._uses_graph(device)
         x = starting_noise(model.config, eva, noise, generator, seeds)
         dtype = self._dtype(device)
         with _on(device), torch.autocast(device.type, enabled=False):
-            engine = find_engine(model, engine_key(model, dtype, self.impl, self.compile))
-            table = engine.table(model, self.grid, self.method.solver, x.dtype)
+            engine = find_engine(model, dtype, self.impl, compiled=self.compile)
+            table = engine.table(model, self.grid, self.solver, x.dtype)
             x = self._sample(engine, table, eva, x, graph, progress, callback)
             return (x / model.config.simple_scale_factor).to(eva.dtype)
 
@@ -151,10 +159,15 @@ class SamplingPlan:
                 "impl=Impl.REFERENCE, which emulates FP8 to judge its quality"
             )
 
+    @property
+    def guided(self) -> bool:
+        """Whether both halves of guidance are evaluated."""
+        return self.guidance_scale != 1.0
+
     def _sample(
         self,
         engine: Engine,
-        table: StepTable,
+        table: TimeTable,
         eva: Tensor,
         noise: Tensor,
         graph: bool,
@@ -163,10 +176,10 @@ class SamplingPlan:
     ) -> Tensor:
         out = torch.empty_like(noise)
         limit = micro_batch(
-            engine.config,
+            engine.network.config,
             engine.working_dtype,
             eva.device,
-            guided=self.method.guided,
+            guided=self.guided,
             working_memory=self.working_memory,
         )
 
@@ -181,7 +194,7 @@ class SamplingPlan:
             engine.batch_limit = walk(
                 start,
                 eva.shape[0],
-                len(self.grid),
+                table.ends_step,
                 out,
                 limit=min(limit, engine.batch_limit or limit),
                 release=release,
@@ -193,32 +206,40 @@ class SamplingPlan:
     def _start(
         self,
         engine: Engine,
-        table: StepTable,
+        table: TimeTable,
         eva: Tensor,
         noise: Tensor,
         graph: bool,
         shared: bool,
     ) -> Run:
-        """Condition a micro-batch and put it at the start of its first step."""
-        weights, method, impls = engine.weights, self.method, engine.impls
-        context = condition(weights, engine.config, eva, guided=method.guided, impls=impls)
-        state = noise.clone()
-
-        def stepper(table: StepTable, state: Tensor, context: Context) -> Stepper:
-            return Stepper(
-                engine.evaluate, weights.norms, method, table, state, context, impls.solver_update
-            )
-
+        """Condition a micro-batch and put it at the start of its first evaluation."""
+        context = condition(engine.network, eva, guided=self.guided)
+        x = noise.clone()
         if not graph:
-            return EagerRun(stepper(table, state, context))
-        size = bucket(eva.shape[0])
+            return self._trajectory(engine, table, x, context)[0]
+        size = bucket(len(x))
 
-        def blank(table: StepTable) -> Stepper:
-            zeros = state.new_zeros(size, *state.shape[1:])
-            return stepper(table, zeros, context.blank(size * (2 if method.guided else 1)))
+        def blank(table: TimeTable) -> tuple[Trajectory, HoistedVelocity]:
+            empty = context.blank(size * (2 if self.guided else 1))
+            return self._trajectory(engine, table, x.new_zeros(size, *x.shape[1:]), empty)
 
-        captured = engine.graphs.find((size, method, state.dtype), table, blank)
-        return GraphRun(captured, table, state, context, shared=shared)
+        key = (size, table.solver.slots, self.guidance_scale, x.dtype)
+        captured = engine.graphs.find(key, table, blank)
+        return GraphRun(captured, table, x, context, shared=shared)
+
+    def _trajectory(
+        self, engine: Engine, table: TimeTable, x: Tensor, context: Context
+    ) -> tuple[Trajectory, HoistedVelocity]:
+        network = engine.network
+        velocity = HoistedVelocity(engine.evaluate, network, table.modulations, context)
+        trajectory = Trajectory(
+            velocity,
+            table.solver,
+            x,
+            guidance_scale=self.guidance_scale,
+            impl=network.impls.solver_update,
+        )
+        return trajectory, velocity
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         if self.dtype is not None:

@@ -1,0 +1,168 @@
+"""Micro-batches: how many samples go through the sampler together, and the walk over all of them.
+
+Samples are cut into micro-batches so that what one needs beside weights, inputs and outputs stays
+below a working memory: 1 GiB on a CPU; on CUDA the size of the L2 cache, so that a row kernel finds
+what the GEMM before it wrote. The figures below are upper bounds per sample, by the widths alive at
+once, in a dtype of activations: bf16 for FP8, whose rows are narrower still, and fp32 where FP8 is
+emulated, which then also copies one weight at a time to fp32.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from blip3o_fast.config import DiTConfig
+from blip3o_fast.flow import Callback
+
+CPU_WORKING_MEMORY = 1 << 30
+LARGEST_MICRO_BATCH = 128
+SMALLEST_ON_CUDA = 8
+"""A micro-batch reads every weight once: 8 samples (2,048 rows) give each byte work enough."""
+
+
+def micro_batch(
+    config: DiTConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    guided: bool,
+    working_memory: int | None,
+) -> int:
+    """Samples whose working memory fits, from 1 to 128."""
+    evaluation = evaluation_bytes(config, dtype) * (2 if guided else 1)
+    if device.type == "cuda" and working_memory is None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        return min(LARGEST_MICRO_BATCH, max(SMALLEST_ON_CUDA, cache // evaluation))
+    budget = CPU_WORKING_MEMORY if working_memory is None else working_memory
+    needed = (
+        max(evaluation, conditioning_bytes(config, dtype))
+        + state_bytes(config)
+        + context_bytes(config, dtype) * (2 if guided else 1)
+    )
+    return min(LARGEST_MICRO_BATCH, max(1, budget // needed))
+
+
+def evaluation_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
+    """Activations of one sample in the widest part of a block, row ops in fp32."""
+    D, inner = config.hidden_size, config.intermediate_size
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    stream = 3 * D * dtype.itemsize
+    mlp = 5 * inner * dtype.itemsize
+    rows = 5 * D * wide
+    attention = 8 * D * dtype.itemsize
+    return config.num_tokens * (stream + max(mlp, rows, attention))
+
+
+def conditioning_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
+    """Activations of one sample in the first layer of the adapter."""
+    E = config.eva_embedding_size
+    return config.num_tokens * E * dtype.itemsize * 5 + 2 * context_bytes(config, dtype)
+
+
+def context_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one sample in every layer, and its part of the stream."""
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    width += config.hidden_size
+    return config.num_tokens * width * dtype.itemsize
+
+
+def state_bytes(config: DiTConfig) -> int:
+    """The fp32 state of one sample, and what a solver keeps and computes beside it."""
+    return 8 * config.num_tokens * config.clip_embedding_size * 4
+
+
+class Run(Protocol):
+    """A micro-batch under way: a ``Trajectory``, or one that moves by replays."""
+
+    @property
+    def x(self) -> Tensor:
+        """The present state ``[b, N, C]``; the next move may overwrite it."""
+        ...
+
+    def advance(self) -> None:
+        """One evaluation, and the move of the state after it."""
+        ...
+
+
+Start = Callable[[slice, bool], Run]
+"""``(samples, shared) -> run``: prepare the micro-batch of those samples."""
+
+
+def walk(
+    start: Start,
+    batch: int,
+    ends_step: Sequence[bool],
+    out: Tensor,
+    *,
+    limit: int,
+    release: Callable[[], None],
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> int:
+    """Carry ``batch`` samples from noise to data into ``out``; returns the limit that fitted.
+
+    One micro-batch of at most ``limit`` samples after another; with a callback, which must see the
+    whole batch after every step, all of them in step. When memory runs out, the limit is halved
+    and what was under way begins again from its noise; steps reported already are not repeated.
+
+    Args:
+        start: prepares a micro-batch.
+        batch: number of samples.
+        ends_step: for each evaluation, whether the state is then at the end of a step.
+        out: ``[batch, N, C]``.
+        limit: samples a micro-batch.
+        release: frees what it can after memory ran out.
+        progress: show a bar of steps.
+        callback: called after each step, on a copy of the state.
+
+    Raises:
+        torch.OutOfMemoryError: if a single sample does not fit.
+    """
+    done = reported = 0
+    steps = sum(ends_step)
+    with tqdm(desc="sampling", unit="step", disable=not progress) as bar:
+        while done < batch:
+            parts = split(done, batch, limit)
+            group = parts if callback is not None else parts[:1]
+            bar.total = bar.n + steps * (1 if callback is not None else len(parts))
+            before = bar.n
+            try:
+                runs = [start(part, len(group) > 1) for part in group]
+                step = 0
+                for ends in ends_step:
+                    for run in runs:
+                        run.advance()
+                    if not ends:
+                        continue
+                    bar.update()
+                    if callback is not None and step >= reported:
+                        callback(step, torch.cat([run.x for run in runs]))
+                        reported = step + 1
+                    step += 1
+                for part, run in zip(group, runs, strict=True):
+                    out[part] = run.x
+                done = group[-1].stop
+                continue
+            except torch.OutOfMemoryError:
+                if limit == 1:
+                    raise torch.OutOfMemoryError(
+                        "generate: out of memory on a micro-batch of one sample; free memory or "
+                        "use a narrower dtype"
+                    ) from None
+            # Outside the handler, so that the traceback no longer holds the failed tensors.
+            runs = []
+            limit = (min(limit, max(p.stop - p.start for p in group)) + 1) // 2
+            bar.update(before - bar.n)
+            release()
+    return limit
+
+
+def split(first: int, last: int, limit: int) -> list[slice]:
+    """Even parts of ``first .. last``, as few as ``limit`` samples a part allow."""
+    count = -(-(last - first) // limit)
+    edges = [first + (last - first) * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]

@@ -1,0 +1,193 @@
+"""What plans of one model share, and how they learn that it is out of date.
+
+An ``Engine`` holds a model's packed weights in one dtype, the time tables made from them and the
+CUDA graphs captured over them, but no reference to the model. Engines live in a table keyed weakly
+by model: they die with it, are never pickled or copied with it, and are rebuilt when any of its
+weights has changed.
+
+Memory: at most ``ENGINES`` engines a model, each the packed weights (``sampling.packed``) and at
+most ``TABLES`` time tables (``sampling.hoisted``), plus CUDA graphs (``sampling.graph``).
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import astuple
+from functools import partial
+from typing import Generic, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from blip3o_fast.config import DiTConfig
+from blip3o_fast.flow import Solver, TimeGrid
+from blip3o_fast.model import DiT
+from blip3o_fast.ops import Impl, ImplTable
+from blip3o_fast.sampling.graph import GraphStore
+from blip3o_fast.sampling.hoisted import Evaluate, TimeTable, evaluate, time_table
+from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack
+
+ENGINES = 2
+TABLES = 4
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Key, Value]):
+    """The ``capacity`` most recently used of the values that ``get`` made."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.values: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of ``key``, made if it is not there."""
+        if key not in self.values:
+            value = make()
+            while len(self.values) >= self.capacity:
+                self.values.popitem(last=False)
+            self.values[key] = value
+        self.values.move_to_end(key)
+        return self.values[key]
+
+
+class EngineKey(NamedTuple):
+    """What tells the engines of one model apart; ``impls`` are the fields of an ``ImplTable``."""
+
+    config: DiTConfig
+    dtype: torch.dtype
+    impls: tuple[Impl | None, ...]
+    compiled: bool
+
+
+class Engine:
+    """Packed weights, and what was made from them. Use ``find_engine``."""
+
+    def __init__(self, model: DiT, key: EngineKey) -> None:
+        self.network: PackedNetwork = pack(model, key.dtype, ImplTable(*key.impls))
+        self.graphs = GraphStore()
+        self.tables: Recent[object, TimeTable] = Recent(TABLES)
+        self.lock = threading.RLock()
+        self.batch_limit: int | None = None
+        run = torch.compile(evaluate, dynamic=False, fullgraph=True) if key.compiled else evaluate
+        self.evaluate: Evaluate = partial(run, self.network)
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """The dtype that bounds the memory of activations: FP8 products are emulated in fp32."""
+        emulated = self.network.quantised and emulates(self.network.impls)
+        return torch.float32 if emulated else self.network.dtype
+
+    def table(self, model: DiT, grid: TimeGrid, solver: Solver, dtype: torch.dtype) -> TimeTable:
+        """The table of a solver on a grid; ``model`` must be the engine's own."""
+        with self.lock:
+            return self.tables.get(
+                (grid, solver, dtype), lambda: time_table(model, self.network, grid, solver, dtype)
+            )
+
+
+class Fingerprint(NamedTuple):
+    """What is known of a model's weights; ``probes`` are views into them, ``seen`` their values.
+
+    Every parameter is compared by address, version counter, dtype, device and shape: an optimizer
+    step, an EMA swap or ``load_state_dict`` raises the counter; ``.to`` and ``assign=True`` change
+    the address. Writes through ``parameter.data`` raise no counter, so the middle element of every
+    parameter is compared too; whoever writes elsewhere through ``.data`` calls ``forget``.
+    Inference tensors have no counter at all; for them the norm of every parameter is compared,
+    which reads all of them once a call.
+    """
+
+    facts: tuple[object, ...]
+    probes: tuple[Tensor, ...]
+    seen: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Fingerprint":
+        """The fingerprint of the present weights."""
+        tensors = _local_tensors(model)
+        probes = tuple(_middle(x) for x in tensors if x.numel())
+        return cls(tuple(_facts(x) for x in tensors), probes, _values(tensors, probes))
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` still has the same weights, with the same values."""
+        tensors = _local_tensors(model)
+        if self.facts != tuple(_facts(x) for x in tensors):
+            return False
+        return torch.equal(self.seen, _values(tensors, self.probes))
+
+
+def _local_tensors(model: nn.Module) -> list[Tensor]:
+    """Every parameter, or this process's shard of it."""
+    parameters = [p for module in model.modules() for p in module._parameters.values()]
+    return [getattr(p, "_local_tensor", p).detach() for p in parameters if p is not None]
+
+
+def _facts(x: Tensor) -> object:
+    version = None if x.is_inference() else x._version
+    return x.data_ptr(), version, x.dtype, x.device, x.shape, x.stride()
+
+
+def _middle(x: Tensor) -> Tensor:
+    return x[tuple(size // 2 for size in x.shape)]
+
+
+def _values(tensors: list[Tensor], probes: tuple[Tensor, ...]) -> Tensor:
+    """One element of each parameter, then norms of those without a version counter."""
+    return torch.stack([*probes, *(x.norm() for x in tensors if x.is_inference())])
+
+
+class _ModelEngines:
+    """The engines of one model, all made from the same weights."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.seen: Fingerprint | None = None
+        self.engines: Recent[EngineKey, Engine] = Recent(ENGINES)
+
+
+_ENGINES: "WeakKeyDictionary[DiT, _ModelEngines]" = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def impl_table(model: DiT, impl: Impl | None) -> ImplTable:
+    """The model's own table, or ``impl`` for every op."""
+    if impl is None:
+        return model.impls
+    table = ImplTable()
+    table.set(impl)
+    return table
+
+
+def emulates(impls: ImplTable) -> bool:
+    """Whether FP8 products are emulated: each goes with the op that computed its rows."""
+    return impls.sandwich_join is Impl.REFERENCE and impls.swiglu is Impl.REFERENCE
+
+
+def find_engine(
+    model: DiT, dtype: torch.dtype, impl: Impl | None = None, *, compiled: bool = False
+) -> Engine:
+    """The engine of a model's present weights, built if there is none or they have changed.
+
+    Raises:
+        TypeError: if anything but its parameters decides what ``model`` computes.
+    """
+    key = EngineKey(model.config, dtype, astuple(impl_table(model, impl)), compiled)
+    check_packable(model)
+    with _LOCK:
+        own = _ENGINES.setdefault(model, _ModelEngines())
+    with own.lock:
+        if own.seen is None or not own.seen.matches(model):
+            own.engines.values.clear()
+            own.seen = Fingerprint.of(model)
+        return own.engines.get(key, lambda: Engine(model, key))
+
+
+def forget(model: DiT) -> None:
+    """Free everything that sampling keeps for a model; the next call rebuilds it.
+
+    Call it after writing weights through ``parameter.data``, which nothing can notice for certain.
+    """
+    with _LOCK:
+        _ENGINES.pop(model, None)
