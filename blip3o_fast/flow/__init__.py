@@ -3,7 +3,14 @@
 from blip3o_fast.flow.loss import RectifiedFlowLoss
 from blip3o_fast.flow.path import draw_noise, interpolate
 from blip3o_fast.flow.schedule import TimeGrid, sample_times, time_grid
-from blip3o_fast.flow.solvers import SOLVERS, Evaluation, Solver, find_solver
+from blip3o_fast.flow.solvers import (
+    SOLVERS,
+    AdamsBashforth,
+    Evaluation,
+    RungeKutta,
+    Solver,
+    find_solver,
+)
 from blip3o_fast.flow.trajectory import (
     Callback,
     Row,
@@ -21,6 +28,8 @@ __all__ = [
     "sample_times",
     "SOLVERS",
     "Solver",
+    "RungeKutta",
+    "AdamsBashforth",
     "Evaluation",
     "find_solver",
     "Row",

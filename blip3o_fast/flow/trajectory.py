@@ -54,9 +54,6 @@ class SolverTable(NamedTuple):
     places: Tensor
     slots: int
 
-    def __len__(self) -> int:
-        return self.numbers.shape[0]
-
 
 def solver_table(
     evaluations: Sequence[Evaluation],

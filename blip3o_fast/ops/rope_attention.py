@@ -96,9 +96,7 @@ def _is_one_kernel(
     return not unfit
 
 
-def _unfit(
-    qkv: Tensor, d: int, kept: tuple[Tensor, Tensor] | None, dropout: float
-) -> str | None:
+def _unfit(qkv: Tensor, d: int, kept: tuple[Tensor, Tensor] | None, dropout: float) -> str | None:
     """Why the one kernel cannot compute this, or None."""
     if dropout:
         return "the kernel drops nothing: expected dropout=0"

@@ -216,20 +216,21 @@ class SamplingPlan:
         context = condition(engine.network, eva, guided=self.guided)
         x = noise.clone()
         if not graph:
-            return self._trajectory(engine, table, x, context)[0]
+            return self.trajectory(engine, table, x, context)[0]
         size = bucket(len(x))
 
         def blank(table: TimeTable) -> tuple[Trajectory, HoistedVelocity]:
             empty = context.blank(size * (2 if self.guided else 1))
-            return self._trajectory(engine, table, x.new_zeros(size, *x.shape[1:]), empty)
+            return self.trajectory(engine, table, x.new_zeros(size, *x.shape[1:]), empty)
 
         key = (size, table.solver.slots, self.guidance_scale, x.dtype)
         captured = engine.graphs.find(key, table, blank)
         return GraphRun(captured, table, x, context, shared=shared)
 
-    def _trajectory(
+    def trajectory(
         self, engine: Engine, table: TimeTable, x: Tensor, context: Context
     ) -> tuple[Trajectory, HoistedVelocity]:
+        """Noise ``x`` (overwritten) at the start of its way, and the velocity that it follows."""
         network = engine.network
         velocity = HoistedVelocity(engine.evaluate, network, table.modulations, context)
         trajectory = Trajectory(

@@ -7,8 +7,7 @@ from blip3o_fast.flow import find_solver, sample_times, time_grid
 
 
 def labels(grid, steps, solver):
-    rule, grid = find_solver(solver), time_grid(grid, steps)
-    return [t for i in range(steps) for t in grid.step(i, rule.fractions).times]
+    return [e.label for e in find_solver(solver).evaluations(time_grid(grid, steps))]
 
 
 def test_ascending_heun_labels_stay_in_the_unit_interval():
@@ -36,8 +35,7 @@ def test_clamps(name, clamp):
 def test_given_times():
     grid = time_grid([0, 0.5, 0.6, 1], 3)
     assert grid.lengths == pytest.approx((0.5, 0.1, 0.4))
-    assert grid.step(2, (0.0, 1.0)).times == pytest.approx((0.6, 1.0))
-    assert grid.step(2, (0.0,)).ratio == pytest.approx(4.0)
+    assert [grid.label(2, fraction) for fraction in (0.0, 1.0)] == pytest.approx([0.6, 1.0])
 
 
 @pytest.mark.parametrize(

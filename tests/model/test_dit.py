@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from blip3o_fast import DiTConfig
-from blip3o_fast.model import DiT, clean_coefficient, skip_coefficient
-from blip3o_fast.model.adapter import padded_linear
+from blip3o_fast.conventions import clean_coefficient, skip_coefficient
+from blip3o_fast.model import DiT
+from blip3o_fast.model.adapter import padded
 from blip3o_fast.ops import Impl
 
 B, N, C, E, D = 2, 12, 6, 10, 32
@@ -138,10 +140,15 @@ def test_condition_enters_the_stream_token_by_token(conventions):
     model = build(conventions=conventions)
     x, t, eva = inputs()
     context = model.eva_adapter(eva)
+    streams = []
+    model.blocks[0].register_forward_pre_hook(
+        lambda block, args, given: streams.append(args[0] + (args[1].y if args[1] else 0)),
+        with_kwargs=True,
+    )
+    model(x, t, eva)
     seen = clean_coefficient(t)[:, None, None] * x if conventions == "consistent" else x
-    added = model.embed_state(x, t, context) - model.input_proj(seen)
     expected = context if conventions == "consistent" else torch.zeros_like(context)
-    torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streams[0] - model.input_proj(seen), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_timestep_scale_follows_conventions():
@@ -157,7 +164,11 @@ def test_padding_the_adapter_changes_nothing(multiple):
     model = build(hidden_size=36, num_attention_heads=3, num_key_value_heads=1)
     adapter, eva = model.eva_adapter, inputs()[2]
     linear, norm = adapter.adaptation_layers[0], adapter.adaptation_layers[1]
-    wide = padded_linear(eva, linear, multiple)
+
+    def project(x, linear):
+        return F.linear(x, *padded(linear.weight, linear.bias, x.shape[-1], multiple))
+
+    wide = project(eva, linear)
     assert wide.shape[-1] % multiple == 0
     torch.testing.assert_close(wide[..., : linear.out_features], linear(eva))
     from blip3o_fast import ops
@@ -165,8 +176,7 @@ def test_padding_the_adapter_changes_nothing(multiple):
     h = ops.adapter_norm(wide, norm.weight, norm.bias, eps=norm.eps)
     second = adapter.adaptation_layers[4]
     expected = second(torch.nn.functional.gelu(norm(linear(eva))))
-    padded = padded_linear(h, second, multiple)[..., : second.out_features]
-    torch.testing.assert_close(padded, expected)
+    torch.testing.assert_close(project(h, second)[..., : second.out_features], expected)
 
 
 def test_compiles_whole():

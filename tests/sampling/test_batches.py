@@ -5,9 +5,8 @@ import torch
 from golden_data import relative_error
 
 from blip3o_fast import DiTConfig, SamplingPlan, generate
-from blip3o_fast.sampling import memory
-from blip3o_fast.sampling.memory import micro_batch
-from blip3o_fast.sampling.run import split, walk
+from blip3o_fast.sampling import batches
+from blip3o_fast.sampling.batches import micro_batch, split, walk
 
 
 def test_a_sample_does_not_depend_on_its_batch(model, draw):
@@ -88,7 +87,7 @@ def test_working_memory_bounds_the_micro_batch():
     assert samples(torch.float32) <= samples(torch.bfloat16)
     assert samples(torch.float32, guided=True) < samples(torch.float32)
     assert samples(torch.float32, working_memory=1) == 1
-    needed = memory.evaluation_bytes(base, torch.float32)
+    needed = batches.evaluation_bytes(base, torch.float32)
     for gigabytes in (1, 2, 4):
         budget = gigabytes << 30
         assert samples(torch.float32, working_memory=budget) * needed <= budget
@@ -109,9 +108,9 @@ def test_stated_memory_covers_what_is_allocated(make_model, draw):
             peak = max(peak, held)
     config, dtype = model.config, torch.float32
     stated = 4 * (
-        max(memory.evaluation_bytes(config, dtype), memory.conditioning_bytes(config, dtype))
-        + memory.state_bytes(config)
-        + memory.context_bytes(config, dtype)
+        max(batches.evaluation_bytes(config, dtype), batches.conditioning_bytes(config, dtype))
+        + batches.state_bytes(config)
+        + batches.context_bytes(config, dtype)
     )
     assert 0 < peak < stated + 2 * 128 * 1024
 
@@ -127,7 +126,7 @@ def test_split_is_even_and_complete(batch, limit):
 
 
 class Adding:
-    """A run that adds 1 a step and holds ``capacity`` samples at most."""
+    """A run that adds 1 in the two moves of a step and holds ``capacity`` samples at most."""
 
     held = 0
 
@@ -135,13 +134,14 @@ class Adding:
         size = part.stop - part.start
         if size > capacity:
             raise torch.OutOfMemoryError
-        self.state = torch.arange(part.start, part.stop).float().view(-1, 1, 1)
-        self.capacity, self.fail_at = capacity, fail_at
+        self.x = torch.arange(part.start, part.stop).float().view(-1, 1, 1)
+        self.capacity, self.fail_at, self.moves = capacity, fail_at, 0
 
-    def step(self, index):
-        if index == self.fail_at and len(self.state) > self.capacity // 2:
+    def advance(self):
+        if self.moves == self.fail_at and len(self.x) > self.capacity // 2:
             raise torch.OutOfMemoryError
-        self.state = self.state + 1
+        self.moves += 1
+        self.x = self.x + 0.5
 
 
 @pytest.mark.parametrize("callback", [False, True])
@@ -152,7 +152,7 @@ def test_out_of_memory_halves_the_micro_batch(capacity, fail_at, callback):
     limit = walk(
         lambda part, shared: Adding(out, part, capacity, fail_at),
         13,
-        3,
+        (False, True) * 3,
         out,
         limit=16,
         release=lambda: released.append(1),
@@ -170,7 +170,7 @@ def test_out_of_memory_on_one_sample_says_what_to_do():
         walk(
             lambda part, shared: Adding(None, part, 0, None),
             4,
-            1,
+            (True,),
             torch.empty(4, 1, 1),
             limit=4,
             release=lambda: None,

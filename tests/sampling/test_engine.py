@@ -14,15 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from blip3o_fast import DiTConfig, SamplingPlan
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, ImplTable
-from blip3o_fast.sampling import engine, forget
-from blip3o_fast.sampling.conditioning import condition
-from blip3o_fast.sampling.memory import context_bytes
-from blip3o_fast.sampling.modulation import modulation_table
-from blip3o_fast.sampling.weights import norm_sites, pack_weights
+from blip3o_fast.sampling import cache, forget
+from blip3o_fast.sampling.batches import context_bytes
+from blip3o_fast.sampling.hoisted import condition, modulation_table
+from blip3o_fast.sampling.packed import norm_sites, pack
 
 
 def engines(model):
-    return engine._ENGINES[model].engines.values
+    return cache._ENGINES[model].engines.values
 
 
 def test_at_most_two_dtypes_are_kept(model, draw):
@@ -41,7 +40,7 @@ def test_at_most_four_grids_are_kept(model, draw):
 
 
 def test_recent_forgets_the_least_recently_used():
-    kept = engine.Recent(2)
+    kept = cache.Recent(2)
     made = []
     for key in "abacab":
         kept.get(key, lambda key=key: made.append(key))
@@ -54,8 +53,8 @@ def test_the_model_does_not_carry_its_engines(model, draw):
     plan = SamplingPlan(model, steps=1)
     plan(eva, noise)
     assert set(model.state_dict()) == names
-    assert pickle.loads(pickle.dumps(model)) not in engine._ENGINES
-    assert copy.deepcopy(model) not in engine._ENGINES
+    assert pickle.loads(pickle.dumps(model)) not in cache._ENGINES
+    assert copy.deepcopy(model) not in cache._ENGINES
 
 
 def test_engines_die_with_their_model(make_model, draw):
@@ -75,7 +74,7 @@ def test_forget(model, draw):
     plan = SamplingPlan(model, steps=1)
     expected = plan(eva, noise)
     forget(model)
-    assert model not in engine._ENGINES
+    assert model not in cache._ENGINES
     forget(model)
     assert torch.equal(plan(eva, noise), expected)
 
@@ -94,13 +93,14 @@ def test_stated_sizes_of_base():
     with FakeTensorMode(), torch.no_grad():
         model = DiT(DiTConfig.preset("base"))
         for dtype, mebibytes in ((torch.float32, 366), (torch.bfloat16, 183)):
-            packed = pack_weights(model, dtype, ImplTable())
+            packed = pack(model, dtype, ImplTable())
             assert round(packed.nbytes() / mebibyte) == mebibytes
-        adapter = sum(p.nbytes for p in packed.adapter.parameters())
+        layers = (*packed.adapter.layers, packed.adapter.gate, packed.adapter.residual)
+        adapter = sum(x.nbytes for layer in layers for x in layer if isinstance(x, torch.Tensor))
         assert round(adapter / mebibyte) == 84
         config = model.config
         eva = torch.empty(3, 256, 4096)
-        context = condition(packed, config, eva, guided=False, impls=ImplTable())
+        context = condition(packed, eva, guided=False)
         keys_values, stream = (x.nbytes for x in context)
         assert keys_values + stream == 3 * context_bytes(config, torch.bfloat16)
         assert round(keys_values / 3e6, 1) == 3.1 and round(stream / 3e6, 1) == 0.4

@@ -3,20 +3,21 @@
 import copy
 import functools
 import itertools
+from operator import attrgetter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_data import relative_error
+from walking import walk
 
 from blip3o_fast import SamplingPlan, generate, reference
-from blip3o_fast.flow import find_solver, integrate, time_grid
+from blip3o_fast.flow import SOLVERS, time_grid
+from blip3o_fast.model import plain_velocity
 from blip3o_fast.ops import Impl, ImplTable, Quantised, quantise_rows, quantised
-from blip3o_fast.sampling import engine, memory, plain_velocity, plan, weights
-from blip3o_fast.sampling.engine import engine_key, find_engine
-from blip3o_fast.sampling.weights import E4M3, pack_weights
+from blip3o_fast.sampling import batches, cache, packed, plan
+from blip3o_fast.sampling.packed import E4M3, pack
 
-SOLVERS = ("euler", "heun", "midpoint", "adams_bashforth2")
 EMULATED = {"dtype": E4M3, "impl": Impl.REFERENCE}
 FITTING = {"intermediate_size": 32}  # with D = 16 and (H + 2K) d = 32 the hardware's multiples
 
@@ -24,8 +25,7 @@ FITTING = {"intermediate_size": 32}  # with D = 16 and (H + 2K) d = 32 the hardw
 @torch.no_grad()
 def plain(model, eva, noise, solver="heun", scale=1.0):
     velocity = plain_velocity(model, eva, guided=scale != 1.0)
-    grid = time_grid((0.0, 0.3, 1.0), 2)
-    return integrate(velocity, noise, find_solver(solver), grid, guidance_scale=scale)
+    return walk(velocity, noise, solver, time_grid((0.0, 0.3, 1.0), 2), guidance_scale=scale)
 
 
 def sampled(model, eva, noise, solver="heun", scale=1.0, **options):
@@ -78,7 +78,7 @@ def test_the_right_products_are_e4m3(make_model, draw, monkeypatch, conventions,
     The norm of the two is computed in another order. A number within that rounding of a boundary
     falls on its other side, which moves it by 2^-4; few do.
     """
-    monkeypatch.setattr(weights, "activation_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr(packed, "activation_dtype", lambda dtype: torch.float32)
     monkeypatch.setattr(reference, "scaled_linear", lambda x, w: F.linear(*map(restored, (x, w))))
     model = make_model(conventions=conventions, use_sandwich_norm=sandwich, hidden_size=64)
     alike = with_e4m3_products(model)
@@ -138,7 +138,7 @@ def test_refused_without_the_hardware(model, draw, impl):
     for call in (lambda: refused(eva, noise), lambda: refused.check_device(torch.device("cpu"))):
         with pytest.raises(ValueError, match=message):
             call()
-    assert model not in engine._ENGINES, "packed before it was refused"
+    assert model not in cache._ENGINES, "packed before it was refused"
 
 
 def test_refused_where_only_some_ops_are_the_reference(model, draw):
@@ -163,21 +163,24 @@ def test_other_eight_bit_dtypes_are_unknown(model):
 
 def test_packed_weights(model):
     """Each e4m3 number within half a step of the fp32 one that bf16 would have rounded."""
-    wide, narrow = (pack_weights(model, t, ImplTable()) for t in (torch.float32, torch.bfloat16))
-    fp8 = pack_weights(model, E4M3, ImplTable())
+    wide, narrow = (pack(model, t, ImplTable()) for t in (torch.float32, torch.bfloat16))
+    fp8 = pack(model, E4M3, ImplTable())
     assert fp8.dtype == torch.bfloat16 and fp8.quantised and not narrow.quantised
     saved = 0
     for ours, exact, half in zip(fp8.blocks, wide.blocks, narrow.blocks, strict=True):
-        for name in ("qkv", "cross_q", "gate_up", "down"):
-            rows, weight = getattr(ours, name), getattr(exact, name)
+        for name in (
+            *("self_attn.project_weight", "cross_attn.project_weight"),
+            *("mlp.gate_up_weight", "mlp.down_weight"),
+        ):
+            rows, weight = attrgetter(name)(ours), attrgetter(name)(exact)
             assert isinstance(rows, Quantised) and rows.scales.shape == (len(weight), 1)
             error = (restored(rows) - weight).abs()
             assert (error <= torch.maximum(weight.abs() / 15.99, rows.scales * 2.0**-10)).all()
             saved += 2 * weight.numel() - weight.numel() - 4 * len(weight)
-        for name in ("self_out", "cross_out"):
-            assert torch.equal(getattr(ours, name), getattr(half, name))
+        for name in ("self_attn.out_weight", "cross_attn.out_weight"):
+            assert torch.equal(attrgetter(name)(ours), attrgetter(name)(half))
     assert torch.equal(fp8.keys_values, narrow.keys_values)
-    assert torch.equal(fp8.output_weight, narrow.output_weight)
+    assert torch.equal(fp8.output_proj.weight, narrow.output_proj.weight)
     assert narrow.nbytes() - fp8.nbytes() == saved
 
 
@@ -214,13 +217,13 @@ def test_stated_memory_covers_the_emulation(make_model, draw):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    found = find_engine(model, engine_key(model, E4M3, Impl.REFERENCE, False))
+    found = cache.find_engine(model, E4M3, Impl.REFERENCE)
     config, dtype = model.config, found.working_dtype
     assert dtype == torch.float32
     stated = 4 * (
-        max(memory.evaluation_bytes(config, dtype), memory.conditioning_bytes(config, dtype))
-        + memory.state_bytes(config)
-        + memory.context_bytes(config, dtype)
+        max(batches.evaluation_bytes(config, dtype), batches.conditioning_bytes(config, dtype))
+        + batches.state_bytes(config)
+        + batches.context_bytes(config, dtype)
     )
     assert 0 < peak < stated + 2 * 384 * 128 * 4 + 2 * 128 * 1024
 

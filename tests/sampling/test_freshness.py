@@ -7,7 +7,7 @@ import torch
 from golden_data import relative_error
 
 from blip3o_fast import SamplingPlan
-from blip3o_fast.sampling import engine
+from blip3o_fast.sampling import cache
 
 
 def optimizer_step(model):
@@ -124,13 +124,13 @@ def test_a_model_under_inference_mode(make_model, draw):
 
 def test_unchanged_weights_are_packed_once(model, draw, monkeypatch):
     built = []
-    pack = engine.pack_weights
+    pack = cache.pack
 
     def counted(*args):
         built.append(args)
         return pack(*args)
 
-    monkeypatch.setattr(engine, "pack_weights", counted)
+    monkeypatch.setattr(cache, "pack", counted)
     eva, noise = draw(model)
     for steps, solver in ((2, "heun"), (3, "euler"), (2, "heun")):
         SamplingPlan(model, steps=steps, solver=solver)(eva, noise)

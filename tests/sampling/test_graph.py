@@ -7,15 +7,16 @@ import torch
 from golden_data import relative_error
 
 from blip3o_fast import SamplingPlan, generate
+from blip3o_fast.flow import SOLVERS
 from blip3o_fast.sampling import forget, graph
-from blip3o_fast.sampling.graph import BUCKETS, GRAPHS, CapturedStep, GraphStore, bucket
+from blip3o_fast.sampling.graph import BUCKETS, GRAPHS, Captured, GraphStore, bucket
 
 
 class Calling:
-    """Replays by taking the step again."""
+    """Replays by evaluating again."""
 
-    def __init__(self, stepper, pool):
-        self.replay = stepper.advance
+    def __init__(self, trajectory, pool):
+        self.replay = trajectory.advance
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def captured(monkeypatch):
     """Plans on the CPU go through buckets, windows and buffers; every capture is listed."""
     captures = []
 
-    def capture(stepper, pool):
-        captures.append(stepper)
-        return Calling(stepper, pool)
+    def capture(trajectory, pool):
+        captures.append(trajectory)
+        return Calling(trajectory, pool)
 
     monkeypatch.setattr(graph, "_capture", capture)
     monkeypatch.setattr(SamplingPlan, "_uses_graph", lambda self, device: self.graph is not False)
@@ -43,8 +44,8 @@ def both(model, eva, noise, **options):
 
 @pytest.mark.parametrize("conventions", ["consistent", "published"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "adams_bashforth2"])
-def test_equals_eager_steps(make_model, draw, captured, solver, scale, conventions):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_equals_eager_evaluations(make_model, draw, captured, solver, scale, conventions):
     model = make_model(conventions=conventions)
     for batch in (5, 1, 4):
         eva, noise = draw(model, batch)
@@ -52,7 +53,7 @@ def test_equals_eager_steps(make_model, draw, captured, solver, scale, conventio
         options = {"steps": 3, "solver": solver, "guidance_scale": scale, "time_grid": grid}
         got, expected = both(model, eva, noise, **options)
         assert relative_error(got, expected) < 1e-6
-    assert [len(stepper.state) for stepper in captured] == [6, 1, 4]
+    assert [len(trajectory.x) for trajectory in captured] == [6, 1, 4]
 
 
 def test_one_graph_serves_every_number_of_steps(model, draw, captured, monkeypatch):
@@ -69,19 +70,19 @@ def test_padding_rows_cannot_reach_real_ones(model, draw, captured, monkeypatch)
     eva, noise = draw(model, 5)
     plan = SamplingPlan(model, steps=3, solver="adams_bashforth2", guidance_scale=2.0)
     expected = plan(eva, noise)
-    load = CapturedStep.load
+    load = Captured.load
 
-    def poisoned(self, state, context, past):
-        load(self, state, context, past)
-        held, batch = len(self.stepper.state), len(state)
+    def poisoned(self, x, slopes, context):
+        load(self, x, slopes, context)
+        held, batch = len(self.trajectory.x), len(x)
         assert held > batch
-        for rows in (self.stepper.state, *self.stepper.context, self.stepper.past):
+        for rows in (self.trajectory.x, *self.context, *self.trajectory.slopes):
             for half in range(len(rows) // held):
                 beyond = rows[half * held + batch : (half + 1) * held]
                 assert not beyond.any()
                 beyond.fill_(torch.nan)
 
-    monkeypatch.setattr(CapturedStep, "load", poisoned)
+    monkeypatch.setattr(Captured, "load", poisoned)
     # The comparison of the first replay would see the NaN, which equals nothing.
     assert torch.equal(plan(eva, noise), expected)
 
@@ -90,9 +91,10 @@ def test_buffers_are_cleared_between_batches(model, draw, captured):
     eva, noise = draw(model, 6)
     plan = SamplingPlan(model, steps=2)
     plan(eva, noise)
-    (stepper,) = captured
+    (trajectory,) = captured
     plan(eva[:5], noise[:5])
-    assert not stepper.context.keys_values[5:].any() and not stepper.context.stream[5:].any()
+    context = trajectory.velocity.context
+    assert not context.keys_values[5:].any() and not context.stream[5:].any()
 
 
 @pytest.mark.parametrize("solver", ["heun", "adams_bashforth2"])
@@ -120,12 +122,12 @@ def test_callback_does_not_change_the_result(model, draw, captured):
 
 
 def test_first_replay_is_compared_with_the_eager_step(model, draw, captured, monkeypatch):
-    def wrong(stepper, pool):
-        stand_in = Calling(stepper, pool)
+    def wrong(trajectory, pool):
+        stand_in = Calling(trajectory, pool)
 
         def replay():
-            stepper.advance()
-            stepper.state[0, 0, 0] += 1e-6
+            trajectory.advance()
+            trajectory.x[0, 0, 0] += 1e-6
 
         stand_in.replay = replay
         return stand_in
@@ -158,7 +160,7 @@ def test_buckets_hold_every_batch():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "adams_bashforth2"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_cuda_graph_equals_eager_launches(make_model, draw, dtype, solver, scale):
     model = make_model(hidden_size=64, num_tokens=256, grid=(1, 16, 16)).cuda()
