@@ -28,17 +28,8 @@ from blip3o_fast.evaluation.evaluate import (
     sample_seed,
 )
 from blip3o_fast.evaluation.metrics import token_cosines
-from blip3o_fast.flow import draw_noise
-from blip3o_fast.flow.path import interpolate
+from blip3o_fast.flow import draw_noise, interpolate
 from blip3o_fast.ops import Impl, e4m3_refusal
-from blip3o_fast.sampling.conditioning import condition
-from blip3o_fast.sampling.engine import engine_key, find_engine
-from blip3o_fast.sampling.modulation import (
-    LinearGuess,
-    linear_guesses,
-    modulation_table,
-    site_modulations,
-)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -124,16 +115,13 @@ def velocity(
     time: float,
 ) -> Tensor:
     """One evaluation of a sampling plan, fp32."""
-    engine = find_engine(model, engine_key(model, dtype, impl, False))
-    weights, config = engine.weights, engine.config
-    context = condition(weights, config, batch.eva.float(), guided=False, impls=engine.impls)
-    table = modulation_table(model, (time,), torch.float32)
-    guesses = linear_guesses(model, (time,))
-    guess = None if guesses is None else LinearGuess(*guesses[0])
-    sites = site_modulations(
-        weights.norms, table[0], guess, 3 * config.num_hidden_layers, len(state)
+    times = sorted({0.0, time, 1.0})
+    plan = SamplingPlan(
+        model, steps=len(times) - 1, solver="euler", time_grid=times, dtype=dtype, impl=impl
     )
-    return engine.evaluate(state, context, sites).float()
+    trajectory = plan.start(batch.eva.float(), state)
+    trajectory.row.fill_(times.index(time))
+    return trajectory.slope().float()
 
 
 def sample_cosines(

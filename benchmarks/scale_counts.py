@@ -14,7 +14,7 @@ from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig, Size
 from blip3o_fast.pretrained import BLIP3oDiT
-from blip3o_fast.sampling import memory
+from blip3o_fast.sampling import batches
 
 SAMPLES = 27_000_000
 TOKENS = 256
@@ -191,8 +191,8 @@ def sampling_weights(config: DiTConfig) -> int:
 
 def micro_batch(config: DiTConfig) -> int:
     """Samples that the plan evaluates together on ``H100``."""
-    fits = int(H100.cache // memory.evaluation_bytes(config, torch.bfloat16))
-    return min(memory.LARGEST_MICRO_BATCH, max(memory.SMALLEST_ON_CUDA, fits))
+    fits = int(H100.cache // batches.evaluation_bytes(config, torch.bfloat16))
+    return min(batches.LARGEST_MICRO_BATCH, max(batches.SMALLEST_ON_CUDA, fits))
 
 
 def sampling_sample(config: DiTConfig) -> int:
@@ -204,9 +204,9 @@ def sampling_sample(config: DiTConfig) -> int:
 def sampling_working(config: DiTConfig) -> int:
     """Bytes that a sample of the micro-batch takes besides, at most."""
     dtype = torch.bfloat16
-    evaluating = memory.evaluation_bytes(config, dtype)
-    preparing = memory.conditioning_bytes(config, dtype)
-    kept = memory.state_bytes(config) + memory.context_bytes(config, dtype)
+    evaluating = batches.evaluation_bytes(config, dtype)
+    preparing = batches.conditioning_bytes(config, dtype)
+    kept = batches.state_bytes(config) + batches.context_bytes(config, dtype)
     return max(evaluating, preparing) + kept
 
 

@@ -221,8 +221,9 @@ class DiTConfig:
             )
         if self.use_3d_rope and self.head_dim % self.rules.head_width_multiple:
             raise ValueError(
-                f"hidden_size: the rotary layout of conventions={self.conventions!r} expects a head "
-                f"width that is a multiple of {self.rules.head_width_multiple}, got {self.head_dim}"
+                f"hidden_size: the rotary layout of the {self.conventions} conventions expects a "
+                f"head width that is a multiple of {self.rules.head_width_multiple}, "
+                f"got {self.head_dim}"
             )
         if not self.use_3d_rope and self.max_position_embeddings < self.num_tokens:
             raise ValueError(

@@ -11,6 +11,7 @@ from blip3o_fast.benchmarking.ceilings import DTYPES
 from blip3o_fast.benchmarking.network_cases import TIME, Network, using
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Call, Prepared
+from blip3o_fast.model.network import Branch, Rotary
 from blip3o_fast.ops import Impl
 
 
@@ -58,12 +59,12 @@ def block_call(network: Network, index: int, impl: Impl | None, compile_it: bool
     times = torch.full((shape.batch,), TIME, device=device)
     with torch.no_grad():
         activated = torch.nn.functional.silu(model.timestep_embedder(times))
-        following = model.openings(activated)[index + 1]
     block: Any = model.layers()[index]
     if compile_it:
         mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
         block = torch.compile(block, mode=mode, dynamic=False)
-    arguments = (stream, stream, context, activated, model.rotary.cos, model.rotary.sin, following)
+    rotary = Rotary(model.rotary.cos, model.rotary.sin)
+    arguments = (stream, Branch(stream), context, activated, rotary)
 
     def call() -> object:
         with using(model, impl):

@@ -12,7 +12,7 @@ import numpy as np
 
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig
-from blip3o_fast.flow.solvers import SolverName, find_solver
+from blip3o_fast.flow import find_solver
 
 FREQUENCIES = 256
 """Sines and cosines of a time, which its embedder reads."""
@@ -117,10 +117,10 @@ def conditioning(config: DiTConfig, batch: int, size: int) -> Work:
     return Work(2.0 * rows * weights, moved * size)
 
 
-def generation(shape: Shape, steps: int, solver: SolverName, size: int) -> Work:
+def generation(shape: Shape, steps: int, solver: str, size: int) -> Work:
     """A whole translation: the condition once, then every evaluation."""
     config, batch = shape.config, shape.batch
-    evaluations = steps * len(find_solver(solver).fractions)
+    evaluations = steps * find_solver(solver).evaluations_per_step
     return conditioning(config, batch, size) + evaluation(config, batch, size) * evaluations
 
 
@@ -152,7 +152,7 @@ def adapter_widths(config: DiTConfig, multiple: int = 64) -> list[int]:
 def condition_width(config: DiTConfig) -> int:
     """Elements a token that a condition keeps: keys, values, and its own stream."""
     kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return kept + (config.hidden_size if config.conventions == "consistent" else 0)
+    return kept + (config.hidden_size if config.rules.aligned_stream else 0)
 
 
 def layer_weights(config: DiTConfig) -> int:

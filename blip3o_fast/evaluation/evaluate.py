@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from blip3o_fast.conventions import GridName
 from blip3o_fast.data import Batch, EmbeddingDataset, SampleRecord
 from blip3o_fast.evaluation.accumulator import MetricAccumulator
 from blip3o_fast.evaluation.baselines import Baselines
 from blip3o_fast.evaluation.metrics import token_cosines
 from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples, token_map
 from blip3o_fast.flow import find_solver
-from blip3o_fast.flow.schedule import GridName
-from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
 
 ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
@@ -43,7 +42,7 @@ class EvaluationSettings:
     """
 
     evaluations: tuple[int, ...] = (1, 2, 4, 10, 25, 50, 100)
-    solver: SolverName = "heun"
+    solver: str = "heun"
     guidance_scale: float = 1.0
     time_grid: GridName | None = None
     batch_size: int = 64
@@ -59,9 +58,9 @@ class EvaluationSettings:
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
 
-    def method(self, evaluations: int) -> tuple[SolverName, int]:
+    def method(self, evaluations: int) -> tuple[str, int]:
         """Solver and steps that spend ``evaluations``."""
-        stages = len(find_solver(self.solver).fractions)
+        stages = find_solver(self.solver).evaluations_per_step
         if evaluations % stages:
             return "euler", evaluations
         return self.solver, evaluations // stages

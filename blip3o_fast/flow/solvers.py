@@ -1,7 +1,7 @@
 """Solvers of ``dx/dt = v(x, t)`` as data.
 
-Every explicit solver is a list of evaluations. Evaluation i computes the slope ``v_i = v(x_i, t_i)``
-at the present state, and the state moves to
+Every explicit solver is a list of evaluations. Evaluation i computes ``v_i = v(x_i, t_i)`` at the
+present state, and the state moves to
 
     x_{i+1} = a_i x_i + sum_{j <= i} c_ij v_j
 

@@ -113,19 +113,27 @@ class Trajectory:
 
     def advance(self) -> None:
         """One evaluation of the velocity, and the move that it allows."""
-        coefficients = self.table.slots + 3
-        numbers = self.table.numbers.index_select(0, self.row)[0]
-        places = self.table.places.index_select(0, self.row)[0]
-        v = self.velocity(self.x, Row(numbers[coefficients:], places[1:]))
+        coefficients, slot, row = self._read()
         ops.solver_update(
             self.x,
-            v,
+            self.velocity(self.x, row),
             self.slopes,
-            numbers[1:coefficients],
-            slot=places[:1],
+            coefficients[1:],
+            slot=slot,
             guidance_scale=self.guidance_scale,
             out=self.x,
             impl=self.impl,
         )
-        self.x.clamp_(-numbers[0], numbers[0])
+        self.x.clamp_(-coefficients[0], coefficients[0])
         self.row += 1
+
+    def slope(self) -> Tensor:
+        """The velocity at the present state, without a move."""
+        return self.velocity(self.x, self._read()[2])
+
+    def _read(self) -> tuple[Tensor, Tensor, Row]:
+        """Coefficients, slot and what the velocity reads, of the next row."""
+        own = self.table.slots + 3
+        numbers = self.table.numbers.index_select(0, self.row)[0]
+        places = self.table.places.index_select(0, self.row)[0]
+        return numbers[:own], places[:1], Row(numbers[own:], places[1:])

@@ -96,14 +96,15 @@ def _owned(branch: Branch) -> Branch:
     numbers are copied in one launch.
     """
     scale, post = branch.layer_scale, branch.post
-    parameters = [scale, *(post[:2] if post is not None else (None, None))]
+    parameters = [scale, *(post[:2] if post is not None else ())]
     given = [p for p in parameters if p is not None]
     if not given:
         return branch
     copies = iter(torch.stack(given).unbind())
-    scale, *norms = (None if p is None else next(copies) for p in parameters)
+    if scale is not None:
+        scale = next(copies)
     if post is not None:
-        post = Modulation(*norms, post.shift, post.scale)
+        post = Modulation(next(copies), next(copies), post.shift, post.scale)
     return Branch(branch.y, scale, post)
 
 

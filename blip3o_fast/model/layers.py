@@ -9,6 +9,7 @@ parametrisations, FSDP units) is called as the module it is. What the parts comp
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def project(x: Tensor, *layers: nn.Module) -> Tensor:
     """The outputs of bias-free linear layers that read the same ``x``, side by side."""
     if len(layers) > 1 and all(is_plain(layer, nn.Linear) for layer in layers):
-        return F.linear(x, torch.cat([layer.weight for layer in layers]))
+        return F.linear(x, torch.cat([cast(Tensor, layer.weight) for layer in layers]))
     outputs = [layer(x) for layer in layers]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

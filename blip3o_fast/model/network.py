@@ -83,7 +83,7 @@ class AttentionParts(Protocol):
         """Probability of dropping an attention weight."""
         ...
 
-    def project(self, h: Rows) -> Tensor:
+    def project(self, h: Any) -> Tensor:
         """Queries, and keys and values in self-attention, ``[B, N, ...]``."""
         ...
 
@@ -98,11 +98,11 @@ class SwiGLUParts(Protocol):
     impls: ImplTable
     quantised: bool
 
-    def gate_up(self, h: Rows) -> Tensor:
+    def gate_up(self, h: Any) -> Tensor:
         """``[B, N, D]`` to ``[B, N, 2I]``, the gate first."""
         ...
 
-    def down(self, activated: Rows) -> Tensor:
+    def down(self, activated: Any) -> Tensor:
         """``[B, N, I]`` to ``[B, N, D]``."""
         ...
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.flow import Trajectory
-from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable
+from blip3o_fast.sampling.hoisted import Context, TimeTable
 
 WINDOW = 64
 """Rows whose modulations are on hand at a time: 29 MB for base."""
@@ -79,11 +79,11 @@ class GraphStore:
         self,
         key: object,
         table: TimeTable,
-        make: Callable[[TimeTable], tuple[Trajectory, HoistedVelocity]],
+        make: Callable[[TimeTable], tuple[Trajectory, Context]],
     ) -> "Captured":
         """The graph of a signature.
 
-        ``make`` gives its trajectory, with buffers of the bucket, over a table like ``table``.
+        ``make`` gives its trajectory and context, of the bucket, over a table like ``table``.
         """
         if key not in self.captured:
             if self.pool is None:
@@ -141,10 +141,8 @@ class Window:
 class Captured:
     """A trajectory's ``advance`` as a graph, with the copies in and out of its buffers."""
 
-    def __init__(
-        self, trajectory: Trajectory, velocity: HoistedVelocity, window: Window, pool: Any
-    ) -> None:
-        self.trajectory, self.context, self.window = trajectory, velocity.context, window
+    def __init__(self, trajectory: Trajectory, context: Context, window: Window, pool: Any) -> None:
+        self.trajectory, self.context, self.window = trajectory, context, window
         self.graph = _capture(trajectory, pool)
         self._verified = False
 

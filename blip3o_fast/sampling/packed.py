@@ -21,7 +21,7 @@ appears in a checkpoint.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def multiply(x: Rows, weight: Weight, impl: Impl | None) -> Tensor:
     return F.linear(x, weight)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedAttention:
     """Projections of one attention, ``[out, in]``: of its inputs and of its output."""
 
@@ -67,7 +67,7 @@ class PackedAttention:
     heads: int
     kv_heads: int
     impls: ImplTable
-    packed: ClassVar[bool] = True
+    packed = True
 
     def drop_rate(self) -> float:
         """Sampling drops nothing."""
@@ -90,7 +90,7 @@ class PackedSelfAttention(PackedAttention):
         return attend(self, self.project(h), rotary, None)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedCrossAttention(PackedAttention):
     """Every token of the state attends to the condition; ``positions``: it rotates."""
 
@@ -101,7 +101,7 @@ class PackedCrossAttention(PackedAttention):
         return attend(self, self.project(h), rotary if self.positions else None, kept)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedSwiGLU:
     """Projections of the MLP."""
 
@@ -123,7 +123,7 @@ class PackedSwiGLU:
         return swiglu(self, h)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedBlock:
     """The three branches of a block, and the layer scales that are not folded in."""
 
@@ -155,7 +155,7 @@ class Affine(NamedTuple):
         return F.linear(x, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedAdapter:
     """The EVA adapter, without dropout."""
 
@@ -175,7 +175,7 @@ class PackedAdapter:
         return adapt(eva, calls, self.gate, self.residual, width, self.impls)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedNetwork:
     """Everything that one evaluation, or the preparation of a condition, reads.
 

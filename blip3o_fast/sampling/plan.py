@@ -137,12 +137,26 @@ class SamplingPlan:
         check_features(model, eva)
         graph = self._uses_graph(device)
         x = starting_noise(model.config, eva, noise, generator, seeds)
-        dtype = self._dtype(device)
         with _on(device), torch.autocast(device.type, enabled=False):
-            engine = find_engine(model, dtype, self.impl, compiled=self.compile)
+            engine = self._engine(device)
             table = engine.table(model, self.grid, self.solver, x.dtype)
             x = self._sample(engine, table, eva, x, graph, progress, callback)
             return (x / model.config.simple_scale_factor).to(eva.dtype)
+
+    @torch.no_grad()
+    def start(self, eva: Tensor, x: Tensor) -> Trajectory:
+        """The trajectory of one batch, without graph: ``advance`` it, or ask for its ``slope``.
+
+        Args:
+            eva: ``[B, N, E]`` on the model's device.
+            x: noise ``[B, N, C]``, fp32 or fp64; the trajectory moves it.
+        """
+        with _on(eva.device), torch.autocast(eva.device.type, enabled=False):
+            engine = self._engine(eva.device)
+            table = engine.table(self.model, self.grid, self.solver, x.dtype)
+            return self._trajectory(
+                engine, table, x, condition(engine.network, eva, guided=self.guided)
+            )
 
     def check_device(self, device: torch.device) -> None:
         """Raise ``ValueError`` if the plan asks for FP8 and ``device`` cannot multiply it."""
@@ -216,31 +230,32 @@ class SamplingPlan:
         context = condition(engine.network, eva, guided=self.guided)
         x = noise.clone()
         if not graph:
-            return self.trajectory(engine, table, x, context)[0]
+            return self._trajectory(engine, table, x, context)
         size = bucket(len(x))
 
-        def blank(table: TimeTable) -> tuple[Trajectory, HoistedVelocity]:
+        def blank(table: TimeTable) -> tuple[Trajectory, Context]:
             empty = context.blank(size * (2 if self.guided else 1))
-            return self.trajectory(engine, table, x.new_zeros(size, *x.shape[1:]), empty)
+            rows = x.new_zeros(size, *x.shape[1:])
+            return self._trajectory(engine, table, rows, empty), empty
 
         key = (size, table.solver.slots, self.guidance_scale, x.dtype)
         captured = engine.graphs.find(key, table, blank)
         return GraphRun(captured, table, x, context, shared=shared)
 
-    def trajectory(
+    def _trajectory(
         self, engine: Engine, table: TimeTable, x: Tensor, context: Context
-    ) -> tuple[Trajectory, HoistedVelocity]:
-        """Noise ``x`` (overwritten) at the start of its way, and the velocity that it follows."""
+    ) -> Trajectory:
         network = engine.network
-        velocity = HoistedVelocity(engine.evaluate, network, table.modulations, context)
-        trajectory = Trajectory(
-            velocity,
+        return Trajectory(
+            HoistedVelocity(engine.evaluate, network, table.modulations, context),
             table.solver,
             x,
             guidance_scale=self.guidance_scale,
             impl=network.impls.solver_update,
         )
-        return trajectory, velocity
+
+    def _engine(self, device: torch.device) -> Engine:
+        return find_engine(self.model, self._dtype(device), self.impl, compiled=self.compile)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         if self.dtype is not None:

@@ -158,12 +158,7 @@ def spread(
 
 
 def shard(model: BLIP3oDiT, world: World, precision: Precision) -> None:
-    """Shard the parameters of ``model`` over all processes.
-
-    One group per block holds what the block's own forward reads as modules. The norm weights, layer
-    scales and the modulations that open a block are read by the model's forward before the block
-    runs, so they stay in the root group.
-    """
+    """Shard ``model`` over all processes in groups: the adapter, each block, and the rest."""
     mixed = precision.name != "fp32"
     policy = MixedPrecisionPolicy(
         param_dtype=precision.dtype if mixed else None,
@@ -172,13 +167,6 @@ def shard(model: BLIP3oDiT, world: World, precision: Precision) -> None:
     )
     mesh = init_device_mesh(model.input_proj.weight.device.type, (world.size,))
 
-    def group(modules: Any) -> None:
+    for module in (model.eva_adapter, *model.layers(), model):
         # Resharding the root too means that no copy can be stale after an update or an exchange.
-        fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-
-    group(model.eva_adapter)
-    for block in model.layers():
-        inner = [*block.pre_sites()[1:], *block.post_sites()]
-        modulations = [ada_ln.adaLN_modulation[1] for _, ada_ln in inner]
-        group([*modulations, block.self_attn, block.cross_attn, block.mlp])
-    group(model)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

@@ -11,7 +11,7 @@ from small_data import small_model, write_shards
 
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.evaluation.evaluate import read_batches
-from blip3o_fast.flow.path import interpolate
+from blip3o_fast.flow import interpolate
 
 
 def trained():

@@ -12,7 +12,7 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
-from blip3o_fast.sampling import SamplingPlan, memory
+from blip3o_fast.sampling import SamplingPlan, batches
 
 CPU = torch.device("cpu")
 
@@ -89,21 +89,24 @@ def test_micro_batch_is_that_of_the_plan(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     for size in ("tiny", "base"):
         config = Shape(size).config
-        expected = memory.micro_batch(
+        expected = batches.micro_batch(
             config, torch.bfloat16, torch.device("cuda"), guided=False, working_memory=None
         )
         assert counts.micro_batch(config) == expected
 
 
 def test_sampling_weights_are_those_that_the_plan_packs():
-    from blip3o_fast.sampling.engine import engine_key, find_engine
+    from blip3o_fast.sampling.cache import find_engine
 
     config = small(2, 16)
     model = BLIP3oDiT(config)
     plan = SamplingPlan(model, steps=1, dtype=torch.bfloat16)
-    engine = find_engine(model, engine_key(model, torch.bfloat16, plan.impl, False))
-    adapter = sum(p.numel() for p in engine.weights.adapter.parameters() if p.ndim == 2)
-    packed = engine.weights.nbytes() + counts.STORED * adapter
+    network = find_engine(model, torch.bfloat16, plan.impl).network
+    adapter = sum(x.numel() for layer in network.adapter.layers for x in layer[:1])
+    adapter += sum(
+        layer.weight.numel() for layer in (network.adapter.gate, network.adapter.residual)
+    )
+    packed = network.nbytes() + counts.STORED * adapter
     assert counts.sampling_weights(config) == packed
 
 

@@ -62,7 +62,7 @@ def test_evaluations_are_spent_as_said(solver, evaluations, method):
 def test_so_many_evaluations_of_the_network(evaluations):
     """Counted as stages: the solver's per step, times the steps."""
     solver, steps = EvaluationSettings().method(evaluations)
-    assert len(find_solver(solver).fractions) * steps == evaluations
+    assert find_solver(solver).evaluations_per_step * steps == evaluations
 
 
 def test_seeds_are_of_the_sample_alone():

@@ -11,8 +11,6 @@ from blip3o_fast import DiTConfig, SamplingPlan
 from blip3o_fast.flow import SOLVERS
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, _cuda, quantised
-from blip3o_fast.sampling.cache import find_engine
-from blip3o_fast.sampling.hoisted import condition
 
 LIMIT = 180
 CONVENTIONS = ("consistent", "published")
@@ -43,10 +41,7 @@ def launches(device, conventions, solver="euler", scale=1.0, dtype=torch.bfloat1
             eva, noise = torch.empty(2, 256, 4096), torch.empty(2, 256, 1024)
         model.set_impl(Impl.TRITON, **exceptions)
         plan = SamplingPlan(model, steps=4, solver=solver, guidance_scale=scale, dtype=dtype)
-        engine = find_engine(model, dtype)
-        table = engine.table(model, plan.grid, plan.solver, torch.float32)
-        context = condition(engine.network, eva, guided=plan.guided)
-        trajectory, _ = plan.trajectory(engine, table, noise, context)
+        trajectory = plan.start(eva, noise)
         with Launches() as counter:
             trajectory.advance()
     return counter.counts

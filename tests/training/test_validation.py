@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from blip3o_fast.data import EmbeddingDataset
-from blip3o_fast.sampling import engine
+from blip3o_fast.sampling import cache
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.model import build_model
 from blip3o_fast.training.plan import make_plan
@@ -81,7 +81,7 @@ def test_cutting_the_samples_changes_nothing_but_rounding(options, size):
 def test_nothing_of_the_sampler_is_kept(plan):
     model = build_model(plan)
     Validator(plan, World()).run(model, 1)
-    assert model not in engine._ENGINES
+    assert model not in cache._ENGINES
 
 
 def test_a_signal_ends_it_early(plan):
