@@ -99,8 +99,8 @@ def time_table(
     order: dict[float, int] = {}
     rows = [[order.setdefault(e.label, len(order))] for e in evaluations]
     device = p.keys_values.device
-    # The plain model in this dtype is told the times in fp32, in fp64 in fp64.
-    t = torch.tensor([e.label for e in evaluations], device=device, dtype=_wide(p.dtype))
+    wide = torch.promote_types(p.dtype, torch.float32)
+    t = torch.tensor([e.label for e in evaluations], device=device, dtype=wide)
     guess = model.linear_guess(t, t.dtype)
     numbers = t.new_empty(len(t), 0) if guess is None else torch.cat(guess, dim=-1).flatten(1)
     table = solver_table(
@@ -111,18 +111,13 @@ def time_table(
         numbers=numbers,
         places=torch.tensor(rows, device=device),
     )
-    modulations = modulation_table(model, list(order), p.dtype)
+    modulations = modulation_table(model, list(order), t.dtype)
     return TimeTable(table, modulations, tuple(e.ends_step for e in evaluations))
 
 
 def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """``w2 * (1 + scale)`` and ``shift`` of every site, ``[T, sites, 2, D]``.
-
-    They are computed in the model's dtype or in ``dtype``, the wider, and kept in fp32 (fp64).
-    """
+    """``w2 * (1 + scale)`` and ``shift`` of every site, ``[T, sites, 2, D]``, all in ``dtype``."""
     sites = norm_sites(model)
-    dtype = torch.promote_types(dtype, model.input_proj.weight.dtype)
-    wide = _wide(dtype)
 
     def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
         weights = torch.cat([whole(layer.weight).to(dtype) for layer in layers])
@@ -130,17 +125,13 @@ def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> 
 
     embedder = model.timestep_embedder
     inner, outer = cast("tuple[nn.Linear, nn.Linear]", (embedder.mlp[0], embedder.mlp[2]))
-    t = torch.tensor(times, dtype=wide, device=model.input_proj.weight.device)
-    embedded = linear(F.silu(linear(sinusoids(t, embedder.scale).to(dtype), inner)), outer)
+    t = torch.tensor(times, dtype=dtype, device=model.input_proj.weight.device)
+    embedded = linear(F.silu(linear(sinusoids(t, embedder.scale), inner)), outer)
     projections = [cast(nn.Linear, ada_ln.adaLN_modulation[1]) for _, ada_ln in sites]
-    stacked = linear(F.silu(embedded), *projections).to(wide)
+    stacked = linear(F.silu(embedded), *projections)
     shift, scale = stacked.view(len(times), len(sites), 2, -1).unbind(2)
-    own = torch.stack([whole(ada_ln.norm.weight) for _, ada_ln in sites]).to(wide)
+    own = torch.stack([whole(ada_ln.norm.weight) for _, ada_ln in sites]).to(dtype)
     return torch.stack((own * (1 + scale), shift), dim=2)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class Times(NamedTuple):

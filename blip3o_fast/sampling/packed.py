@@ -291,11 +291,11 @@ def check_packable(model: DiT) -> None:
         known = kind in _CLASSES or module is model
         hooked = module._forward_hooks or module._forward_pre_hooks
         if not known or hooked or "forward" in module.__dict__:
-            what = "hooks" if known and hooked else f"a {kind.__name__} of its own"
+            what = "hooks" if known and hooked else f"{kind.__module__}.{kind.__qualname__}"
             raise TypeError(
-                f"generate packs every projection, expected the library's modules without hooks, "
-                f"got {what} at {name or 'the model'}; merge adapters (LoRA) and remove hooks and "
-                "parametrisations first"
+                f"generate packs every projection: at {name or 'the model'} expected a module of "
+                f"the library's own without hooks, got {what}; merge adapters (LoRA), remove hooks "
+                "and parametrisations"
             )
 
 
@@ -354,7 +354,7 @@ def _scaled(projection: nn.Linear, scale: Tensor | None, dtype: torch.dtype) -> 
     weight = whole(projection.weight)
     if scale is None:
         return weight.to(dtype)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
     return (whole(scale).to(wide)[:, None] * weight).to(dtype)
 
 

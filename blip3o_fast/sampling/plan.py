@@ -137,8 +137,9 @@ class SamplingPlan:
         check_features(model, eva)
         graph = self._uses_graph(device)
         x = starting_noise(model.config, eva, noise, generator, seeds)
+        dtype = self._dtype(device)
         with _on(device), torch.autocast(device.type, enabled=False):
-            engine = self._engine(device)
+            engine = find_engine(model, dtype, self.impl, compiled=self.compile)
             table = engine.table(model, self.grid, self.solver, x.dtype)
             x = self._sample(engine, table, eva, x, graph, progress, callback)
             return (x / model.config.simple_scale_factor).to(eva.dtype)
@@ -151,8 +152,9 @@ class SamplingPlan:
             eva: ``[B, N, E]`` on the model's device.
             x: noise ``[B, N, C]``, fp32 or fp64; the trajectory moves it.
         """
+        dtype = self._dtype(eva.device)
         with _on(eva.device), torch.autocast(eva.device.type, enabled=False):
-            engine = self._engine(eva.device)
+            engine = find_engine(self.model, dtype, self.impl, compiled=self.compile)
             table = engine.table(self.model, self.grid, self.solver, x.dtype)
             return self._trajectory(
                 engine, table, x, condition(engine.network, eva, guided=self.guided)
@@ -253,9 +255,6 @@ class SamplingPlan:
             guidance_scale=self.guidance_scale,
             impl=network.impls.solver_update,
         )
-
-    def _engine(self, device: torch.device) -> Engine:
-        return find_engine(self.model, self._dtype(device), self.impl, compiled=self.compile)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         if self.dtype is not None:

@@ -12,7 +12,7 @@ from blip3o_fast.flow import SOLVERS, time_grid
 from blip3o_fast.model import plain_velocity
 from blip3o_fast.ops import Impl
 
-UNEVEN = (0.0, 0.3, 1.0)
+UNEVEN = (0.0, 0.3125, 1.0)  # exact in fp32, so that every precision is told the same times
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def test_dtype_of_the_plan_is_independent_of_the_models(model, draw):
             (torch.bfloat16, torch.float32),
         )
     }
-    assert errors[torch.float64] < 1e-7
+    assert errors[torch.float64] < 1e-13
     assert errors[torch.float32] < 2e-6
     assert errors[torch.bfloat16] < 5e-2
     assert errors[torch.float64] < errors[torch.float32] < errors[torch.bfloat16]
