@@ -14,7 +14,7 @@ from blip3o_fast.sampling.graph import refuse_outer_capture
     [
         ({"steps": 0}, "num_inference_steps: expected at least 1, got 0"),
         ({"steps": -3}, "got -3"),
-        ({"solver": "rk45"}, "solver: expected one of euler, heun, midpoint, adams_bashforth2"),
+        ({"solver": "rk45"}, "solver: expected one of euler, heun, midpoint, rk4, adams"),
         ({"time_grid": "cosine"}, "time_grid: expected ascending, published"),
         ({"time_grid": [0.0, 1.0]}, "expected 3 increasing times from 0 to 1"),
         ({"time_grid": [0.0, 0.7, 0.5]}, "increasing times"),
