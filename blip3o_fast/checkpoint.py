@@ -38,7 +38,10 @@ def save_checkpoint(folder: str | Path, config: DiTConfig, tensors: Mapping[str,
     """Write ``config.json`` and ``model.safetensors``, each complete or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.detach().contiguous().cpu()
+        for name, tensor in published_names(tensors).items()
+    }
     weights = folder / f".{WEIGHTS_NAME}.partial"
     try:
         save_file(plain, weights, metadata={"format": "pt"})
@@ -55,6 +58,11 @@ def _settle(partial: Path, final: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(final)
+
+
+def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what ``DistributedDataParallel`` and ``torch.compile`` put into parameter names."""
+    return {re.sub(r"^module\.|_orig_mod\.", "", name): x for name, x in tensors.items()}
 
 
 def load_checkpoint(
@@ -86,7 +94,7 @@ def load_checkpoint(
     if not weights.is_file():
         raise FileNotFoundError(f"{found}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}")
     try:
-        return Checkpoint(config, load_file(weights))
+        return Checkpoint(config, published_names(load_file(weights)))
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged or truncated ({error}); copy it again") from None
 
@@ -188,7 +196,9 @@ def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Chec
         first = str(error).strip().splitlines()[:1]
         raise ValueError(f"{file}: expected a weights-only torch file ({first})") from None
     tensors = content.get("model_state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or "input_proj.weight" not in tensors:
+    if isinstance(tensors, dict):
+        tensors = published_names({str(name): x for name, x in tensors.items()})
+    if tensors is None or not isinstance(tensors.get("input_proj.weight"), Tensor):
         raise ValueError(f"{file}: expected model_state_dict of a BLIP3-o DiT, found none")
     recorded = _recorded_fields(file)
     heads = heads or recorded.get("num_attention_heads")

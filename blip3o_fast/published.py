@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from blip3o_fast.checkpoint import check_tensors
+from blip3o_fast.checkpoint import check_tensors, published_names
 from blip3o_fast.config import DiTConfig, Size, TrainingMode
 from blip3o_fast.pretrained import BLIP3oDiT
 
@@ -73,7 +73,7 @@ def accelerate(model: nn.Module) -> BLIP3oCLIPDiTModel:
     import torch
 
     config = _own_config(getattr(model, "config", None))
-    tensors = dict(model.named_parameters())
+    tensors = published_names(dict(model.named_parameters()))
     with torch.device("meta"):
         fast = BLIP3oCLIPDiTModel(config)
     check_tensors(config, fast.state_dict(), tensors)

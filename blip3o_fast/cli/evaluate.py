@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             f"{model.config.conventions} conventions",
             "evaluated on": f"{heldout.folder}, {heldout.split} side of {heldout.photos} photos",
             "baselines fitted on": f"{training.folder}, {training.split} side",
-            "precision": str(model.input_proj.weight.dtype).removeprefix("torch."),
+            "precision": str(model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         },
     )

@@ -95,7 +95,7 @@ def evaluate_model(
     Raises:
         ValueError: if the data do not fit the model.
     """
-    device = model.input_proj.weight.device
+    device = model.device
     check_fit(model, heldout)
     baselines = Baselines.fit(
         read_batches(
@@ -176,7 +176,7 @@ def translate(
     """CLIP tokens ``[b, N, C]`` sampled with so many network evaluations."""
     solver, steps = settings.method(evaluations)
     return model.generate(
-        batch.eva.to(model.input_proj.weight.dtype),
+        batch.eva.to(model.dtype),
         steps,
         solver=solver,
         guidance_scale=settings.guidance_scale,
@@ -204,7 +204,7 @@ def shown(
     if len(picks) == 0:
         return ()
     assert best.evaluations is not None
-    device = model.input_proj.weight.device
+    device = model.device
     batch = data.read(picks)
     batch = batch._replace(eva=batch.eva.to(device), clip=batch.clip.to(device))
     cosines = token_cosines(translate(model, batch, settings, best.evaluations), batch.clip)

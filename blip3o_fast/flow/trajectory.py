@@ -120,11 +120,11 @@ class Trajectory:
             self.slopes,
             coefficients[1:],
             slot=slot,
+            clamp=coefficients[:1],
             guidance_scale=self.guidance_scale,
             out=self.x,
             impl=self.impl,
         )
-        self.x.clamp_(-coefficients[0], coefficients[0])
         self.row += 1
 
     def slope(self) -> Tensor:

@@ -64,6 +64,16 @@ class DiT(nn.Module):
         """Run every fused op in ``impl`` but those named: ``set_impl(Impl.TRITON, rope=None)``."""
         self.impls.set(impl, **per_op)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.pos_embed.dtype
+
     def output_site(self) -> tuple[RMSNorm, AdaLN]:
         """The norm and AdaLN before the output projection."""
         if self.config.use_sandwich_norm:
@@ -174,15 +184,15 @@ class DiT(nn.Module):
         check_shape("hidden_states", x, "B N C", N=N, C=C)
         check_shape("encoder_hidden_states", eva, "B N E", B=x.shape[0], N=N, E=E)
         check_shape("timestep", t, "B", B=x.shape[0])
-        weight = self.input_proj.weight
+        device, dtype = self.device, self.dtype
         for name, tensor in (("hidden_states", x), ("encoder_hidden_states", eva)):
-            if tensor.device != weight.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"{name}: expected {weight.device}, the model's device, got {tensor.device}"
+                    f"{name}: expected {device}, the model's device, got {tensor.device}"
                 )
-            if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
                 raise ValueError(
-                    f"{name}: expected {weight.dtype}, the dtype of the model, got {tensor.dtype}; "
+                    f"{name}: expected {dtype}, the dtype of the model, got {tensor.dtype}; "
                     "convert one of them or use autocast"
                 )
 
@@ -196,7 +206,7 @@ def plain_velocity(model: DiT, eva: Tensor, *, guided: bool) -> Callable[[Tensor
         guided: return ``[2B, N, C]``, the conditional half first; the zero condition is stacked
             under ``eva``.
     """
-    eva = eva.to(model.input_proj.weight.dtype)
+    eva = eva.to(model.dtype)
     if guided:
         eva = torch.cat((eva, torch.zeros_like(eva)))
 

@@ -125,7 +125,7 @@ def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> 
 
     embedder = model.timestep_embedder
     inner, outer = cast("tuple[nn.Linear, nn.Linear]", (embedder.mlp[0], embedder.mlp[2]))
-    t = torch.tensor(times, dtype=dtype, device=model.input_proj.weight.device)
+    t = torch.tensor(times, dtype=dtype, device=model.device)
     embedded = linear(F.silu(linear(sinusoids(t, embedder.scale), inner)), outer)
     projections = [cast(nn.Linear, ada_ln.adaLN_modulation[1]) for _, ada_ln in sites]
     stacked = linear(F.silu(embedded), *projections)

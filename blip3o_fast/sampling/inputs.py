@@ -23,7 +23,7 @@ def check_features(model: DiT, eva: Tensor) -> None:
         raise ValueError("eva_features: expected at least one sample, got an empty batch")
     if not eva.is_floating_point():
         raise ValueError(f"eva_features: expected a floating dtype, got {eva.dtype}")
-    device = model.input_proj.weight.device
+    device = model.device
     if device.type == "meta":
         raise ValueError("model: expected loaded weights, got parameters on the meta device")
     if eva.device != device:

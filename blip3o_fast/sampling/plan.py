@@ -261,7 +261,7 @@ class SamplingPlan:
             return self.dtype
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
-        return self.model.input_proj.weight.dtype
+        return self.model.dtype
 
     def _uses_graph(self, device: torch.device) -> bool:
         if self.graph is None:

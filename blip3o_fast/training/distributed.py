@@ -144,7 +144,7 @@ def spread(
         forward = cast(nn.Module, torch.compile(model, mode=compile_mode))
     if world.control is None:
         return Parallel("single", forward, lambda _: nullcontext())
-    device = model.input_proj.weight.device
+    device = model.device
     # The buffers are constants. torch 2.13 gave the option that leaves them alone a new name.
     known = inspect.signature(DistributedDataParallel).parameters
     unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -165,7 +165,7 @@ def shard(model: BLIP3oDiT, world: World, precision: Precision) -> None:
         reduce_dtype=torch.float32 if mixed else None,
         cast_forward_inputs=False,  # autocast decides; times must stay fp32
     )
-    mesh = init_device_mesh(model.input_proj.weight.device.type, (world.size,))
+    mesh = init_device_mesh(model.device.type, (world.size,))
 
     for module in (model.eva_adapter, *model.layers(), model):
         # Resharding the root too means that no copy can be stale after an update or an exchange.
