@@ -49,7 +49,7 @@ def solver_update(
 
     Returns:
         ``out``, the new state. Only the reference is differentiable. All implementations add in the
-        order of the formula and round every product, so their results are equal bit by bit.
+        order of the formula and round every product: in fp32 their results are equal bit by bit.
     """
     _check(x, velocity, slopes, coefficients, slot, guidance_scale, clamp, out)
     given = (x, velocity, slopes, coefficients)
