@@ -157,9 +157,7 @@ def test_rows_without_a_coefficient_are_not_read(device, slot, width):
     after = slopes.clone()
     if 0 <= slot < 4:
         after[slot] = velocity
-    got = ops.solver_update(
-        x, velocity, slopes, coefficients, slot=number(slot, device), impl=IMPL
-    )
+    got = ops.solver_update(x, velocity, slopes, coefficients, slot=number(slot, device), impl=IMPL)
     assert torch.equal(got, expected)
     torch.testing.assert_close(slopes, after, rtol=0, atol=0, equal_nan=True)
 
@@ -204,23 +202,17 @@ def test_bitwise_repeatable_and_batch_invariant(device):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_offsets_beyond_int32(device, guidance):
-    """Rows of slopes, samples of the state and halves of the velocity lie 2^31 elements apart."""
-    far, halves = 2**31, 1 if guidance == 1 else 2
+    """The third sample, half and row of slopes lie 2^31 elements after the first."""
+    far, halves = 2**30, 1 if guidance == 1 else 2
     # Untouched memory takes no room on a CPU; empty_strided is not poisoned.
-    memory = torch.empty_strided((far + 64,), (1,), device=device)
-    narrow = torch.empty_strided((far + 64,), (1,), device=device, dtype=torch.bfloat16)
-    x, velocity, slopes, coefficients = inputs(1, 2, 8, 2, device=device, halves=halves)
-    far_slopes = memory.as_strided(slopes.shape, (far, 16, 8, 1))
-    far_slopes.copy_(slopes)
-    far_velocity = narrow.as_strided(velocity.shape, (far, 8, 1))
-    far_velocity.copy_(velocity)
-    far_x = memory[16:].as_strided((2, 1, 8), (far, 8, 1))
-    far_x.copy_(x.transpose(0, 1))
-    options = {"slot": number(1, device), "guidance_scale": guidance, "impl": IMPL}
+    memory = torch.empty_strided((2 * far + 64,), (1,), device=device)
+    size = ((3 * halves - 1) * far + 64,)
+    of_model = torch.empty_strided(size, (1,), device=device, dtype=torch.bfloat16)
+    x, velocity, slopes, coefficients = inputs(3, 1, 8, 3, device=device, halves=halves)
+    far_x = memory.as_strided(x.shape, (far, 8, 1)).copy_(x)
+    far_velocity = of_model.as_strided(velocity.shape, (far, 8, 1)).copy_(velocity)
+    far_slopes = memory[8:].as_strided(slopes.shape, (far, 8, 8, 1)).copy_(slopes)
+    options = {"slot": number(2, device), "guidance_scale": guidance, "impl": IMPL}
     near = ops.solver_update(x, far_velocity.clone(), slopes, coefficients, **options)
-    got = ops.solver_update(x, far_velocity, far_slopes, coefficients, **options)
+    got = ops.solver_update(far_x, far_velocity, far_slopes, coefficients, **options)
     assert torch.equal(got, near) and torch.equal(far_slopes, slopes)
-    none = memory.new_empty(0, 2, 1, 8)
-    v = velocity[:1].transpose(0, 1)
-    got = ops.solver_update(far_x, v, none, coefficients[:2], impl=IMPL)
-    assert torch.equal(got, ops.solver_update(far_x.clone(), v, none, coefficients[:2], impl=IMPL))
