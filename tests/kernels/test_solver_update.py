@@ -91,17 +91,18 @@ def test_layouts(device, layout, guidance):
     compare([laid_out(x, layout), laid_out(velocity.bfloat16(), layout), *rest], **options)
 
 
-@pytest.mark.parametrize("more", [1, 2])
+@pytest.mark.parametrize("start, apart", [(0, 72), (0, 49), (1, 48), (3, 53)])
 @pytest.mark.parametrize("width", [5, 8])
-def test_rows_of_a_larger_ring(device, more, width):
-    """A smaller batch uses the front of every row, and leaves what lies behind."""
+def test_rows_of_a_larger_ring(device, start, apart, width):
+    """A smaller batch uses the front of every row, and leaves what lies between."""
     x, velocity, slopes, coefficients = inputs(2, 3, width, 3, device=device)
-    ring = slopes.new_full((3, 2 + more, 3, width), torch.nan)
-    ring[:, :2] = slopes
+    memory = slopes.new_full((start + 3 * apart,), torch.nan)
+    ring = memory[start:].as_strided(slopes.shape, (apart, 3 * width, width, 1)).copy_(slopes)
+    before = memory.isnan().sum()
     options = {"slot": number(1, device)}
-    got = ops.solver_update(x, velocity, ring[:, :2], coefficients, impl=IMPL, **options)
+    got = ops.solver_update(x, velocity, ring, coefficients, impl=IMPL, **options)
     assert torch.equal(got, reference.solver_update(x, velocity, slopes, coefficients, **options))
-    assert torch.equal(ring[:, :2], slopes) and ring[:, 2:].isnan().all()
+    assert torch.equal(ring, slopes) and memory.isnan().sum() == before
 
 
 @pytest.mark.parametrize("strided", ["columns", "contiguous"])
@@ -127,11 +128,13 @@ def test_in_place(device, guidance, width):
         assert got is state and torch.equal(state, expected)
 
 
-def test_given_memory(device):
+@pytest.mark.parametrize("start", [0, 1])
+def test_given_memory(device, start):
     x, *rest = inputs(2, 5, 8, 1, device=device)
-    before, out = x.clone(), torch.full_like(x, torch.nan)
+    memory = x.new_full((x.numel() + 2,), torch.nan)
+    before, out = x.clone(), memory[start : start + x.numel()].view_as(x)
     got = ops.solver_update(x, *rest, out=out, impl=IMPL)
-    assert got is out and torch.equal(x, before)
+    assert got is out and torch.equal(x, before) and memory.isnan().sum() == 2
     assert torch.equal(out, reference.solver_update(x, *rest))
 
 
