@@ -54,7 +54,7 @@ def solver_update(
         order of the formula and round every product: in fp32 their results are equal bit by bit.
     """
     _check(x, velocity, slopes, coefficients, slot, clamp, guidance_scale, out)
-    given = (x, velocity, slopes, coefficients)
+    given = [u for u in (x, velocity, slopes, coefficients, clamp) if u is not None]
     recording = torch.is_grad_enabled() and any(u.requires_grad for u in given)
     if impl is None and recording:
         impl = Impl.REFERENCE
