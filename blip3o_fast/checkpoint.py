@@ -38,10 +38,8 @@ def save_checkpoint(folder: str | Path, config: DiTConfig, tensors: Mapping[str,
     """Write ``config.json`` and ``model.safetensors``, each complete or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {
-        name: tensor.detach().contiguous().cpu()
-        for name, tensor in published_names(tensors).items()
-    }
+    named = published_names(tensors)
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}
     weights = folder / f".{WEIGHTS_NAME}.partial"
     try:
         save_file(plain, weights, metadata={"format": "pt"})

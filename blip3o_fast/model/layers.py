@@ -95,7 +95,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Times ``[B]`` in [0, 1] to ``[B, D]``; angles are fp32, fp64 in an fp64 model."""
-        dtype = next(self.mlp.parameters()).dtype
+        # Quantised layers hold no parameters and read fp32.
+        dtype = next((p.dtype for p in self.mlp.parameters()), torch.float32)
         wide = torch.promote_types(dtype, torch.float32)
         return self.mlp(sinusoids(t.to(wide), self.scale).to(dtype))
 
