@@ -46,15 +46,6 @@ def bucket(batch: int) -> int:
     return next(size for size in BUCKETS if size >= batch)
 
 
-def refuse_outer_capture(device: torch.device) -> None:
-    """Raise ``RuntimeError`` if the caller is capturing a CUDA graph of its own."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "generate: cannot run while a CUDA graph is being captured on this stream: it checks "
-            "its inputs on the host and replays graphs of its own; call it outside the capture"
-        )
-
-
 class GraphStore:
     """The graphs of one engine, and what they share. Its lock is held while they run."""
 
