@@ -18,12 +18,16 @@ PACKAGES = (
     *("apex", "flash-attn", "flash-attn-4", "flash_attn_3"),
 )
 
+COMMIT = "BLIP3O_FAST_COMMIT"
+"""Names the commit of a copy of a clone that has no history."""
+
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """JSON-ready facts. ``device`` names what was measured; runs on different ones do not compare.
 
     ``clocks`` holds what nvidia-smi says now (None on a CPU); ``load`` is the load average of the
-    machine now. ``commit`` is that of the clone that the library runs from, None outside one.
+    machine now. ``commit`` is that of the clone that the library runs from; outside one what the
+    environment variable ``BLIP3O_FAST_COMMIT`` says, else None.
     """
     versions = {"blip3o_fast": blip3o_fast.__version__, "python": platform.python_version()}
     for name in PACKAGES:
@@ -42,7 +46,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "clocks": clocks() if device.type == "cuda" else None,
         "platform": platform.platform(),
         "versions": versions,
-        "commit": commit,
+        "commit": commit or os.environ.get(COMMIT),
         "changed": changed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
