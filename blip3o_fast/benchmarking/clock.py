@@ -71,9 +71,7 @@ def time_together(watches: Sequence[Watch], budget: Budget) -> list[Timing | Exc
         for one in turns_of:
             one.take()
         turns += 1
-    return [
-        one.error or summarise(one.cold, one.warm, one.watch.prepared.per_call) for one in turns_of
-    ]
+    return [one.result() for one in turns_of]
 
 
 def time_alone(watch: Watch, budget: Budget) -> Timing:
@@ -106,6 +104,9 @@ class _Turns:
                 self.warm.append(self.watch.warm())
         except Exception as error:
             self.error = error
+
+    def result(self) -> Timing | Exception:
+        return self.error or summarise(self.cold, self.warm, self.watch.prepared.per_call)
 
 
 def summarise(cold: Sequence[Sample], warm: Sequence[Sample], per_call: int) -> Timing:

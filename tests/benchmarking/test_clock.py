@@ -1,4 +1,4 @@
-"""Statistics of samples, turns, rotation, when a device waited for the host, how long that takes."""
+"""Statistics of samples, turns, rotation; when a device waited for the host, and how long."""
 
 from collections import deque
 from itertools import count
