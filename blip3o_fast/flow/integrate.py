@@ -97,8 +97,7 @@ def draw_noise(
         raise ValueError("noise: expected a generator or seeds, got both")
     if len(seeds) != B:
         raise ValueError(f"seeds: expected {B}, one per sample, got {len(seeds)}")
-    rows = [
-        torch.randn((N, C), generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        for seed in seeds
-    ]
-    return (torch.stack(rows) if rows else torch.empty(shape, dtype=dtype)).to(device)
+    noise = torch.empty(shape, dtype=dtype, device="cpu")
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=torch.Generator("cpu").manual_seed(seed))
+    return noise.to(device)
