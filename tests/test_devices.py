@@ -10,36 +10,18 @@ import pkgutil
 
 import pytest
 import torch
-from small_data import E, N, small_config, small_model, write_shards
+from small_data import E, N, small_model, write_shards
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import blip3o_fast
-from blip3o_fast import BLIP3oDiT, SamplingPlan
+from blip3o_fast import SamplingPlan
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.evaluation import EvaluationSettings, evaluate_model
-from blip3o_fast.extraction.efficientnet import EfficientNetLite
-from blip3o_fast.extraction.eva import EVAVisionConfig, EVAVisionTower
 from blip3o_fast.training import train
+from tests.modules import MODELS, tensors_of
 from tests.training.runs import assert_equal_runs, small_options
-
-MODELS = {
-    "consistent": lambda: BLIP3oDiT(small_config()),
-    "published": lambda: BLIP3oDiT(small_config(conventions="published", use_sandwich_norm=False)),
-    "one axis": lambda: BLIP3oDiT(small_config(use_3d_rope=False, use_eva_adapter=False)),
-    "eva tower": lambda: EVAVisionTower(EVAVisionConfig(8, 8, 1, 1, image_size=28)),
-    "efficientnet": lambda: EfficientNetLite(1.0, 1.0),
-}
-"""What makes every module of the library between them."""
-
-
-def tensors_of(module: nn.Module):
-    """Parameters, buffers and tensors that hang on a module otherwise, by name."""
-    for name, part in module.named_modules():
-        for key, value in (*vars(part).items(), *part._parameters.items(), *part._buffers.items()):
-            if isinstance(value, torch.Tensor):
-                yield f"{name}.{key}", value
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta"])

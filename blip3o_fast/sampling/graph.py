@@ -9,8 +9,8 @@ number of steps; grids longer than ``WINDOW`` steps are loaded a window at a tim
 * Warm-up runs on the capture's stream before it: Triton compiles, cuBLAS makes its handle.
 * An engine has one stream for captures. The allocator reuses memory only on the stream that it was
   made on, so intermediates share one private pool between graphs, which never run concurrently.
-* Inputs and the state live outside the pool. They are made on that stream too, which waits for every
-  use of them: memory that is freed serves nobody before.
+* Inputs and the state live outside the pool. They are made on that stream too, which waits for
+  every use of them: memory that is freed serves nobody before.
 * cuBLAS workspaces live in the pool (``_own_workspaces``).
 * The first replay is compared bit by bit with the same step run eagerly.
 
