@@ -1,8 +1,8 @@
 """The specification: every fused op in plain PyTorch.
 
 Each function is differentiable by autograd and runs on any device in any floating dtype. In 16-bit
-dtypes it rounds where the published modules round, so it is also the ``faithful`` oracle; called on
-fp64 tensors it is the truth that every kernel is judged by.
+dtypes it rounds where the published modules round. Called on fp64 tensors it is the truth that
+every kernel is judged by.
 
 Letters are those of ``blip3o_fast.axes``.
 """

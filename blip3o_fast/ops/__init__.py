@@ -2,7 +2,7 @@
 
 from blip3o_fast.ops._attention_backends import AttentionBackend
 from blip3o_fast.ops._cuda import CudaBuild, cuda_build
-from blip3o_fast.ops._dispatch import Impl, ImplTable, Rounding, resolve_impl
+from blip3o_fast.ops._dispatch import Impl, ImplTable, resolve_impl
 from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
 from blip3o_fast.ops.attention import attention, attention_backend
@@ -25,7 +25,6 @@ from blip3o_fast.reference import LossTerms, LossWeights, Modulation, Quantised,
 __all__ = [
     "Impl",
     "ImplTable",
-    "Rounding",
     "resolve_impl",
     "CudaBuild",
     "cuda_build",

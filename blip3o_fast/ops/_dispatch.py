@@ -22,18 +22,6 @@ class Impl(Enum):
     CUDA = "cuda"
 
 
-class Rounding(Enum):
-    """Where a fused op rounds between its steps; reductions accumulate in fp32 either way.
-
-    ``FAST`` rounds once, at the end, and is the more accurate. ``FAITHFUL`` rounds wherever the
-    reference modules round, so that 16-bit results follow theirs bit by bit, up to the order of
-    sums. Gradients are the same in both: computed in fp32 and rounded once.
-    """
-
-    FAST = "fast"
-    FAITHFUL = "faithful"
-
-
 @dataclass
 class ImplTable:
     """The implementation of each op of one model; None leaves the choice to ``resolve_impl``.
@@ -99,26 +87,24 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def resolve_impl(
-    impl: Impl | None, x: Tensor, *, op: str = "", rounding: Rounding = Rounding.FAST
-) -> Impl:
+def resolve_impl(impl: Impl | None, x: Tensor, *, op: str = "") -> Impl:
     """The implementation of ``op`` that will run on ``x``.
 
     None chooses for a CUDA tensor: the CUDA kernel where it was measured faster or Triton is not
-    installed, else Triton. On a CPU: ATen's few passes where no gradient is recorded, the op has
-    them and ``rounding`` allows. Else the reference. A named implementation is never replaced by
-    another. ``op`` is the name of the op, which says what it has.
+    installed, else Triton. On a CPU: ATen's few passes where no gradient is recorded and the op has
+    them. Else the reference. A named implementation is never replaced by another. ``op`` is the
+    name of the op, which says what it has.
 
     Raises:
         ValueError: if the named implementation cannot run here, saying why and what to do.
     """
     if impl is None:
         if not x.is_cuda:
-            return Impl.REFERENCE if _aten_refusal(op, x, rounding) else Impl.ATEN
+            return Impl.REFERENCE if _aten_refusal(op, x) else Impl.ATEN
         if _cuda.is_chosen(op, x, triton=_TRITON_INSTALLED):
             return Impl.CUDA
         return Impl.TRITON if _TRITON_INSTALLED else Impl.REFERENCE
-    if impl is Impl.ATEN and (refusal := _aten_refusal(op, x, rounding)):
+    if impl is Impl.ATEN and (refusal := _aten_refusal(op, x)):
         raise ValueError(f"impl=ATEN on {_described(x)}: {refusal}; pass impl=Impl.REFERENCE")
     if impl is Impl.TRITON:
         _require_triton(x)
@@ -134,14 +120,12 @@ def operators(impl: Impl) -> Any:
     return _cuda.operators() if impl is Impl.CUDA else torch.ops.blip3o_fast
 
 
-def _aten_refusal(op: str, x: Tensor, rounding: Rounding) -> str | None:
+def _aten_refusal(op: str, x: Tensor) -> str | None:
     """Why ATen's few passes cannot run ``op`` on ``x``, or None if they can."""
     if op not in _aten.OPS:
         return f"expected one of {', '.join(sorted(_aten.OPS))}, got {op or 'no op'}"
     if x.device.type != "cpu":
         return "expected a CPU tensor"
-    if rounding is not Rounding.FAST:
-        return "expected rounding=Rounding.FAST"
     if torch.is_grad_enabled():
         return "it has no backward: expected torch.no_grad()"
     if torch.compiler.is_compiling():

@@ -10,7 +10,6 @@ from blip3o_fast.axes import check_shape
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
-    Rounding,
     check_tensors,
     outside_autocast,
     resolve_impl,
@@ -23,7 +22,6 @@ def adapter_mix(
     residual: Tensor,
     *,
     impl: Impl | None = None,
-    rounding: Rounding = Rounding.FAST,
 ) -> Tensor:
     """``sigmoid(gate) * adapted + (1 - sigmoid(gate)) * residual``.
 
@@ -31,7 +29,6 @@ def adapter_mix(
         gate: logits ``[B, N, D]``, any strides.
         adapted, residual: the MLP path and the linear path, ``[B, N, D]``, any strides.
         impl: None chooses by device.
-        rounding: of the fused implementation; the reference always rounds faithfully.
 
     Returns:
         ``[B, N, D]`` in the dtype of ``gate``. Differentiable once in every tensor.
@@ -44,35 +41,33 @@ def adapter_mix(
     if resolve_impl(impl, gate, op="adapter_mix") is Impl.REFERENCE:
         with outside_autocast(gate):
             return reference.adapter_mix(gate, adapted, residual)
-    return _AdapterMix.apply(gate, adapted, residual, rounding is Rounding.FAITHFUL)
+    return _AdapterMix.apply(gate, adapted, residual)
 
 
 class _AdapterMix(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, adapted: Tensor, residual: Tensor, faithful: bool
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
         ctx.save_for_backward(gate, adapted, residual)
-        return torch.ops.blip3o_fast.adapter_mix(gate, adapted, residual, faithful)
+        return torch.ops.blip3o_fast.adapter_mix(gate, adapted, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.blip3o_fast.adapter_mix_backward(grad, *ctx.saved_tensors), None
+        return torch.ops.blip3o_fast.adapter_mix_backward(grad, *ctx.saved_tensors)
 
 
 _PATHS = "Tensor gate, Tensor adapted, Tensor residual"
-torch.library.define("blip3o_fast::adapter_mix", f"({_PATHS}, bool faithful) -> Tensor")
+torch.library.define("blip3o_fast::adapter_mix", f"({_PATHS}) -> Tensor")
 torch.library.define(
     "blip3o_fast::adapter_mix_backward", f"(Tensor grad, {_PATHS}) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl("blip3o_fast::adapter_mix", ("cpu", "cuda"))
-def _forward(gate: Tensor, adapted: Tensor, residual: Tensor, faithful: bool) -> Tensor:
+def _forward(gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
     from blip3o_kernels import adapter_mix as kernels
 
-    return kernels.forward(gate, adapted, residual, faithful=faithful)
+    return kernels.forward(gate, adapted, residual)
 
 
 @torch.library.impl("blip3o_fast::adapter_mix_backward", ("cpu", "cuda"))
@@ -85,8 +80,8 @@ def _backward(
 
 
 @torch.library.register_fake("blip3o_fast::adapter_mix")
-def _forward_fake(gate: Tensor, adapted: Tensor, residual: Tensor, faithful: bool) -> Tensor:
-    del adapted, residual, faithful
+def _forward_fake(gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
+    del adapted, residual
     return gate.new_empty(gate.shape)
 
 

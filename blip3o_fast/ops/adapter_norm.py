@@ -10,7 +10,6 @@ from blip3o_fast.axes import check_shape
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
-    Rounding,
     check_tensors,
     outside_autocast,
     resolve_impl,
@@ -24,7 +23,6 @@ def adapter_norm(
     *,
     eps: float = 1e-5,
     impl: Impl | None = None,
-    rounding: Rounding = Rounding.FAST,
 ) -> Tensor:
     """``gelu(layer_norm(x[..., :W]))`` with the padding ``x[..., W:]`` written as zeros.
 
@@ -37,7 +35,6 @@ def adapter_norm(
         weight, bias: ``[W]``.
         eps: added to the variance.
         impl: None chooses by device.
-        rounding: of the fused implementation; the reference always rounds faithfully.
 
     Returns:
         ``[B, N, P]`` in the dtype of ``x``. Differentiable once in every tensor.
@@ -54,17 +51,15 @@ def adapter_norm(
     if resolve_impl(impl, x, op="adapter_norm") is Impl.REFERENCE:
         with outside_autocast(x):
             return reference.adapter_norm(x, weight, bias, eps)
-    return _AdapterNorm.apply(x, weight, bias, eps, rounding is Rounding.FAITHFUL)
+    return _AdapterNorm.apply(x, weight, bias, eps)
 
 
 class _AdapterNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, faithful: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
-        return torch.ops.blip3o_fast.adapter_norm(x, weight, bias, eps, faithful)
+        return torch.ops.blip3o_fast.adapter_norm(x, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
@@ -73,12 +68,12 @@ class _AdapterNorm(torch.autograd.Function):
         dx, dw, db = torch.ops.blip3o_fast.adapter_norm_backward(
             grad, *ctx.saved_tensors, ctx.eps, parameters
         )
-        return dx, *((dw, db) if parameters else (None, None)), None, None
+        return dx, *((dw, db) if parameters else (None, None)), None
 
 
 torch.library.define(
     "blip3o_fast::adapter_norm",
-    "(Tensor x, Tensor weight, Tensor bias, float eps, bool faithful) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
 )
 torch.library.define(
     "blip3o_fast::adapter_norm_backward",
@@ -88,10 +83,10 @@ torch.library.define(
 
 
 @torch.library.impl("blip3o_fast::adapter_norm", ("cpu", "cuda"))
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, faithful: bool) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     from blip3o_kernels import adapter_norm as kernels
 
-    return kernels.forward(x, weight, bias, eps=eps, faithful=faithful)
+    return kernels.forward(x, weight, bias, eps=eps)
 
 
 @torch.library.impl("blip3o_fast::adapter_norm_backward", ("cpu", "cuda"))
@@ -106,8 +101,8 @@ def _backward(
 
 
 @torch.library.register_fake("blip3o_fast::adapter_norm")
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, faithful: bool) -> Tensor:
-    del weight, bias, eps, faithful
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    del weight, bias, eps
     return x.new_empty(x.shape)
 
 

@@ -11,7 +11,6 @@ from blip3o_fast.ops import _aten
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
-    Rounding,
     check_tensors,
     operators,
     outside_autocast,
@@ -27,7 +26,6 @@ def rope(
     num_heads: int,
     num_kv_heads: int,
     impl: Impl | None = None,
-    rounding: Rounding = Rounding.FAST,
     inplace: bool = False,
 ) -> Tensor:
     """Rotate the query and key heads of a packed projection; value heads pass through.
@@ -41,7 +39,6 @@ def rope(
         num_heads: H; 0 when ``qkv`` holds keys and values alone, ``[B, N, 2 K d]``.
         num_kv_heads: K; 0 when ``qkv`` holds queries alone, ``[B, N, H d]``.
         impl: None chooses by device.
-        rounding: of the fused implementations; the reference always rounds faithfully.
         inplace: overwrite ``qkv`` and return it, which leaves the values where they are. For
             inference: refused where a gradient is being recorded.
 
@@ -52,9 +49,8 @@ def rope(
     check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
     if inplace and torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
-    faithful = rounding is Rounding.FAITHFUL
     turned = num_heads + num_kv_heads
-    impl = resolve_impl(impl, qkv, op="rope", rounding=rounding)
+    impl = resolve_impl(impl, qkv, op="rope")
     if impl is Impl.REFERENCE:
         with outside_autocast(qkv):
             result = reference.rope(qkv, cos, sin, num_heads, num_kv_heads)
@@ -63,9 +59,9 @@ def rope(
         with outside_autocast(qkv):
             return _aten.rope(qkv, cos, sin, turned, inplace)
     if inplace:
-        operators(impl).rope_(qkv, cos, sin, turned, faithful)
+        operators(impl).rope_(qkv, cos, sin, turned)
         return qkv
-    return _RoPE.apply(qkv, cos, sin, turned, faithful, impl)
+    return _RoPE.apply(qkv, cos, sin, turned, impl)
 
 
 def check_rotation(
@@ -87,38 +83,36 @@ def check_rotation(
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool, impl: Impl
-    ) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, impl: Impl) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.heads, ctx.impl = heads, impl
-        return operators(impl).rope(qkv, cos, sin, heads, faithful)
+        return operators(impl).rope(qkv, cos, sin, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return operators(ctx.impl).rope_backward(grad, cos, sin, ctx.heads), *(None,) * 5
+        return operators(ctx.impl).rope_backward(grad, cos, sin, ctx.heads), *(None,) * 4
 
 
 _TABLES = "Tensor cos, Tensor sin, int heads"
-torch.library.define("blip3o_fast::rope", f"(Tensor qkv, {_TABLES}, bool faithful) -> Tensor")
-torch.library.define("blip3o_fast::rope_", f"(Tensor(a!) qkv, {_TABLES}, bool faithful) -> ()")
+torch.library.define("blip3o_fast::rope", f"(Tensor qkv, {_TABLES}) -> Tensor")
+torch.library.define("blip3o_fast::rope_", f"(Tensor(a!) qkv, {_TABLES}) -> ()")
 torch.library.define("blip3o_fast::rope_backward", f"(Tensor grad, {_TABLES}) -> Tensor")
 
 
 @torch.library.impl("blip3o_fast::rope", ("cpu", "cuda"))
-def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool) -> Tensor:
+def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     from blip3o_kernels import rope as kernels
 
-    return kernels.forward(qkv, cos, sin, heads, faithful=faithful)
+    return kernels.forward(qkv, cos, sin, heads)
 
 
 @torch.library.impl("blip3o_fast::rope_", ("cpu", "cuda"))
-def _forward_inplace(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool) -> None:
+def _forward_inplace(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     from blip3o_kernels import rope as kernels
 
-    kernels.forward_(qkv, cos, sin, heads, faithful=faithful)
+    kernels.forward_(qkv, cos, sin, heads)
 
 
 @torch.library.impl("blip3o_fast::rope_backward", ("cpu", "cuda"))
@@ -129,16 +123,14 @@ def _backward(grad: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
 
 
 @torch.library.register_fake("blip3o_fast::rope")
-def _forward_fake(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool) -> Tensor:
-    del cos, sin, heads, faithful
+def _forward_fake(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    del cos, sin, heads
     return qkv.new_empty(qkv.shape)
 
 
 @torch.library.register_fake("blip3o_fast::rope_")
-def _forward_inplace_fake(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool
-) -> None:
-    del qkv, cos, sin, heads, faithful
+def _forward_inplace_fake(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    del qkv, cos, sin, heads
 
 
 @torch.library.register_fake("blip3o_fast::rope_backward")

@@ -11,7 +11,6 @@ from blip3o_fast.ops import _aten
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
-    Rounding,
     check_tensors,
     operators,
     outside_autocast,
@@ -30,7 +29,6 @@ def sandwich_join(
     *,
     eps: float,
     impl: Impl | None = None,
-    rounding: Rounding = Rounding.FAST,
 ) -> tuple[Tensor, Tensor | None]:
     """``x_out = x + norm(layer_scale * y; post)`` and ``h = norm(x_out; pre)``.
 
@@ -44,21 +42,19 @@ def sandwich_join(
         pre: norm and modulation that open the next sub-layer, or None at the end of a stack.
         eps: added to every mean square.
         impl: None chooses by device.
-        rounding: of the fused implementations; the reference always rounds faithfully.
 
     Returns:
         ``(x_out, h)``, both ``[B, N, D]`` in the dtype of ``x``; ``h`` is None when ``pre`` is.
         Differentiable once in every tensor.
     """
     check_join(x, y, layer_scale, post, pre)
-    impl = resolve_impl(impl, x, op="sandwich_join", rounding=rounding)
+    impl = resolve_impl(impl, x, op="sandwich_join")
     if impl in (Impl.REFERENCE, Impl.ATEN):
         join = reference.sandwich_join if impl is Impl.REFERENCE else _aten.sandwich_join
         with outside_autocast(x):
             return join(x, y, layer_scale, post, pre, eps)
-    faithful = rounding is Rounding.FAITHFUL
     x_out, h = _SandwichJoin.apply(
-        x, y, layer_scale, *(post or _ABSENT), *(pre or _ABSENT), eps, faithful, impl
+        x, y, layer_scale, *(post or _ABSENT), *(pre or _ABSENT), eps, impl
     )
     return x_out, None if pre is None else h
 
@@ -87,12 +83,12 @@ _ABSENT = (None,) * 4
 
 
 class _SandwichJoin(torch.autograd.Function):
-    """Inputs: x, y, layer_scale, the four tensors of post, the four of pre, eps, faithful, impl."""
+    """Inputs: x, y, layer_scale, the four tensors of post, the four of pre, eps, impl."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *parameters, ctx.eps, faithful, ctx.impl = rest
-        x_out, h = operators(ctx.impl).sandwich_join(x, y, *parameters, ctx.eps, faithful)
+        *parameters, ctx.eps, ctx.impl = rest
+        x_out, h = operators(ctx.impl).sandwich_join(x, y, *parameters, ctx.eps)
         ctx.save_for_backward(x_out, y, *parameters)
         ctx.set_materialize_grads(False)
         return x_out, h
@@ -122,7 +118,7 @@ class _SandwichJoin(torch.autograd.Function):
             g if u is not None and needed else None
             for g, u, needed in zip(rest, given, ctx.needs_input_grad[2:11], strict=True)
         ]
-        return dx, dy, *wanted, None, None, None
+        return dx, dy, *wanted, None, None
 
 
 _NORMS = (
@@ -131,7 +127,7 @@ _NORMS = (
 )
 torch.library.define(
     "blip3o_fast::sandwich_join",
-    f"(Tensor x, Tensor y, {_NORMS}, bool faithful) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor y, {_NORMS}) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "blip3o_fast::sandwich_join_backward",
@@ -144,10 +140,8 @@ torch.library.define(
 def _forward(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from blip3o_kernels import sandwich_join as kernels
 
-    layer_scale, *norms, eps, faithful = rest
-    x_out, h = kernels.forward(
-        x, y, layer_scale, *_norms(kernels.Norm, norms), eps=eps, faithful=faithful
-    )
+    layer_scale, *norms, eps = rest
+    x_out, h = kernels.forward(x, y, layer_scale, *_norms(kernels.Norm, norms), eps=eps)
     return x_out, x.new_empty(0) if h is None else h
 
 

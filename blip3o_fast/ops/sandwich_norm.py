@@ -11,7 +11,6 @@ from blip3o_fast.ops import _aten
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
-    Rounding,
     check_tensors,
     operators,
     outside_autocast,
@@ -28,7 +27,6 @@ def sandwich_norm(
     *,
     eps: float,
     impl: Impl | None = None,
-    rounding: Rounding = Rounding.FAST,
 ) -> Tensor:
     """``rms(rms(x; w1); w2) * (1 + scale) + shift``.
 
@@ -38,21 +36,19 @@ def sandwich_norm(
         shift, scale: ``[B, D]``, constant over tokens; chunks of one ``[B, 2D]`` need no copy.
         eps: added to both mean squares.
         impl: None chooses by device.
-        rounding: of the fused implementations; the reference always rounds faithfully.
 
     Returns:
         ``[B, N, D]`` in the dtype of ``x``. Differentiable once in every tensor.
     """
     check_norm(x, w1, w2, shift, scale)
-    impl = resolve_impl(impl, x, op="sandwich_norm", rounding=rounding)
+    impl = resolve_impl(impl, x, op="sandwich_norm")
     if impl is Impl.REFERENCE:
         with outside_autocast(x):
             return reference.sandwich_norm(x, w1, w2, shift, scale, eps)
     if impl is Impl.ATEN:
         with outside_autocast(x):
             return _aten.sandwich_norm(x, reference.Modulation(w1, w2, shift, scale), eps)
-    faithful = rounding is Rounding.FAITHFUL
-    return _SandwichNorm.apply(x, w1, w2, shift, scale, eps, faithful, impl)
+    return _SandwichNorm.apply(x, w1, w2, shift, scale, eps, impl)
 
 
 def check_norm(x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor) -> None:
@@ -82,12 +78,11 @@ class _SandwichNorm(torch.autograd.Function):
         shift: Tensor,
         scale: Tensor,
         eps: float,
-        faithful: bool,
         impl: Impl,
     ) -> Tensor:
         ctx.save_for_backward(x, w1, w2, shift, scale)
         ctx.eps, ctx.impl = eps, impl
-        return operators(impl).sandwich_norm(x, w1, w2, shift, scale, eps, faithful)
+        return operators(impl).sandwich_norm(x, w1, w2, shift, scale, eps)
 
     @staticmethod
     @once_differentiable
@@ -96,13 +91,12 @@ class _SandwichNorm(torch.autograd.Function):
         dx, *rest = operators(ctx.impl).sandwich_norm_backward(
             grad, *ctx.saved_tensors, ctx.eps, parameters
         )
-        return dx, *(rest if parameters else (None,) * 4), None, None, None
+        return dx, *(rest if parameters else (None,) * 4), None, None
 
 
 torch.library.define(
     "blip3o_fast::sandwich_norm",
-    "(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, bool faithful) "
-    "-> Tensor",
+    "(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps) -> Tensor",
 )
 torch.library.define(
     "blip3o_fast::sandwich_norm_backward",
@@ -112,12 +106,10 @@ torch.library.define(
 
 
 @torch.library.impl("blip3o_fast::sandwich_norm", ("cpu", "cuda"))
-def _forward(
-    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float, faithful: bool
-) -> Tensor:
+def _forward(x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     from blip3o_kernels import sandwich_norm as kernels
 
-    return kernels.forward(x, kernels.Norm(w1, w2, shift, scale), eps=eps, faithful=faithful)
+    return kernels.forward(x, kernels.Norm(w1, w2, shift, scale), eps=eps)
 
 
 @torch.library.impl("blip3o_fast::sandwich_norm_backward", ("cpu", "cuda"))
@@ -141,9 +133,9 @@ def _backward(
 
 @torch.library.register_fake("blip3o_fast::sandwich_norm")
 def _forward_fake(
-    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float, faithful: bool
+    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> Tensor:
-    del w1, w2, shift, scale, eps, faithful
+    del w1, w2, shift, scale, eps
     return x.new_empty(x.shape)
 
 

@@ -9,7 +9,6 @@ from blip3o_fast import reference
 from blip3o_fast.ops._autograd import once_differentiable
 from blip3o_fast.ops._dispatch import (
     Impl,
-    Rounding,
     check_tensors,
     operators,
     outside_autocast,
@@ -17,15 +16,12 @@ from blip3o_fast.ops._dispatch import (
 )
 
 
-def swiglu(
-    gate_up: Tensor, *, impl: Impl | None = None, rounding: Rounding = Rounding.FAST
-) -> Tensor:
+def swiglu(gate_up: Tensor, *, impl: Impl | None = None) -> Tensor:
     """``silu(gate) * up`` (arXiv:2002.05202).
 
     Args:
         gate_up: ``[..., 2I]``, gate in the first half, any strides.
         impl: None chooses by device.
-        rounding: of the fused implementations; the reference always rounds faithfully.
 
     Returns:
         ``[..., I]`` in the dtype of ``gate_up``. Differentiable once.
@@ -35,7 +31,7 @@ def swiglu(
     if impl is Impl.REFERENCE:
         with outside_autocast(gate_up):
             return reference.swiglu(gate_up)
-    return _SwiGLU.apply(gate_up, rounding is Rounding.FAITHFUL, impl)
+    return _SwiGLU.apply(gate_up, impl)
 
 
 def check_gate_up(gate_up: Tensor) -> None:
@@ -49,27 +45,27 @@ def check_gate_up(gate_up: Tensor) -> None:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, faithful: bool, impl: Impl) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, impl: Impl) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.impl = impl
-        return operators(impl).swiglu(gate_up, faithful)
+        return operators(impl).swiglu(gate_up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        return operators(ctx.impl).swiglu_backward(grad, gate_up), None, None
+        return operators(ctx.impl).swiglu_backward(grad, gate_up), None
 
 
-torch.library.define("blip3o_fast::swiglu", "(Tensor gate_up, bool faithful) -> Tensor")
+torch.library.define("blip3o_fast::swiglu", "(Tensor gate_up) -> Tensor")
 torch.library.define("blip3o_fast::swiglu_backward", "(Tensor grad, Tensor gate_up) -> Tensor")
 
 
 @torch.library.impl("blip3o_fast::swiglu", ("cpu", "cuda"))
-def _forward(gate_up: Tensor, faithful: bool) -> Tensor:
+def _forward(gate_up: Tensor) -> Tensor:
     from blip3o_kernels import swiglu as kernels
 
-    return kernels.forward(gate_up, faithful=faithful)
+    return kernels.forward(gate_up)
 
 
 @torch.library.impl("blip3o_fast::swiglu_backward", ("cpu", "cuda"))
@@ -80,8 +76,7 @@ def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("blip3o_fast::swiglu")
-def _forward_fake(gate_up: Tensor, faithful: bool) -> Tensor:
-    del faithful
+def _forward_fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 

@@ -20,9 +20,6 @@ the tokens of a sample, column by column,
 A branch that is scaled before its norm, x = ls y, keeps P and R over y instead of x: dscale and dw2
 gain a factor ls, dw1 = sum_b ((1 + scale) w2 ls P - w1 ls^2 R), and the scale itself receives
 dls = sum_b (w1 w2 (1 + scale) P - (w1^2 + eps) ls R).
-
-``faithful`` rounds where two RMSNorm modules and AdaLN round in a 16-bit dtype; its second mean
-square is that of rounded numbers and needs a second round. Backward is the same for both.
 """
 
 from typing import NamedTuple
@@ -30,7 +27,6 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import promoted, rounded
 from blip3o_kernels.launch import torch_accumulator, unit_stride
 from blip3o_kernels.reduction import STAGE_COLUMNS, STAGE_ROWS, column_sums, sum2
 from blip3o_kernels.tiles import load_vector
@@ -49,37 +45,12 @@ def load_norm(w1, w2, shift, scale, sample, shift_b, scale_b, cols, inside, ACC:
 
 
 @jit
-def double_norm(
-    x,
-    w1,
-    w2,
-    shift,
-    one_plus_scale,
-    X: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FAITHFUL: tl.constexpr,
-):
-    """One row, normed twice and modulated; X, W1, ... are the dtypes of the tensors in memory."""
-    if FAITHFUL:
-        U1: tl.constexpr = promoted(X, W1)
-        U2: tl.constexpr = promoted(U1, W2)
-        U3: tl.constexpr = promoted(U2, SCALE)
-        unit = rounded(x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS), X)
-        u = rounded(w1 * unit, U1)
-        unit = rounded(u * tl.rsqrt(tl.sum(u * u, axis=0) / WIDTH + EPS), U1)
-        u = rounded(rounded(w2 * unit, U2) * rounded(one_plus_scale, SCALE), U3)
-        h = rounded(rounded(u + shift, promoted(U3, SHIFT)), X)
-    else:
-        a = w1 * x
-        squares_x, squares_a = sum2(x * x, a * a)
-        r = tl.rsqrt(squares_a / WIDTH + EPS * (squares_x / WIDTH + EPS))
-        h = a * r * (w2 * one_plus_scale) + shift
-    return h
+def double_norm(x, w1, w2, shift, one_plus_scale, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """One row, normed twice and modulated."""
+    a = w1 * x
+    squares_x, squares_a = sum2(x * x, a * a)
+    r = tl.rsqrt(squares_a / WIDTH + EPS * (squares_x / WIDTH + EPS))
+    return a * r * (w2 * one_plus_scale) + shift
 
 
 @jit

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import promoted, rounded
 from blip3o_kernels.double_norm import (
     Norm,
     double_norm,
@@ -27,13 +26,11 @@ from blip3o_kernels.double_norm import (
     store_partial_sums,
 )
 from blip3o_kernels.launch import (
-    RowLaunch,
     accumulator,
     backward_launch,
     forward_launch,
     on_device,
     register_limit,
-    run_rows,
     unit_stride,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
@@ -81,7 +78,6 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
-    FAITHFUL: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
@@ -89,9 +85,6 @@ def _forward_kernel(
     inside = cols < WIDTH
     if LAYER_SCALE:
         ls = load_vector(layer_scale, cols, inside, ACC)
-        BRANCH: tl.constexpr = promoted(y.dtype.element_ty, layer_scale.dtype.element_ty)
-    else:
-        BRANCH: tl.constexpr = y.dtype.element_ty
     if POST:
         weight3, weight4, offset3, factor3 = load_norm(
             w3, w4, post_shift, post_scale, sample, post_shift_b, post_scale_b, cols, inside, ACC
@@ -106,42 +99,12 @@ def _forward_kernel(
         branch = load_row(y + sample * y_b, token, cols, y_n, y_d, inside, ACC)
         if LAYER_SCALE:
             branch *= ls
-            if FAITHFUL:
-                branch = rounded(branch, BRANCH)
         if POST:
-            branch = double_norm(
-                branch,
-                weight3,
-                weight4,
-                offset3,
-                factor3,
-                BRANCH,
-                w3.dtype.element_ty,
-                w4.dtype.element_ty,
-                post_shift.dtype.element_ty,
-                post_scale.dtype.element_ty,
-                EPS,
-                WIDTH,
-                FAITHFUL,
-            )
+            branch = double_norm(branch, weight3, weight4, offset3, factor3, EPS, WIDTH)
         stored = (stream + branch).to(x_out.dtype.element_ty)
         tl.store(x_out + target, stored, mask=inside)
         if PRE:
-            h = double_norm(
-                stored.to(ACC),
-                weight1,
-                weight2,
-                offset1,
-                factor1,
-                x.dtype.element_ty,
-                w1.dtype.element_ty,
-                w2.dtype.element_ty,
-                pre_shift.dtype.element_ty,
-                pre_scale.dtype.element_ty,
-                EPS,
-                WIDTH,
-                FAITHFUL,
-            )
+            h = double_norm(stored.to(ACC), weight1, weight2, offset1, factor1, EPS, WIDTH)
             if QUANTISED:
                 row = sample * tokens + token
                 store_quantised(h_out, h_scales, row, h, cols, inside, WIDTH)
@@ -272,11 +235,10 @@ def forward(
     pre: Norm | None,
     *,
     eps: float,
-    faithful: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``(x_out, h)``, each ``[B, N, D]``; h is None without ``pre``."""
     h = None if pre is None else x.new_empty(x.shape)
-    return _forward(x, y, layer_scale, post, pre, h, None, eps, faithful), h
+    return _forward(x, y, layer_scale, post, pre, h, None, eps), h
 
 
 def forward_quantised(
@@ -284,7 +246,7 @@ def forward_quantised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(x_out, h, scales)``: h ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
     h, scales = quantised_like(x)
-    return _forward(x, y, layer_scale, post, pre, h, scales, eps, False), h, scales
+    return _forward(x, y, layer_scale, post, pre, h, scales, eps), h, scales
 
 
 def _forward(
@@ -296,16 +258,16 @@ def _forward(
     h: Tensor | None,
     scales: Tensor | None,
     eps: float,
-    faithful: bool,
 ) -> Tensor:
     """Write h and its scales where they are wanted; x_out."""
     samples, tokens, width = x.shape
     x_out = x.new_empty(x.shape)
     layer_scale, post, pre = _unit_strides(layer_scale, post, pre)
     launch = forward_launch(width, samples * tokens)
-
-    def run(launch: RowLaunch) -> None:
-        chunks = cdiv(tokens, launch.rows)
+    if not x.numel():
+        return x_out
+    chunks = cdiv(tokens, launch.rows)
+    with on_device(x):
         _forward_kernel[(samples * chunks,)](
             x,
             y,
@@ -329,15 +291,10 @@ def _forward(
             WIDTH=width,
             BLOCK=launch.block,
             ACC=accumulator(x, y, layer_scale, *(post or ()), *(pre or ())),
-            FAITHFUL=faithful,
             QUANTISED=scales is not None,
             num_warps=launch.num_warps,
             enable_fp_fusion=False,
         )
-
-    if x.numel():
-        name = "sandwich_join.forward" if scales is None else "sandwich_join.forward_quantised"
-        run_rows(name, x, launch, samples * tokens, run)
     return x_out
 
 
@@ -370,14 +327,13 @@ def backward(
     dy = None if post is None and layer_scale is None else y.new_empty(y.shape)
     acc = accumulator(x_out, y, layer_scale, *(post or ()), *(pre or ()))
     launch = backward_launch(width, samples * tokens)
-
-    def run(launch: RowLaunch) -> tuple[Tensor | None, Tensor | None]:
-        chunks = cdiv(tokens, launch.rows)
-        post_partial = pre_partial = None
-        if parameters and dy is not None:
-            post_partial = partial_sums(x_out, acc, (samples, chunks), 1 if post is None else 3)
-        if parameters and pre is not None:
-            pre_partial = partial_sums(x_out, acc, (samples, chunks))
+    chunks = cdiv(tokens, launch.rows)
+    post_partial = pre_partial = dls = dpost = dpre = None
+    if parameters and dy is not None:
+        post_partial = partial_sums(x_out, acc, (samples, chunks), 1 if post is None else 3)
+    if parameters and pre is not None:
+        pre_partial = partial_sums(x_out, acc, (samples, chunks))
+    with on_device(x_out):
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
                 dx_out,
@@ -413,13 +369,6 @@ def backward(
                 maxnreg=register_limit(launch, BACKWARD_PROGRAMS),
                 enable_fp_fusion=False,
             )
-        return post_partial, pre_partial
-
-    post_partial, pre_partial = run_rows(
-        "sandwich_join.backward", x_out, launch, samples * tokens, run
-    )
-    dls = dpost = dpre = None
-    with on_device(x_out):
         if post_partial is not None and post is not None:
             dpost, dls = parameter_gradients(post_partial, post, layer_scale, eps=eps, acc=acc)
         elif post_partial is not None and layer_scale is not None:

@@ -22,12 +22,11 @@ from blip3o_kernels.double_norm import (
     store_partial_sums,
 )
 from blip3o_kernels.launch import (
-    RowLaunch,
     accumulator,
     backward_launch,
     forward_launch,
+    on_device,
     register_limit,
-    run_rows,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
 from blip3o_kernels.tiles import load_row, load_vector, token_range
@@ -64,7 +63,6 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
-    FAITHFUL: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
@@ -75,21 +73,7 @@ def _forward_kernel(
     )
     for token in range(first, last):
         row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
-        h = double_norm(
-            row,
-            weight1,
-            weight2,
-            offset,
-            factor,
-            x.dtype.element_ty,
-            w1.dtype.element_ty,
-            w2.dtype.element_ty,
-            shift.dtype.element_ty,
-            scale.dtype.element_ty,
-            EPS,
-            WIDTH,
-            FAITHFUL,
-        )
+        h = double_norm(row, weight1, weight2, offset, factor, EPS, WIDTH)
         target = sample * tokens + token
         if QUANTISED:
             store_quantised(out, out_scales, target, h, cols, inside, WIDTH)
@@ -146,30 +130,29 @@ def _backward_kernel(
         store_partial_sums(partial, p, q, r, cols, inside, WIDTH)
 
 
-def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
+def forward(x: Tensor, norm: Norm, *, eps: float) -> Tensor:
     """``[B, N, D]`` to ``[B, N, D]``."""
     out = x.new_empty(x.shape)
-    _forward(x, norm, out, None, eps, faithful)
+    _forward(x, norm, out, None, eps)
     return out
 
 
 def forward_quantised(x: Tensor, norm: Norm, *, eps: float) -> tuple[Tensor, Tensor]:
     """``[B, N, D]`` to ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
     out, scales = quantised_like(x)
-    _forward(x, norm, out, scales, eps, False)
+    _forward(x, norm, out, scales, eps)
     return out, scales
 
 
-def _forward(
-    x: Tensor, norm: Norm, out: Tensor, scales: Tensor | None, eps: float, faithful: bool
-) -> None:
+def _forward(x: Tensor, norm: Norm, out: Tensor, scales: Tensor | None, eps: float) -> None:
     samples, tokens, width = x.shape
     norm = norm.with_unit_strides()
     launch = forward_launch(width, samples * tokens)
     programs = FORWARD_PROGRAMS if scales is None else QUANTISED_PROGRAMS
-
-    def run(launch: RowLaunch) -> None:
-        chunks = cdiv(tokens, launch.rows)
+    if not out.numel():
+        return
+    chunks = cdiv(tokens, launch.rows)
+    with on_device(x):
         _forward_kernel[(samples * chunks,)](
             x,
             *norm,
@@ -185,16 +168,11 @@ def _forward(
             WIDTH=width,
             BLOCK=launch.block,
             ACC=accumulator(x, *norm),
-            FAITHFUL=faithful,
             QUANTISED=scales is not None,
             num_warps=launch.num_warps,
             maxnreg=register_limit(launch, programs),
             enable_fp_fusion=False,
         )
-
-    if out.numel():
-        name = "sandwich_norm.forward" if scales is None else "sandwich_norm.forward_quantised"
-        run_rows(name, x, launch, samples * tokens, run)
 
 
 def backward(
@@ -206,10 +184,9 @@ def backward(
     norm = norm.with_unit_strides()
     acc = accumulator(x, *norm)
     launch = backward_launch(width, samples * tokens)
-
-    def run(launch: RowLaunch) -> Norm | None:
-        chunks = cdiv(tokens, launch.rows)
-        partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
+    chunks = cdiv(tokens, launch.rows)
+    partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
+    with on_device(x):
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
                 dout,
@@ -235,7 +212,5 @@ def backward(
                 enable_fp_fusion=False,
             )
         if partial is None:
-            return None
-        return parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]
-
-    return dx, run_rows("sandwich_norm.backward", x, launch, samples * tokens, run)
+            return dx, None
+        return dx, parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]

@@ -200,7 +200,7 @@ Tensor workspace(blip3o_shape shape, int sites, const Tensor& like) {
   return fresh(Sizes(&floats, 1), BLIP3O_FLOAT32, like);
 }
 
-Tensor swiglu(Tensor gate_up, bool faithful) {
+Tensor swiglu(Tensor gate_up) {
   const Place place(gate_up);
   const int activation = activation_dtype(gate_up);
   const Rows rows(with_three_axes(gate_up), activation);
@@ -210,7 +210,7 @@ Tensor swiglu(Tensor gate_up, bool faithful) {
   sizes[gate_up.dim() - 1] /= 2;
   Tensor out = fresh(Sizes(sizes.data(), gate_up.dim()), activation, gate_up);
   check(blip3o_swiglu_forward(activation, shape_of(*rows.owner, gate_up.size(-1) / 2), rows.c,
-                              faithful, out.data_ptr(), place.stream()),
+                              out.data_ptr(), place.stream()),
         "swiglu");
   return out;
 }
@@ -228,7 +228,7 @@ Tensor swiglu_backward(Tensor grad, Tensor gate_up) {
 }
 
 void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads, bool adjoint,
-          bool faithful, Tensor& out, const char* op) {
+          Tensor& out, const char* op) {
   const Place place(out);
   const int activation = activation_dtype(out);
   const int parameter = dtype(cos) == activation && dtype(sin) == activation ? activation
@@ -237,28 +237,27 @@ void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads,
   const int64_t kv_heads = out.size(2) / cos.size(1) - heads;
   check(blip3o_rope({activation, parameter}, shape_of(out, cos.size(1)),
                     static_cast<int>(heads - kv_heads), static_cast<int>(kv_heads), rows.c,
-                    cosines.data_ptr(), sines.data_ptr(), adjoint, faithful, out.data_ptr(),
-                    place.stream()),
+                    cosines.data_ptr(), sines.data_ptr(), adjoint, out.data_ptr(), place.stream()),
         op);
 }
 
-Tensor rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithful) {
+Tensor rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads) {
   Tensor out = fresh(qkv, activation_dtype(qkv));
-  turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, faithful, out, "rope");
+  turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, out, "rope");
   return out;
 }
 
-void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithful) {
+void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads) {
   if (qkv.is_contiguous()) {
-    turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, faithful, qkv, "rope_");
+    turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, qkv, "rope_");
   } else {
-    torch::stable::copy_(qkv, rope(qkv, cos, sin, heads, faithful));
+    torch::stable::copy_(qkv, rope(qkv, cos, sin, heads));
   }
 }
 
 Tensor rope_backward(Tensor grad, Tensor cos, Tensor sin, int64_t heads) {
   Tensor out = fresh(grad, activation_dtype(grad));
-  turn(Rows(grad, dtype(grad)), cos, sin, heads, true, false, out, "rope_backward");
+  turn(Rows(grad, dtype(grad)), cos, sin, heads, true, out, "rope_backward");
   return out;
 }
 
@@ -300,8 +299,7 @@ Tensor rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool
   return out;
 }
 
-Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps,
-                     bool faithful) {
+Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps) {
   const Place place(x);
   const int activation = activation_dtype(x);
   const Optional given[] = {w1, w2, shift, scale};
@@ -311,7 +309,7 @@ Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale,
   const Site site(w1, w2, shift, scale, parameter);
   Tensor h = fresh(x, activation);
   check(blip3o_sandwich_norm_forward({activation, parameter}, shape_of(x, x.size(2)), rows.c,
-                                     site.c, static_cast<float>(eps), faithful, h.data_ptr(),
+                                     site.c, static_cast<float>(eps), h.data_ptr(),
                                      place.stream()),
         "sandwich_norm");
   return h;
@@ -344,14 +342,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_backward(
 std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scale, Optional w3,
                                          Optional w4, Optional post_shift, Optional post_scale,
                                          Optional w1, Optional w2, Optional pre_shift,
-                                         Optional pre_scale, double eps, bool faithful) {
+                                         Optional pre_scale, double eps) {
   const Place place(x);
   const int activation = common_dtype(x, y);
   if (w1 && activation != dtype(x)) {
     // Computed in fp32 and stored narrower: the next sub-layer must see the stored numbers.
     Tensor x_out = std::get<0>(sandwich_join(x, y, layer_scale, w3, w4, post_shift, post_scale, {},
-                                             {}, {}, {}, eps, faithful));
-    return {x_out, sandwich_norm(x_out, *w1, *w2, *pre_shift, *pre_scale, eps, faithful)};
+                                             {}, {}, {}, eps));
+    return {x_out, sandwich_norm(x_out, *w1, *w2, *pre_shift, *pre_scale, eps)};
   }
   const int parameter =
       parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
@@ -365,7 +363,7 @@ std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scal
   Tensor h = pre ? fresh(x, activation) : nothing(x);
   check(blip3o_sandwich_join_forward({activation, parameter}, shape_of(x, x.size(2)), stream.c,
                                      branch.c, address(ls), address(post), address(pre),
-                                     static_cast<float>(eps), faithful, x_out.data_ptr(),
+                                     static_cast<float>(eps), x_out.data_ptr(),
                                      pre ? h.data_ptr() : nullptr, place.stream()),
         "sandwich_join");
   return {as(x_out, dtype(x)), h};
@@ -442,7 +440,7 @@ Tensor solver_update(Tensor x, Tensor velocity, Optional step, double dt, Option
 
 #define SITES                                                                              \
   "Tensor? layer_scale, Tensor? w3, Tensor? w4, Tensor? post_shift, Tensor? post_scale, " \
-  "Tensor? w1, Tensor? w2, Tensor? pre_shift, Tensor? pre_scale, float eps, "
+  "Tensor? w1, Tensor? w2, Tensor? pre_shift, Tensor? pre_scale, float eps"
 #define TABLES "Tensor cos, Tensor sin, int heads"
 
 // Tests bind the kernels to host tensors, under another name.
@@ -455,23 +453,23 @@ Tensor solver_update(Tensor x, Tensor velocity, Optional step, double dt, Option
 #define IMPLEMENTATIONS(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 
 LIBRARY(BLIP3O_NAMESPACE, m) {
-  m.def("swiglu(Tensor gate_up, bool faithful) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
-  m.def("rope(Tensor qkv, " TABLES ", bool faithful) -> Tensor");
-  m.def("rope_(Tensor(a!) qkv, " TABLES ", bool faithful) -> ()");
+  m.def("rope(Tensor qkv, " TABLES ") -> Tensor");
+  m.def("rope_(Tensor(a!) qkv, " TABLES ") -> ()");
   m.def("rope_backward(Tensor grad, " TABLES ") -> Tensor");
   m.def(
       "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool rotates_keys) "
       "-> Tensor");
   m.def(
-      "sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, "
-      "bool faithful) -> Tensor");
+      "sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps) "
+      "-> Tensor");
   m.def(
       "sandwich_norm_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor shift, "
       "Tensor scale, float eps, bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("sandwich_join(Tensor x, Tensor y, " SITES "bool faithful) -> (Tensor, Tensor)");
+  m.def("sandwich_join(Tensor x, Tensor y, " SITES ") -> (Tensor, Tensor)");
   m.def("sandwich_join_backward(Tensor? dx_out, Tensor? dh, Tensor x_out, Tensor y, " SITES
-        "bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        ", bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
         "Tensor, Tensor, Tensor)");
   m.def(
       "solver_update(Tensor x, Tensor velocity, Tensor? step, float dt, Tensor? previous, "

@@ -8,7 +8,6 @@
 //
 //   dx = dx_out + r g - square x' q
 //   c_post = sum(dx k) = sum(dx_out k) + r sum(g k) - q sum(square x' k)
-#include "faithful.cuh"
 #include "modulation_grads.cuh"
 
 namespace blip3o {
@@ -38,39 +37,7 @@ __device__ __forceinline__ void add_and_store(Share (&x)[kRows], const Share (&y
   }
 }
 
-/// y := the branch that is added to the stream, rounded where modules would round it.
-template <typename T, typename P, typename C>
-__device__ __forceinline__ void faithful_branch(Share (&y)[kRows], const JoinForward<T, P>& a,
-                                                int64_t batch, const C& columns) {
-  if (a.layer_scale == nullptr) {
-    if (a.post.present()) {
-      faithful_norm_rows<T>(y, a.post, batch, a.units, a.inverse_width, a.eps, columns);
-    }
-    return;
-  }
-  const Share s = columns.load(a.layer_scale);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) y[r][i] = rounded<P>(y[r][i] * s[i]);
-  }
-  if (a.post.present()) {
-    faithful_norm_rows<P>(y, a.post, batch, a.units, a.inverse_width, a.eps, columns);
-  }
-}
-
-/// x := x', h := what follows it, rounded where modules would round.
-template <typename T, typename P, typename C>
-__device__ __forceinline__ void faithful_join(Share (&x)[kRows], Share (&y)[kRows],
-                                              const JoinForward<T, P>& a, const Unit& unit,
-                                              const C& columns) {
-  faithful_branch(y, a, unit.batch, columns);
-  add_and_store(x, y, a, unit, columns);
-  if (!a.pre.present()) return;
-  faithful_norm_rows<T>(x, a.pre, unit.batch, a.units, a.inverse_width, a.eps, columns);
-}
-
-/// The same in fp32; parameters are asked for before anything is waited for.
+/// x := x', y := scratch, then x := h; parameters are asked for before anything is waited for.
 template <typename T, typename P, typename C>
 __device__ __forceinline__ void join(Share (&x)[kRows], Share (&y)[kRows],
                                      const JoinForward<T, P>& a, const Unit& unit,
@@ -92,7 +59,7 @@ __device__ __forceinline__ void join(Share (&x)[kRows], Share (&y)[kRows],
   if (has_pre) norm_rows(x, pre, a.units, a.inverse_width, a.eps);
 }
 
-template <typename T, typename P, bool kAligned, bool kFaithful>
+template <typename T, typename P, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) join_forward(const JoinForward<T, P> a) {
   await_previous();
   const Unit unit = a.units.here();
@@ -104,11 +71,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_forward(const JoinForward<T,
     x[r] = columns.load(a.x.row(unit.batch, unit.token + r), unit.has(r));
     y[r] = columns.load(a.y.row(unit.batch, unit.token + r), unit.has(r));
   }
-  if constexpr (kFaithful) {
-    faithful_join(x, y, a, unit, columns);
-  } else {
-    join(x, y, a, unit, columns);
-  }
+  join(x, y, a, unit, columns);
   if (!a.pre.present()) return;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -212,8 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<
 int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
                                  blip3o_rows y, const void* layer_scale,
                                  const blip3o_modulation* post, const blip3o_modulation* pre,
-                                 float eps, int faithful, void* x_out, void* h,
-                                 cudaStream_t stream) {
+                                 float eps, void* x_out, void* h, cudaStream_t stream) {
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
   return with_dtypes(dtypes, [&](auto activation, auto parameter) {
@@ -234,9 +196,8 @@ int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3
     const bool whole_words = a.width % kPack<T> == 0 && aligned(x, sizeof(T)) &&
                              aligned(y, sizeof(T)) && aligned({layer_scale, x_out, h}) &&
                              aligned(post, sizeof(P)) && aligned(pre, sizeof(P));
-    return with_flags(whole_words, faithful != 0, [&](auto words, auto rounding) {
-      return launch<join_forward<T, P, words, rounding>>(a.units.blocks(), a.units.threads(), a,
-                                                         stream);
+    return with_flag(whole_words, [&](auto words) {
+      return launch<join_forward<T, P, words>>(a.units.blocks(), a.units.threads(), a, stream);
     });
   });
 }

@@ -1,5 +1,4 @@
 // h = rms(rms(x; w1); w2) * (1 + scale) + shift, and its backward. Arithmetic: double_norm.cuh.
-#include "faithful.cuh"
 #include "modulation_grads.cuh"
 
 namespace blip3o {
@@ -15,7 +14,7 @@ struct NormForward {
   T* h;
 };
 
-template <typename T, typename P, bool kAligned, bool kFaithful>
+template <typename T, typename P, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) norm_forward(const NormForward<T, P> a) {
   await_previous();
   const Unit unit = a.units.here();
@@ -26,12 +25,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const NormForward<T,
   for (int r = 0; r < kRows; ++r) {
     x[r] = columns.load(a.x.row(unit.batch, unit.token + r), unit.has(r));
   }
-  if constexpr (kFaithful) {
-    faithful_norm_rows<T>(x, a.site, unit.batch, a.units, a.inverse_width, a.eps, columns);
-  } else {
-    const Weights weights = load_weights<true, P>(a.site, true, nullptr, unit.batch, a.eps, columns);
-    norm_rows(x, weights, a.units, a.inverse_width, a.eps);
-  }
+  const Weights weights = load_weights<true, P>(a.site, true, nullptr, unit.batch, a.eps, columns);
+  norm_rows(x, weights, a.units, a.inverse_width, a.eps);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (unit.has(r)) columns.store(a.h + a.units.row(unit, r) * a.width, x[r]);
@@ -98,7 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward(const NormBackward<
 }  // namespace blip3o
 
 int blip3o_sandwich_norm_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
-                                 blip3o_modulation modulation, float eps, int faithful, void* h,
+                                 blip3o_modulation modulation, float eps, void* h,
                                  cudaStream_t stream) {
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
@@ -111,9 +106,8 @@ int blip3o_sandwich_norm_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3
         units, width, 1.f / width, eps, Rows<T>(x), Site<P>(&modulation), static_cast<T*>(h)};
     const bool whole_words = width % kPack<T> == 0 && aligned(x, sizeof(T)) && aligned(h) &&
                              aligned(&modulation, sizeof(P));
-    return with_flags(whole_words, faithful != 0, [&](auto words, auto rounding) {
-      return launch<norm_forward<T, P, words, rounding>>(units.blocks(), units.threads(), a,
-                                                           stream);
+    return with_flag(whole_words, [&](auto words) {
+      return launch<norm_forward<T, P, words>>(units.blocks(), units.threads(), a, stream);
     });
   });
 }

@@ -36,14 +36,14 @@ def test_fakes_agree_with_the_operators() -> None:
     site, none = (w, w, row, row), (None,) * 4
     tables = randn(3, 4), randn(3, 4)
     calls = [
-        ("swiglu", x, False),
+        ("swiglu", x),
         ("swiglu_backward", x[..., :4], x),
-        ("rope", x, *tables, 1, False),
+        ("rope", x, *tables, 1),
         ("rope_backward", x, *tables, 1),
-        ("sandwich_norm", x, *site, 1e-6, False),
+        ("sandwich_norm", x, *site, 1e-6),
         *(("sandwich_norm_backward", y, x, *site, 1e-6, wanted) for wanted in (True, False)),
-        ("sandwich_join", x, y, w, *site, *site, 1e-6, False),
-        ("sandwich_join", x, y, None, *none, *none, 1e-6, False),
+        ("sandwich_join", x, y, w, *site, *site, 1e-6),
+        ("sandwich_join", x, y, None, *none, *none, 1e-6),
         ("sandwich_join_backward", y, x, x, y, w, *site, *site, 1e-6, True),
         ("sandwich_join_backward", None, x, x, y, w, *none, *site, 1e-6, False),
         ("sandwich_join_backward", y, None, x, y, None, *none, *none, 1e-6, True),
@@ -109,12 +109,12 @@ def test_parameters_of_several_dtypes(shift_dtype: torch.dtype) -> None:
 def test_a_width_without_a_kernel_says_so() -> None:
     x, w, row = torch.ones(1, 1, 3080), torch.ones(3080), torch.ones(1, 3080)
     with pytest.raises(RuntimeError, match=r"at most 3072 wide.*impl=Impl\.TRITON"):
-        torch.ops.blip3o_fast_host.sandwich_norm(x, w, w, row, row, 1e-6, False)
+        torch.ops.blip3o_fast_host.sandwich_norm(x, w, w, row, row, 1e-6)
 
 
 def test_float64_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"float16, bfloat16 or float32"):
-        torch.ops.blip3o_fast_host.swiglu(torch.ones(1, 2, 8, dtype=torch.float64), False)
+        torch.ops.blip3o_fast_host.swiglu(torch.ones(1, 2, 8, dtype=torch.float64))
 
 
 def test_compiles_without_a_break() -> None:

@@ -25,17 +25,17 @@ def specimens(device):
     path = (x, y, r(2, 3, 8, seed=2), r(2, 3, 8, seed=3), t)
     total, _, image, factors = NAMESPACE.flow_loss(*path, [1.0, 0.5, 0.2, 0.3], False, True)
     return {
-        "swiglu": [(x, False), (x, True), (r(2, 3, 16)[..., ::2], False)],
+        "swiglu": [(x,), (r(2, 3, 16)[..., ::2],)],
         "swiglu_backward": [(r(2, 3, 4), x)],
-        "rope": [(qkv, table, table, 3, False)],
-        "rope_": [(qkv.clone(), table, table, 3, True)],
+        "rope": [(qkv, table, table, 3)],
+        "rope_": [(qkv.clone(), table, table, 3)],
         "rope_backward": [(qkv, table, table, 3)],
-        "sandwich_norm": [(x, *norm, 1e-6, False)],
+        "sandwich_norm": [(x, *norm, 1e-6)],
         "sandwich_norm_backward": [(y, x, *norm, 1e-6, flag) for flag in (False, True)],
         "sandwich_join": [
-            (x, y, w, *norm, *norm, 1e-6, False),
-            (x, y, None, *[None] * 4, *norm, 1e-6, False),
-            (x, y, w, *norm, *[None] * 4, 1e-6, True),
+            (x, y, w, *norm, *norm, 1e-6),
+            (x, y, None, *[None] * 4, *norm, 1e-6),
+            (x, y, w, *norm, *[None] * 4, 1e-6),
         ],
         "sandwich_join_backward": [
             (y, y, x, y, w, *norm, *norm, 1e-6, True),
@@ -48,9 +48,9 @@ def specimens(device):
             (x, y, None, *[None] * 4, *norm, 1e-6),
         ],
         "swiglu_quantised": [(x,), (r(2, 3, 16)[..., ::2],)],
-        "adapter_norm": [(x, w[:5].contiguous(), w[:5].contiguous(), 1e-5, False)],
+        "adapter_norm": [(x, w[:5].contiguous(), w[:5].contiguous(), 1e-5)],
         "adapter_norm_backward": [(y, x, w[:5].clone(), w[:5].clone(), 1e-5, f) for f in (0, 1)],
-        "adapter_mix": [(x, y, x + y, False)],
+        "adapter_mix": [(x, y, x + y)],
         "adapter_mix_backward": [(y, x, y, x + y)],
         "solver_update": [
             (x, y, None, 0.1, None, 1.0, 0.0, 1.0, None),
