@@ -3,7 +3,7 @@
 B  batch                      H  query heads            E  EVA width (4096)
 N  tokens of the state        K  key and value heads    C  CLIP width (1024)
 M  tokens of the condition    d  head width             I  inner width of the MLP
-D  hidden width               S  sampler steps
+D  hidden width               S  sampler steps          R  slopes of earlier evaluations
 
 Shapes in docstrings and error messages are written with these letters, as in ``[B, N, D]``.
 """

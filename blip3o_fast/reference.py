@@ -146,28 +146,31 @@ def adapter_mix(gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
 def solver_update(
     x: Tensor,
     velocity: Tensor,
-    dt: Tensor | float,
+    slopes: Tensor,
+    coefficients: Tensor,
     *,
-    previous: Tensor | None = None,
-    weight: float = 1.0,
-    previous_weight: float = 0.0,
+    slot: Tensor | None = None,
     guidance_scale: float = 1.0,
     clamp: float | None = None,
 ) -> Tensor:
-    """``x + dt * (weight * v + previous_weight * v_previous)`` in the dtype of the state ``x``.
+    """``c[0] x + c[1] v + c[2] slopes[0] + c[3] slopes[1] + ..``, added in this order.
 
-    With guidance, ``velocity`` and ``previous`` stack the conditional half over the unconditional
-    one, ``[2B, N, C]``, and ``v = v_uncond + guidance_scale * (v_cond - v_uncond)``
-    (arXiv:2207.12598); guidance is linear, so it is applied once, to the combination.
+    A row of ``slopes`` whose coefficient is zero counts as zeros, whatever it holds. Then row
+    ``slot`` of ``slopes`` becomes v. With guidance, ``velocity`` stacks the conditional half over
+    the unconditional one, ``[2B, N, C]``, and ``v = v_uncond + guidance_scale * (v_cond -
+    v_uncond)`` (arXiv:2207.12598).
     """
-    slope = weight * velocity.to(x.dtype)
-    if previous is not None:
-        slope = slope + previous_weight * previous.to(x.dtype)
+    slope = velocity.to(x.dtype)
     if guidance_scale != 1.0:
         conditional, unconditional = slope.chunk(2)
         slope = unconditional + guidance_scale * (conditional - unconditional)
-    x = x + dt * slope
-    return x if clamp is None else x.clamp(-clamp, clamp)
+    total = coefficients[0] * x + coefficients[1] * slope
+    for coefficient, earlier in zip(coefficients[2:], slopes, strict=True):
+        total = total + coefficient * torch.where(coefficient == 0, 0, earlier)
+    if slot is not None:
+        is_slot = torch.arange(len(slopes), device=slopes.device) == slot
+        slopes.copy_(torch.where(is_slot[:, None, None, None], slope, slopes))
+    return total if clamp is None else total.clamp(-clamp, clamp)
 
 
 def quantise_rows(x: Tensor) -> Quantised:

@@ -171,19 +171,20 @@ def _adapter_mix(p: Precision) -> None:
 
 
 def _solver_update(p: Precision) -> None:
-    x, dt = torch.zeros(2, TOKENS, CLIP_WIDTH), torch.zeros(())
+    x = torch.zeros(2, TOKENS, CLIP_WIDTH)
+    slopes, coefficients = torch.zeros(3, *x.shape), torch.zeros(5)
     for halves in (1, 2):
         v = _rows(p, 2 * halves, TOKENS, CLIP_WIDTH)
-        for previous in (None, v):
+        for slot in (None, torch.zeros(1, dtype=torch.int64)):
             solver_update.forward(
                 x,
                 v,
-                dt,
-                previous=previous,
-                weight=0.5,
-                previous_weight=0.5,
+                slopes,
+                coefficients,
+                slot=slot,
                 guidance_scale=float(halves),
-                clamp=None if previous is None else 50.0,
+                clamp=None if slot is None else 50.0,
+                out=x,
             )
 
 

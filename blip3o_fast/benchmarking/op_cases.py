@@ -86,12 +86,6 @@ def _adapter_sizes(shape: Shape) -> Sizes:
     return [(shape.batch, shape.tokens, padded), (width,), (width,)]
 
 
-def _update(x: Tensor, v: Tensor, previous: Tensor, dt: Tensor, *, impl: Impl | None) -> Tensor:
-    return ops.solver_update(
-        x, v, dt[0], previous=previous, weight=0.5, previous_weight=0.5, impl=impl
-    )
-
-
 def _loss(v: Tensor, x_t: Tensor, x_1: Tensor, noise: Tensor, t: Tensor, *, impl: Any) -> Tensor:
     return ops.flow_loss(
         *(v, x_t, x_1, noise, t.sigmoid()),
@@ -126,10 +120,10 @@ SPECS = (
     OpSpec("adapter_mix", ops.adapter_mix, lambda s: [_stream(s)] * 3, 3),
     OpSpec(
         "solver_update",
-        _update,
-        lambda s: [_state(s), _state(s), _state(s), (1,)],
+        ops.solver_update,
+        lambda s: [_state(s), _state(s), (1, *_state(s)), (3,)],
         0,
-        frozenset((0, 3)),
+        frozenset((0, 2, 3)),
     ),
     OpSpec(
         "flow_loss",

@@ -42,8 +42,8 @@ class Work(NamedTuple):
 def row_op(name: str, shape: Shape, size: int, *, backward: bool = False) -> Work:
     """Bytes of a fused op at the widths of ``shape``; ``size`` bytes an element of activations.
 
-    Parameters and modulations are a few rows and are left out; the solver's state and the tensors
-    of the loss are fp32, their velocities are not.
+    Parameters and modulations are a few rows and are left out; the solver's state and slopes and
+    the tensors of the loss are fp32, their velocities are not.
 
     Raises:
         ValueError: if there is no such op.
@@ -53,8 +53,8 @@ def row_op(name: str, shape: Shape, size: int, *, backward: bool = False) -> Wor
     D, inner, C = config.hidden_size, config.intermediate_size, config.clip_embedding_size
     packed = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     padded = adapter_widths(config)[1]
-    if name == "solver_update":  # state, velocity and the one before; the new state
-        return Work(0.0, rows * C * (FP32 + 2 * size + FP32))
+    if name == "solver_update":  # state, velocity and one earlier slope; the new state
+        return Work(0.0, rows * C * (3 * FP32 + size))
     if name == "flow_loss":  # three fp32 tensors and the velocity; backward, its gradient
         return Work(0.0, rows * C * (3 * FP32 + (2 if backward else 1) * size))
     widths = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blip3o_fast.reference import Modulation, accumulation_dtype
 
-OPS = frozenset(("sandwich_norm", "sandwich_join", "rope"))
+OPS = frozenset(("sandwich_norm", "sandwich_join", "rope", "solver_update"))
 """The ops that have a forward pass here."""
 
 
@@ -62,6 +62,34 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, turned: int, inplace: bool) -> T
     if not inplace:
         out[..., turned * d :] = qkv[..., turned * d :]
     return out
+
+
+def solver_update(
+    x: Tensor,
+    velocity: Tensor,
+    slopes: Tensor,
+    coefficients: Tensor,
+    slot: Tensor | None,
+    guidance_scale: float,
+    clamp: float | None,
+) -> Tensor:
+    """``ops.solver_update``, bit by bit the reference: products are rounded before they are added.
+
+    A row of ``slopes`` whose coefficient is zero is not read.
+    """
+    slope = velocity.to(x.dtype)
+    if guidance_scale != 1.0:
+        conditional, unconditional = slope.chunk(2)
+        slope = torch.sub(conditional, unconditional).mul_(guidance_scale).add_(unconditional)
+    of_x, of_slope, *of_rows = coefficients.tolist()
+    product = torch.mul(x, of_x)
+    total = torch.mul(slope, of_slope).add_(product)
+    for coefficient, earlier in zip(of_rows, slopes, strict=True):
+        if coefficient != 0:
+            total.add_(torch.mul(earlier, coefficient, out=product))
+    if slot is not None and 0 <= (row := int(slot)) < len(slopes):
+        slopes[row] = slope
+    return total if clamp is None else total.clamp_(-clamp, clamp)
 
 
 def _modulated(x: Tensor, norm: Modulation, eps: float, *, overwrite: bool) -> Tensor:

@@ -1,10 +1,11 @@
-"""One update of the ODE state: solver weights, guidance and clamp in one pass."""
+"""One update of the ODE state: any linear combination of slopes, guidance and clamp in one pass."""
 
 import torch
 from torch import Tensor
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
+from blip3o_fast.ops import _aten
 from blip3o_fast.ops._dispatch import (
     Impl,
     check_tensors,
@@ -17,86 +18,121 @@ from blip3o_fast.ops._dispatch import (
 def solver_update(
     x: Tensor,
     velocity: Tensor,
-    dt: Tensor | float,
+    slopes: Tensor,
+    coefficients: Tensor,
     *,
-    previous: Tensor | None = None,
-    weight: float = 1.0,
-    previous_weight: float = 0.0,
+    slot: Tensor | None = None,
     guidance_scale: float = 1.0,
     clamp: float | None = None,
+    out: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """``x + dt * (weight * v + previous_weight * previous)``, computed in the dtype of the state.
+    """``c[0] x + c[1] v + c[2] slopes[0] + c[3] slopes[1] + ..``, computed in the dtype of ``x``.
 
-    Euler, both stages of Heun and of the midpoint rule, and Adams-Bashforth are choices of the two
-    weights.
+    Runge-Kutta, Adams-Bashforth and fitted methods differ in ``coefficients`` and ``slot`` alone.
+    Both are read from device memory, so one CUDA graph serves every step of every method.
 
     Args:
-        x: state ``[B, N, C]``, fp32 whatever the model's dtype.
-        velocity: ``[B, N, C]``; with guidance ``[2B, N, C]``, the conditional half first. Any
-            floating dtype and strides.
-        dt: step, a number or a 0-d tensor on the device of ``x``.
-        previous: an earlier velocity, of the shape of ``velocity``; guidance applies to the
-            combination.
-        weight, previous_weight: the solver's coefficients.
+        x: state ``[B, N, C]``, fp32 or fp64, any strides.
+        velocity: the newest evaluation ``[B, N, C]``; with guidance ``[2B, N, C]``, the conditional
+            half first. Any floating dtype and strides. v is this velocity, guided.
+        slopes: ``[R, B, N, C]`` in the dtype of ``x``: earlier v, R >= 0. Each row is contiguous.
+            A row whose coefficient is zero is not read: it may be uninitialised.
+        coefficients: ``[R + 2]`` in the dtype of ``x``: of x, of v, of each row of ``slopes``.
+        slot: int64 ``[1]``: the row of ``slopes`` that v overwrites, after that row was read. A
+            number outside 0 to R - 1, such as -1, keeps nothing; None never keeps anything.
         guidance_scale: 1 is no guidance (arXiv:2207.12598).
-        clamp: bound on the new state's magnitude, or None.
+        clamp: bound on the new state's magnitude, or None. NaN stays NaN.
+        out: where to write, contiguous ``[B, N, C]`` in the dtype of ``x``. It may be ``x`` itself,
+            and must not overlap other inputs. None makes a new tensor.
         impl: None chooses by device, and the reference where a gradient is recorded.
 
     Returns:
-        The new state ``[B, N, C]``, dtype of ``x``. Only the reference is differentiable.
+        ``out``, the new state. Only the reference is differentiable. All implementations add in the
+        order of the formula and round every product: in fp32 their results are equal bit by bit.
     """
-    check_shape("x", x, "B N C")
-    B, N, C = x.shape
-    halves = 1 if guidance_scale == 1.0 else 2
-    check_shape("velocity", velocity, "B N C", B=halves * B, N=N, C=C)
-    if previous is not None:
-        check_shape("previous", previous, "B N C", B=halves * B, N=N, C=C)
-    step = dt if isinstance(dt, Tensor) else None
-    if step is not None and step.dim():
-        raise ValueError(f"dt: expected a number or a 0-d tensor, got {list(step.shape)}")
-    check_tensors(x=x, velocity=velocity, previous=previous, dt=step)
-    if clamp is not None and not clamp >= 0:
-        raise ValueError(f"clamp: expected a bound of at least 0, or None, got {clamp}")
-    given = [u for u in (x, velocity, previous) if u is not None]
+    _check(x, velocity, slopes, coefficients, slot, guidance_scale, clamp, out)
+    given = (x, velocity, slopes, coefficients)
     recording = torch.is_grad_enabled() and any(u.requires_grad for u in given)
     if impl is None and recording:
         impl = Impl.REFERENCE
     impl = resolve_impl(impl, x, op="solver_update")
     if impl is Impl.REFERENCE:
         with outside_autocast(x):
-            return reference.solver_update(
+            result = reference.solver_update(
                 x,
                 velocity,
-                dt,
-                previous=previous,
-                weight=weight,
-                previous_weight=previous_weight,
+                slopes,
+                coefficients,
+                slot=slot,
                 guidance_scale=guidance_scale,
                 clamp=clamp,
             )
+        return result if out is None else out.copy_(result)
     if recording:
         raise ValueError(
             f"impl={impl}: the fused update records no gradient, and an input requires one; call "
             "it under torch.no_grad(), or pass impl=Impl.REFERENCE to differentiate"
         )
-    return operators(impl).solver_update(
-        x,
-        velocity,
-        step,
-        0.0 if isinstance(dt, Tensor) else dt,
-        previous,
-        weight,
-        previous_weight,
-        guidance_scale,
-        clamp,
+    if impl is Impl.ATEN:
+        result = _aten.solver_update(x, velocity, slopes, coefficients, slot, guidance_scale, clamp)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = x.new_empty(x.shape)
+    operators(impl).solver_update(
+        x, velocity, slopes, coefficients, slot, guidance_scale, clamp, out
     )
+    return out
+
+
+def _check(
+    x: Tensor,
+    velocity: Tensor,
+    slopes: Tensor,
+    coefficients: Tensor,
+    slot: Tensor | None,
+    guidance_scale: float,
+    clamp: float | None,
+    out: Tensor | None,
+) -> None:
+    check_shape("x", x, "B N C")
+    B, N, C = x.shape
+    check_shape("velocity", velocity, "B N C", B=B if guidance_scale == 1.0 else 2 * B, N=N, C=C)
+    check_shape("slopes", slopes, "R B N C", B=B, N=N, C=C)
+    R = slopes.shape[0]
+    if coefficients.shape != (R + 2,):
+        raise ValueError(
+            f"coefficients: expected shape [R + 2 = {R + 2}], of x, of the velocity and of the {R} "
+            f"rows of slopes, got {list(coefficients.shape)}"
+        )
+    check_tensors(x=x, velocity=velocity, slopes=slopes, coefficients=coefficients, out=out)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x: expected float32 or float64, the state's precision, got {x.dtype}")
+    of_x = {"slopes": slopes, "coefficients": coefficients, "out": out}
+    for name, tensor in of_x.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
+    if not (slopes.is_contiguous() or slopes[:1].is_contiguous()):
+        raise ValueError(f"slopes: expected contiguous rows, got strides {slopes.stride()}")
+    if out is not None:
+        check_shape("out", out, "B N C", B=B, N=N, C=C)
+        if not out.is_contiguous():
+            raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    if slot is not None and (
+        slot.dtype != torch.int64 or slot.shape != (1,) or slot.device != x.device
+    ):
+        raise ValueError(
+            f"slot: expected int64 of shape [1] on {x.device}, got {slot.dtype} of shape "
+            f"{list(slot.shape)} on {slot.device}"
+        )
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"clamp: expected a bound of at least 0, or None, got {clamp}")
 
 
 torch.library.define(
     "blip3o_fast::solver_update",
-    "(Tensor x, Tensor velocity, Tensor? step, float dt, Tensor? previous, float weight, "
-    "float previous_weight, float guidance_scale, float? clamp) -> Tensor",
+    "(Tensor x, Tensor velocity, Tensor(a!) slopes, Tensor coefficients, Tensor? slot, "
+    "float guidance_scale, float? clamp, Tensor(b!) out) -> ()",
 )
 
 
@@ -104,25 +140,24 @@ torch.library.define(
 def _forward(
     x: Tensor,
     velocity: Tensor,
-    step: Tensor | None,
-    dt: float,
-    previous: Tensor | None,
-    weight: float,
-    previous_weight: float,
+    slopes: Tensor,
+    coefficients: Tensor,
+    slot: Tensor | None,
     guidance_scale: float,
     clamp: float | None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     from blip3o_kernels import solver_update as kernels
 
-    return kernels.forward(
+    kernels.forward(
         x,
         velocity,
-        dt if step is None else step,
-        previous=previous,
-        weight=weight,
-        previous_weight=previous_weight,
+        slopes,
+        coefficients,
+        slot=slot,
         guidance_scale=guidance_scale,
         clamp=clamp,
+        out=out,
     )
 
 
@@ -130,13 +165,11 @@ def _forward(
 def _forward_fake(
     x: Tensor,
     velocity: Tensor,
-    step: Tensor | None,
-    dt: float,
-    previous: Tensor | None,
-    weight: float,
-    previous_weight: float,
+    slopes: Tensor,
+    coefficients: Tensor,
+    slot: Tensor | None,
     guidance_scale: float,
     clamp: float | None,
-) -> Tensor:
-    del velocity, step, dt, previous, weight, previous_weight, guidance_scale, clamp
-    return x.new_empty(x.shape)
+    out: Tensor,
+) -> None:
+    del x, velocity, slopes, coefficients, slot, guidance_scale, clamp, out

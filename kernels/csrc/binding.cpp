@@ -412,28 +412,23 @@ Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor
           given_back(dpre.scale, pre_scale, x_out)};
 }
 
-Tensor solver_update(Tensor x, Tensor velocity, Optional step, double dt, Optional previous,
-                     double weight, double previous_weight, double guidance_scale,
-                     std::optional<double> clamp) {
+void solver_update(Tensor x, Tensor velocity, Tensor slopes, Tensor coefficients, Optional slot,
+                   double guidance_scale, std::optional<double> clamp, Tensor out) {
   const Place place(x);
-  const int state = activation_dtype(x);
-  int activation = state;
-  if (state == BLIP3O_FLOAT32 && dtype(velocity) != kFloat64) {
-    activation = previous ? common_dtype(velocity, *previous) : dtype(velocity);
+  for (const Tensor* state : {&x, &slopes, &out}) {
+    STD_TORCH_CHECK(dtype(*state) == BLIP3O_FLOAT32, "expected a float32 state: pass impl=Impl.TRITON");
   }
-  const Rows rows(x, state), now(velocity, activation), before(previous, activation);
-  Optional dt_device;
-  if (step) dt_device = as(*step, BLIP3O_FLOAT32);
-  Tensor out = fresh(x, state);
-  check(blip3o_solver_update({activation, state}, shape_of(x, x.size(2)), rows.c, now.c, before.c,
-                             {static_cast<const float*>(address(dt_device)),
-                              static_cast<float>(dt), static_cast<float>(weight),
-                              static_cast<float>(previous_weight),
-                              static_cast<float>(guidance_scale),
-                              static_cast<float>(clamp.value_or(-1.0))},
-                             out.data_ptr(), place.stream()),
+  const int newest = dtype(velocity) == kFloat64 ? BLIP3O_FLOAT32 : dtype(velocity);
+  const Rows rows(x, BLIP3O_FLOAT32), now(velocity, newest);
+  const Tensor numbers = whole(coefficients, BLIP3O_FLOAT32);
+  check(blip3o_solver_update(newest, shape_of(x, x.size(2)), rows.c, now.c,
+                             {static_cast<float*>(slopes.data_ptr()), slopes.stride(0),
+                              slopes.size(0), static_cast<const int64_t*>(address(slot))},
+                             static_cast<const float*>(numbers.data_ptr()),
+                             static_cast<float>(guidance_scale),
+                             static_cast<float>(clamp.value_or(-1.0)),
+                             static_cast<float*>(out.data_ptr()), place.stream()),
         "solver_update");
-  return out;
 }
 
 }  // namespace
@@ -472,8 +467,8 @@ LIBRARY(BLIP3O_NAMESPACE, m) {
         ", bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
         "Tensor, Tensor, Tensor)");
   m.def(
-      "solver_update(Tensor x, Tensor velocity, Tensor? step, float dt, Tensor? previous, "
-      "float weight, float previous_weight, float guidance_scale, float? clamp) -> Tensor");
+      "solver_update(Tensor x, Tensor velocity, Tensor(a!) slopes, Tensor coefficients, "
+      "Tensor? slot, float guidance_scale, float? clamp, Tensor(b!) out) -> ()");
 }
 
 IMPLEMENTATIONS(BLIP3O_NAMESPACE, BLIP3O_DISPATCH_KEY, m) {

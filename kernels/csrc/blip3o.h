@@ -117,19 +117,26 @@ BLIP3O_API int blip3o_swiglu_backward(int dtype, blip3o_shape shape, blip3o_rows
                                       blip3o_rows gate_up, void* dgate_up, cudaStream_t stream);
 
 /*
- * x + dt * s, s = weight * velocity + previous_weight * previous. The step is *dt_device, or dt where
- * that is NULL. With guidance != 1 the velocities are [2B, N, C], conditional half first, and s is
- * uncond + guidance * (cond - uncond). bound < 0: no clamp. dtypes.activation is the velocities',
- * dtypes.parameter the state's: the same or fp32.
+ * Slopes of earlier evaluations, [count, B, N, C] in fp32: each row contiguous, `stride` elements apart.
+ * *slot, on the device, is the row that the newest slope overwrites, after it was read; slot NULL, or *slot
+ * outside 0 .. count - 1: none.
  */
 typedef struct {
-  const float* dt_device;
-  float dt, weight, previous_weight, guidance, bound;
-} blip3o_solver_step;
+  float* data;
+  int64_t stride, count;
+  const int64_t* slot;
+} blip3o_slopes;
 
-BLIP3O_API int blip3o_solver_update(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
-                                    blip3o_rows velocity, blip3o_rows previous,
-                                    blip3o_solver_step step, void* out, cudaStream_t stream);
+/*
+ * out = c[0] x + c[1] v + sum_r c[2 + r] slopes[r] of an fp32 state; c are count + 2 numbers on the
+ * device, and a row whose coefficient is 0 is not read. With guidance != 1 the velocity is [2B, N, C],
+ * conditional half first, and v is uncond + guidance * (cond - uncond). bound < 0: no clamp. `out` may
+ * be x.data where x is contiguous.
+ */
+BLIP3O_API int blip3o_solver_update(int velocity_dtype, blip3o_shape shape, blip3o_rows x,
+                                    blip3o_rows velocity, blip3o_slopes slopes,
+                                    const float* coefficients, float guidance, float bound,
+                                    float* out, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

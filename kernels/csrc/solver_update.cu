@@ -1,32 +1,30 @@
-// x + dt s, s = weight v + previous_weight v_previous, in fp32. With guidance the velocities hold the
-// conditional half over the unconditional one, and s := s_uncond + guidance (s_cond - s_uncond).
+// out = c[0] x + c[1] v + sum_r c[2 + r] slopes[r], in fp32; row `slot` of slopes becomes v. With guidance
+// the velocity holds the conditional half over the unconditional one, and
+// v = v_uncond + guidance (v_cond - v_uncond).
+//
+// The thread that reads an element of x or of a slope also writes it, so `out` may be x, and `slot` a
+// row that is read.
 #include "elementwise.cuh"
 
 namespace blip3o {
 namespace {
 
-template <typename S, typename V>
+template <typename V>
 struct SolverUpdate {
   Items items;
   int64_t batch;
   int width;
-  Rows<S> x;
-  Rows<V> velocity, previous;
-  blip3o_solver_step step;
-  S* out;
+  Rows<float> x;
+  Rows<V> velocity;
+  blip3o_slopes slopes;
+  const float* coefficients;
+  float guidance, bound;
+  float* out;
 };
 
-/// weight v + previous_weight v_previous of one pack.
-template <int kPack, typename S, typename V>
-__device__ __forceinline__ void slope(float (&out)[kPack], const SolverUpdate<S, V>& a,
-                                      int64_t batch, int token, int column) {
-  load(out, a.velocity.row(batch, token) + column);
-  float previous[kPack] = {};
-  if (a.previous.data != nullptr) load(previous, a.previous.row(batch, token) + column);
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    out[i] = a.step.weight * out[i] + a.step.previous_weight * previous[i];
-  }
+/// sum + factor * x, the product rounded too: no implementation of the op fuses the two.
+__device__ __forceinline__ float plus_product(float sum, float factor, float x) {
+  return __fadd_rn(sum, __fmul_rn(factor, x));
 }
 
 /// To [-bound, bound]; NaN stays NaN.
@@ -34,57 +32,77 @@ __device__ __forceinline__ float clamped(float x, float bound) {
   return x < -bound ? -bound : (x > bound ? bound : x);
 }
 
-template <typename S, typename V, int kPack>
-__global__ void __launch_bounds__(kElementwiseThreads) solver_update(const SolverUpdate<S, V> a) {
+template <typename V, int kCount>
+__global__ void __launch_bounds__(kElementwiseThreads) solver_update(const SolverUpdate<V> a) {
   await_previous();
   const int row = a.items.row();
   if (row >= a.items.rows) return;
   const int batch = row / a.items.tokens;
   const int token = row - batch * a.items.tokens;
-  const bool guided = a.step.guidance != 1.f;
-  const float dt = a.step.dt_device != nullptr ? *a.step.dt_device : a.step.dt;
+  const int64_t kept = a.slopes.slot != nullptr ? *a.slopes.slot : -1;
   for (int item = threadIdx.x; item < a.items.per_row; item += blockDim.x) {
-    const int column = item * kPack;
-    float x[kPack], s[kPack], unconditional[kPack] = {};
-    load(x, a.x.row(batch, token) + column);
-    slope(s, a, batch, token, column);
-    if (guided) slope(unconditional, a, a.batch + batch, token, column);
+    const int column = item * kCount;
+    const int64_t at = static_cast<int64_t>(row) * a.width + column;
+    float state[kCount], slope[kCount], other[kCount];
+    load(state, a.x.row(batch, token) + column);
+    load(slope, a.velocity.row(batch, token) + column);
+    if (a.guidance != 1.f) {
+      load(other, a.velocity.row(a.batch + batch, token) + column);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      if (guided) s[i] = unconditional[i] + a.step.guidance * (s[i] - unconditional[i]);
-      x[i] += dt * s[i];
-      if (a.step.bound >= 0.f) x[i] = clamped(x[i], a.step.bound);
+      for (int i = 0; i < kCount; ++i) {
+        slope[i] = plus_product(other[i], a.guidance, slope[i] - other[i]);
+      }
     }
-    store(a.out + static_cast<int64_t>(row) * a.width + column, x);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      state[i] = plus_product(__fmul_rn(a.coefficients[0], state[i]), a.coefficients[1], slope[i]);
+    }
+    for (int64_t r = 0; r < a.slopes.count; ++r) {
+      const float coefficient = a.coefficients[2 + r];
+      if (coefficient == 0.f) continue;
+      load(other, a.slopes.data + r * a.slopes.stride + at);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) state[i] = plus_product(state[i], coefficient, other[i]);
+    }
+    if (kept >= 0 && kept < a.slopes.count) {
+      store(a.slopes.data + kept * a.slopes.stride + at, slope);
+    }
+    if (a.bound >= 0.f) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) state[i] = clamped(state[i], a.bound);
+    }
+    store(a.out + at, state);
   }
 }
 
 }  // namespace
 }  // namespace blip3o
 
-int blip3o_solver_update(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
-                         blip3o_rows velocity, blip3o_rows previous, blip3o_solver_step step,
-                         void* out, cudaStream_t stream) {
+int blip3o_solver_update(int velocity_dtype, blip3o_shape shape, blip3o_rows x,
+                         blip3o_rows velocity, blip3o_slopes slopes, const float* coefficients,
+                         float guidance, float bound, float* out, cudaStream_t stream) {
   using namespace blip3o;
   if (!countable(shape, shape.width)) return cudaErrorInvalidValue;
-  return with_dtypes(dtypes, [&](auto of_velocity, auto of_state) {
+  return with_dtype(velocity_dtype, [&](auto of_velocity) -> int {
     using V = decltype(of_velocity);
-    using S = decltype(of_state);
-    const bool whole_words = shape.width % kPack<S> == 0 && aligned(x, sizeof(S)) &&
-                             aligned(velocity, sizeof(V)) && aligned(previous, sizeof(V)) &&
-                             aligned(out);
+    constexpr int kAccess = kPack<V>;
+    const bool whole_words = shape.width % kAccess == 0 && aligned(x, sizeof(float)) &&
+                             aligned(velocity, sizeof(V)) && aligned({slopes.data, out}) &&
+                             slopes.stride % kPack<float> == 0;
     return with_flag(whole_words, [&](auto words) -> int {
-      constexpr int kCount = words ? kPack<S> : 1;
-      const SolverUpdate<S, V> a{Items(shape, shape.width / kCount),
-                                 shape.batch,
-                                 static_cast<int>(shape.width),
-                                 Rows<S>(x),
-                                 Rows<V>(velocity),
-                                 Rows<V>(previous),
-                                 step,
-                                 static_cast<S*>(out)};
+      constexpr int kCount = words ? kAccess : 1;
+      const SolverUpdate<V> a{Items(shape, shape.width / kCount),
+                              shape.batch,
+                              static_cast<int>(shape.width),
+                              Rows<float>(x),
+                              Rows<V>(velocity),
+                              slopes,
+                              coefficients,
+                              guidance,
+                              bound,
+                              out};
       if (a.items.blocks() == 0) return cudaSuccess;
-      return launch<solver_update<S, V, kCount>>(a.items.blocks(), a.items.threads(), a, stream);
+      return launch<solver_update<V, kCount>>(a.items.blocks(), a.items.threads(), a, stream);
     });
   });
 }

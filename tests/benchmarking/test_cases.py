@@ -66,7 +66,7 @@ def test_every_op_has_its_directions():
 def test_ops_are_ready_to_be_timed(dtype, monkeypatch):
     monkeypatch.setattr(op_module, "MOST_COPIES", 2)
     for case in op_cases(SHAPE, dtype, CPU, compiled=False):
-        inference = case.task.name in ("sandwich_norm", "sandwich_join", "rope")
+        inference = case.task.name in ("sandwich_norm", "sandwich_join", "rope", "solver_update")
         names = ["reference", "aten"] if inference else ["reference"]
         assert [(c.name, c.ours) for c in case.contenders] == [(name, True) for name in names]
         for contender in case.contenders:

@@ -165,6 +165,8 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
   return other;
 }
 
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 

@@ -46,15 +46,8 @@ class ModulationGrads(Structure):
     _fields_ = [("w1", c_void_p), ("w2", c_void_p), ("shift", c_void_p), ("scale", c_void_p)]
 
 
-class SolverStep(Structure):
-    _fields_ = [
-        ("dt_device", c_void_p),
-        ("dt", c_float),
-        ("weight", c_float),
-        ("previous_weight", c_float),
-        ("guidance", c_float),
-        ("bound", c_float),
-    ]
+class Slopes(Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64), ("count", c_int64), ("slot", c_void_p)]
 
 
 def signatures() -> dict[str, list[Any]]:
@@ -90,7 +83,9 @@ def signatures() -> dict[str, list[Any]]:
         ],
         "blip3o_swiglu_forward": [c_int, Shape, Rows, pointer, pointer],
         "blip3o_swiglu_backward": [c_int, Shape, Rows, Rows, pointer, pointer],
-        "blip3o_solver_update": [*head, Rows, Rows, Rows, SolverStep, pointer, pointer],
+        "blip3o_solver_update": [
+            *(c_int, Shape, Rows, Rows, Slopes, pointer, c_float, c_float, pointer, pointer),
+        ],
     }
 
 
@@ -214,22 +209,25 @@ class Kernels:
         self,
         x: Tensor,
         velocity: Tensor,
-        dt: Tensor | float,
+        slopes: Tensor,
+        coefficients: Tensor,
         *,
-        previous: Tensor | None = None,
-        weight: float = 1.0,
-        previous_weight: float = 0.0,
+        slot: Tensor | None = None,
         guidance_scale: float = 1.0,
         clamp: float | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        dtypes = Dtypes(DTYPES[velocity.dtype], DTYPES[x.dtype])
-        at, value = (dt.data_ptr(), 0.0) if isinstance(dt, Tensor) else (None, dt)
+        """Slopes are copied between margins and back, so that stray writes to them show."""
         bound = -1.0 if clamp is None else clamp
-        step = SolverStep(at, value, weight, previous_weight, guidance_scale, bound)
-        with Outputs() as out:
-            result = out.new(x.shape, x.dtype)
-            arguments = (rows(x), rows(velocity), rows(previous), step, pointer(result))
-            self.run("solver_update", dtypes, Shape(*x.shape), *arguments)
+        with Outputs() as outputs:
+            result = outputs.new(x.shape, x.dtype) if out is None else out
+            ring = outputs.new(slopes.shape, slopes.dtype).copy_(slopes)
+            rows_of_ring = Slopes(pointer(ring), ring.stride(0), len(ring), pointer(slot))
+            arguments = (rows(x), rows(velocity), rows_of_ring, pointer(coefficients))
+            numbers = (guidance_scale, bound, pointer(result))
+            dtype = DTYPES[velocity.dtype]
+            self.run("solver_update", dtype, Shape(*x.shape), *arguments, *numbers)
+        slopes.copy_(ring)
         return result
 
 

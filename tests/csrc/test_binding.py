@@ -35,6 +35,7 @@ def test_fakes_agree_with_the_operators() -> None:
     w, row = randn(8), randn(2, 8)
     site, none = (w, w, row, row), (None,) * 4
     tables = randn(3, 4), randn(3, 4)
+    update = x.float(), y, randn(2, 2, 3, 8), randn(4)
     calls = [
         ("swiglu", x),
         ("swiglu_backward", x[..., :4], x),
@@ -47,7 +48,7 @@ def test_fakes_agree_with_the_operators() -> None:
         ("sandwich_join_backward", y, x, x, y, w, *site, *site, 1e-6, True),
         ("sandwich_join_backward", None, x, x, y, w, *none, *site, 1e-6, False),
         ("sandwich_join_backward", y, None, x, y, None, *none, *none, 1e-6, True),
-        ("solver_update", x.float(), x, None, 0.1, y, 1.0, 0.5, 1.0, None),
+        ("solver_update", *update, None, 1.0, None, x.float()),
     ]
     for name, *args in calls:
         real = getattr(torch.ops.blip3o_fast_host, name)(*args)
@@ -73,7 +74,7 @@ def test_the_fake_of_rope_attention_agrees_with_it() -> None:
 
 
 def _as_tuple(results):
-    return (results,) if isinstance(results, torch.Tensor) else results
+    return (results,) if isinstance(results, torch.Tensor) else results or ()
 
 
 def test_rope_in_place_on_rows_of_a_wider_tensor() -> None:
@@ -115,6 +116,15 @@ def test_a_width_without_a_kernel_says_so() -> None:
 def test_float64_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"float16, bfloat16 or float32"):
         torch.ops.blip3o_fast_host.swiglu(torch.ones(1, 2, 8, dtype=torch.float64))
+
+
+def test_a_state_of_another_dtype_says_so() -> None:
+    x = randn(1, 2, 8)
+    for position in (0, 2, 7):
+        call = [x, x, x[None].clone(), randn(3), None, 1.0, None, x.clone()]
+        call[position] = call[position].bfloat16()
+        with pytest.raises(RuntimeError, match=r"float32 state.*impl=Impl\.TRITON"):
+            torch.ops.blip3o_fast_host.solver_update(*call)
 
 
 def test_compiles_without_a_break() -> None:

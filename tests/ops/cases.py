@@ -92,11 +92,18 @@ CASES = [
 ]
 
 
-def solver_update(x, velocity, previous, dt, *, impl):
-    """The one op without a gradient."""
-    return ops.solver_update(
-        x, velocity, dt, previous=previous, weight=0.5, previous_weight=0.5, clamp=3.0, impl=impl
-    )
+def solver_update(x, velocity, slopes, coefficients, *, impl, **options):
+    """The one op without a gradient; its first row of slopes becomes the velocity."""
+    slot = torch.zeros(1, dtype=torch.int64, device=x.device)
+    options = {"slot": slot, "clamp": 3.0, **options}
+    return ops.solver_update(x, velocity, slopes, coefficients, impl=impl, **options)
+
+
+def update_inputs(batch=2, tokens=3, width=6, rows=2, device="cpu") -> list[Tensor]:
+    """State, velocity, slopes and coefficients."""
+    shape = (batch, tokens, width)
+    shapes = [shape, shape, (rows, *shape), (rows + 2,)]
+    return [randn(*s, device=device, seed=i) for i, s in enumerate(shapes)]
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:

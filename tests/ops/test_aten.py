@@ -6,7 +6,7 @@ import torch
 from blip3o_fast import ops, reference
 from blip3o_fast.ops import Impl, resolve_impl
 from tests.kernels.oracle import DTYPES, check, laid_out, randn
-from tests.ops.cases import CASES, EPS, outputs
+from tests.ops.cases import CASES, EPS, outputs, solver_update, update_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -100,6 +100,41 @@ def test_heads_of_rope(heads, kv_heads, inplace):
         return out
 
     check(ours, lambda *t: reference.rope(*t, heads, kv_heads), [qkv, cos, sin], differentiable=[])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("slot", [None, -1, 0, 2, 3])
+@pytest.mark.parametrize("guidance, clamp", [(1.0, None), (2.5, 0.7)])
+def test_solver_update_is_the_reference_bit_by_bit(rows, slot, guidance, clamp):
+    """Rows without a coefficient hold NaN; the velocity may be the state."""
+    x, velocity, slopes, coefficients = update_inputs(3, 5, 7, rows)
+    coefficients[3:4], slopes[1:2] = 0, torch.nan
+    velocity = velocity.bfloat16() if guidance == 1 else torch.cat((x, velocity))
+    slot = None if slot is None else torch.tensor([slot])
+    options = {"slot": slot, "guidance_scale": guidance, "clamp": clamp}
+    for v in (velocity, x) if guidance == 1 else (velocity,):
+        for into in ("a new tensor", "given memory", "the state"):
+            state, kept, expected_slopes = x.clone(), slopes.clone(), slopes.clone()
+            out = {"given memory": torch.empty_like(x), "the state": state}.get(into)
+            expected = reference.solver_update(x, v, expected_slopes, coefficients, **options)
+            used = state if v is x else v
+            with torch.no_grad():
+                got = solver_update(
+                    state, used, kept, coefficients, **options, out=out, impl=Impl.ATEN
+                )
+            assert torch.equal(got, expected) and (out is None or got is out)
+            torch.testing.assert_close(kept, expected_slopes, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_solver_update(layout):
+    x, velocity, slopes, coefficients = update_inputs(3, 5, 8)
+    x, velocity = laid_out(x, layout), laid_out(velocity, layout)
+    kept = slopes.clone()
+    with torch.no_grad():
+        got = solver_update(x, velocity, kept, coefficients, impl=Impl.ATEN)
+    assert torch.equal(got, solver_update(x, velocity, slopes, coefficients, impl=Impl.REFERENCE))
+    assert torch.equal(kept, slopes)
 
 
 @pytest.mark.parametrize("name", NAMES)

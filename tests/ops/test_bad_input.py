@@ -6,7 +6,7 @@ import torch
 from blip3o_fast import ops
 from blip3o_fast.ops import Impl, ImplTable, _dispatch
 from tests.kernels.oracle import randn
-from tests.ops.cases import CASES, solver_update
+from tests.ops.cases import CASES, solver_update, update_inputs
 
 BY_NAME = {case.name: case for case in CASES}
 IMPLS = pytest.mark.parametrize("impl", [Impl.TRITON, Impl.REFERENCE], ids=lambda i: i.value)
@@ -101,34 +101,56 @@ def test_loss_of_nothing(impl, shape):
         BY_NAME["flow_loss"].call(x, x, x, x, torch.zeros(shape[0]), impl=impl)
 
 
-@IMPLS
+def _int(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("impl", [*Impl][:3], ids=lambda i: i.value)
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"x": torch.zeros(3, 6)}, r"x: expected shape \[B, N, C\], got \[3, 6\]"),
+        ({"x": torch.zeros(2, 3, 6).bfloat16()}, "x: expected float32 or float64, the state's"),
         ({"velocity": torch.zeros(4, 3, 6)}, r"velocity: expected shape \[B=2, N=3, C=6\]"),
-        ({"previous": torch.zeros(2, 3, 7)}, r"previous: expected shape \[B=2, N=3, C=6\]"),
+        ({"velocity": torch.zeros(2, 3, 6).long()}, "velocity: expected float16, bfloat16, fl"),
         ({"guidance_scale": 2.0}, r"velocity: expected shape \[B=4, N=3, C=6\], got \[2, 3, 6\]"),
-        ({"dt": torch.zeros(1)}, r"dt: expected a number or a 0-d tensor, got \[1\]"),
-        ({"dt": torch.zeros((), device="meta")}, "dt: expected device cpu, that of x, got meta"),
-        ({"dt": torch.ones((), dtype=torch.long)}, "dt: expected float16"),
+        ({"slopes": torch.zeros(2, 3, 6)}, r"slopes: expected shape \[R, B=2, N=3, C=6\]"),
+        ({"slopes": torch.zeros(2, 1, 3, 6)}, r"slopes: expected shape \[R, B=2, N=3, C=6\]"),
+        ({"slopes": torch.zeros(2, 2, 3, 6).double()}, "slopes: expected torch.float32, the dty"),
+        ({"slopes": torch.zeros(2, 3, 2, 6).transpose(1, 2)}, "slopes: expected contiguous"),
+        ({"coefficients": torch.zeros(3)}, r"coefficients: expected shape \[R \+ 2 = 4\].*\[3\]"),
+        ({"coefficients": torch.zeros(4, 1)}, r"coefficients: expected shape.*got \[4, 1\]"),
+        ({"coefficients": torch.zeros(4).double()}, "coefficients: expected torch.float32, the"),
+        ({"coefficients": torch.zeros(4, device="meta")}, "coefficients: expected device cpu"),
+        ({"slot": _int(0)}, r"slot: expected int64 of shape \[1\] on cpu, got torch.int32"),
+        ({"slot": _int(0)[0].long()}, r"slot: expected int64 of shape \[1\].*of shape \[\]"),
+        ({"slot": _int(0).long().to("meta")}, "slot: expected int64 .* on cpu, got .* on meta"),
+        ({"out": torch.zeros(3, 3, 6)}, r"out: expected shape \[B=2, N=3, C=6\], got"),
+        ({"out": torch.zeros(2, 3, 6).double()}, "out: expected torch.float32, the dtype of x"),
+        ({"out": torch.zeros(2, 6, 3).mT}, "out: expected a contiguous tensor, got strides"),
         ({"clamp": -1.0}, "clamp: expected a bound of at least 0, or None, got -1.0"),
+        ({"clamp": torch.nan}, "clamp: expected a bound of at least 0, or None, got nan"),
     ],
 )
 def test_solver_update(impl, change, message):
-    x = torch.zeros(2, 3, 6)
-    arguments = {"x": x, "velocity": x, "dt": 0.1, **change}
-    with pytest.raises(ValueError, match=message):
-        ops.solver_update(**arguments, impl=impl)
+    arguments = dict(zip(("x", "velocity", "slopes", "coefficients"), update_inputs(), strict=True))
+    before = arguments["slopes"].clone()
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        solver_update(**{**arguments, **change}, impl=impl)
+    assert torch.equal(arguments["slopes"], before)
 
 
-def test_solver_update_never_drops_a_gradient_silently(device):
-    x = torch.zeros(2, 3, 6, device=device)
-    velocity = torch.ones(2, 3, 6, device=device, requires_grad=True)
-    with pytest.raises(ValueError, match=r"records no gradient.*torch.no_grad\(\)"):
-        solver_update(x, velocity, velocity, 0.1, impl=Impl.TRITON)
-    assert solver_update(x, velocity, velocity, 0.1, impl=None).requires_grad
+@pytest.mark.parametrize("position", range(4))
+def test_solver_update_never_drops_a_gradient_silently(device, position):
+    values = update_inputs(device=device)
+    values[position].requires_grad_()
+    values[2] = values[2].clone()
+    for impl in (Impl.TRITON, Impl.ATEN):
+        with pytest.raises(ValueError, match=r"no gradient|no backward.*torch.no_grad\(\)"):
+            solver_update(*values, impl=impl)
+    assert solver_update(*values, impl=None).requires_grad
     with torch.no_grad():
-        assert not solver_update(x, velocity, velocity, 0.1, impl=Impl.TRITON).requires_grad
+        assert not solver_update(*values, impl=Impl.TRITON).requires_grad
 
 
 def test_flow_loss_never_drops_a_gradient_silently(device):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blip3o_fast import ops
+from tests.kernels.oracle import randn
 from tests.ops.cases import CASES, outputs
 
 
@@ -17,6 +18,28 @@ def test_gradcheck(device, case, width):
         fast_mode=True,
         nondet_tol=0.0,
     )
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_two_updates_of_a_solver(device, guidance):
+    """The second reads the slope that the first kept; the other row is never written nor read."""
+
+    def solve(x, velocities, first, second):
+        slopes = x.new_full((2, *x.shape), torch.nan)
+        slot, none = torch.tensor([1], device=device), x.new_zeros(1)
+        options = {"slot": slot, "guidance_scale": guidance}
+        begin = torch.cat((first, none, none))
+        end = torch.cat((second[:2], none, second[2:]))
+        x = ops.solver_update(x, velocities[0] * x.mean(), slopes, begin, **options)
+        return ops.solver_update(x, velocities[1] * x.mean(), slopes, end, **options)
+
+    halves = 1 if guidance == 1 else 2
+    shapes = (2, 3, 5), (2, halves * 2, 3, 5), (2,), (3,)
+    leaves = [
+        randn(*shape, dtype=torch.float64, device=device, seed=i).requires_grad_()
+        for i, shape in enumerate(shapes)
+    ]
+    assert torch.autograd.gradcheck(solve, leaves)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.differentiable > 1], ids=lambda c: c.name)

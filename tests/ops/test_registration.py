@@ -5,7 +5,7 @@ import torch
 
 from blip3o_fast import ops
 from tests.kernels.oracle import randn
-from tests.ops.cases import CASES, outputs, solver_update
+from tests.ops.cases import CASES, outputs, solver_update, update_inputs
 
 TRITON = ops.Impl.TRITON
 NAMESPACE = torch.ops.blip3o_fast
@@ -21,7 +21,7 @@ def specimens(device):
     shift, scale = r(2, 16).chunk(2, dim=-1)
     norm = (w, w + 1, shift, scale)
     qkv, table = r(2, 3, 20).transpose(0, 1).contiguous().transpose(0, 1), r(3, 4)
-    t = torch.tensor([0.25, 0.75], device=device)
+    t, slot = torch.tensor([0.25, 0.75], device=device), torch.tensor([1], device=device)
     path = (x, y, r(2, 3, 8, seed=2), r(2, 3, 8, seed=3), t)
     total, _, image, factors = NAMESPACE.flow_loss(*path, [1.0, 0.5, 0.2, 0.3], False, True)
     return {
@@ -53,8 +53,8 @@ def specimens(device):
         "adapter_mix": [(x, y, x + y)],
         "adapter_mix_backward": [(y, x, y, x + y)],
         "solver_update": [
-            (x, y, None, 0.1, None, 1.0, 0.0, 1.0, None),
-            (x, torch.cat((x, y)), t[0].clone(), 0.0, torch.cat((y, x)), 0.5, 0.5, 2.0, 3.0),
+            (x, y, r(0, 2, 3, 8), r(2), None, 1.0, None, y.clone()),
+            (x, torch.cat((x, y)), r(2, 2, 3, 8), r(4), slot, 2.0, 3.0, y.clone()),
         ],
         "flow_loss": [(*path, [1.0, 0.5, 0.2, 0.3], flag, flag) for flag in (False, True)],
         "flow_loss_backward": [(total, *path, image, factors, False, True)],
@@ -104,13 +104,30 @@ def test_one_graph_forward_and_backward(device, case, dynamic):
         )
 
 
-def test_one_graph_of_the_solver_update(device):
+@pytest.mark.parametrize("into", ["a new tensor", "given memory", "the state"])
+def test_one_graph_of_the_solver_update(device, into):
     torch._dynamo.reset()
     compiled = torch.compile(solver_update, fullgraph=True, backend="aot_eager")
-    x, velocity, previous = (randn(2, 3, 4, device=device, seed=i) for i in range(3))
-    for dt in (0.1, torch.tensor(0.2, device=device)):
-        expected = solver_update(x, velocity, previous, dt, impl=TRITON)
-        assert torch.equal(compiled(x, velocity, previous, dt, impl=TRITON), expected)
+    for rows in (0, 2):
+        results = []
+        for update in (solver_update, compiled):
+            x, velocity, slopes, coefficients = update_inputs(rows=rows, device=device)
+            out = {"a new tensor": None, "given memory": torch.empty_like(x), "the state": x}[into]
+            got = update(x, velocity, slopes, coefficients, impl=TRITON, out=out)
+            assert out is None or torch.equal(out, got)
+            results.append((got, slopes))
+        (expected, kept), (got, slopes) = results
+        assert torch.equal(got, expected) and torch.equal(slopes, kept)
+
+
+def test_the_reference_of_the_solver_update_compiles(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(solver_update, fullgraph=True, backend="aot_eager")
+    values = update_inputs(device=device)
+    mine = [x.clone() for x in values]
+    got = compiled(*values, impl=ops.Impl.REFERENCE)
+    assert torch.equal(got, solver_update(*mine, impl=ops.Impl.REFERENCE))
+    assert torch.equal(values[2], mine[2])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
