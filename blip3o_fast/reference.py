@@ -150,8 +150,8 @@ def solver_update(
     coefficients: Tensor,
     *,
     slot: Tensor | None = None,
+    clamp: Tensor | None = None,
     guidance_scale: float = 1.0,
-    clamp: float | None = None,
 ) -> Tensor:
     """``c[0] x + c[1] v + c[2] slopes[0] + c[3] slopes[1] + ..``, added in this order.
 

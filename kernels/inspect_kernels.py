@@ -182,8 +182,8 @@ def _solver_update(p: Precision) -> None:
                 slopes,
                 coefficients,
                 slot=slot,
+                clamp=None if slot is None else torch.zeros(1),
                 guidance_scale=float(halves),
-                clamp=None if slot is None else 50.0,
                 out=x,
             )
 
@@ -251,7 +251,6 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
             "ADJOINT",
             "PUBLISHED",
             "GUIDED",
-            "CLAMPED",
             "QUANTISED",
         )
         variant = "+".join(name.lower() for name in constants if kwargs.get(name))

@@ -10,6 +10,8 @@ at the end. Both norms of a site need one scale a row, as in the fused kernels: 
 No backward.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from blip3o_fast.reference import Modulation, accumulation_dtype
 
 OPS = frozenset(("sandwich_norm", "sandwich_join", "rope", "solver_update"))
 """The ops that have a forward pass here."""
+
+SOLVER_ELEMENTS = 1 << 18
+"""Elements of the state that ``solver_update`` moves at a time: 1 MiB in fp32."""
 
 
 def sandwich_norm(x: Tensor, norm: Modulation, eps: float) -> Tensor:
@@ -70,26 +75,33 @@ def solver_update(
     slopes: Tensor,
     coefficients: Tensor,
     slot: Tensor | None,
+    clamp: Tensor | None,
     guidance_scale: float,
-    clamp: float | None,
-) -> Tensor:
-    """``ops.solver_update``, bit by bit the reference: products are rounded before they are added.
+    out: Tensor,
+) -> None:
+    """``ops.solver_update`` into ``out``, bit by bit the reference: it rounds every product.
 
-    A row of ``slopes`` whose coefficient is zero is not read.
+    A row of ``slopes`` whose coefficient is zero is not read. Samples are taken a few at a time,
+    so that their sums stay in cache.
     """
-    slope = velocity.to(x.dtype)
-    if guidance_scale != 1.0:
-        conditional, unconditional = slope.chunk(2)
-        slope = torch.sub(conditional, unconditional).mul_(guidance_scale).add_(unconditional)
     of_x, of_slope, *of_rows = coefficients.tolist()
-    product = torch.mul(x, of_x)
-    total = torch.mul(slope, of_slope).add_(product)
-    for coefficient, earlier in zip(of_rows, slopes, strict=True):
-        if coefficient != 0:
-            total.add_(torch.mul(earlier, coefficient, out=product))
-    if slot is not None and 0 <= (row := int(slot)) < len(slopes):
-        slopes[row] = slope
-    return total if clamp is None else total.clamp_(-clamp, clamp)
+    kept = -1 if slot is None else int(slot)
+    bound = math.inf if clamp is None else clamp.item()
+    halves = velocity.chunk(2) if guidance_scale != 1.0 else (velocity,)
+    samples = max(1, SOLVER_ELEMENTS // max(1, x.shape[1:].numel()))
+    for first in range(0, len(x), samples):
+        part = slice(first, first + samples)
+        slope, *unconditional = (half[part].to(x.dtype) for half in halves)
+        for other in unconditional:
+            slope = torch.sub(slope, other).mul_(guidance_scale).add_(other)
+        product = torch.mul(x[part], of_x)
+        total = torch.mul(slope, of_slope).add_(product)
+        for coefficient, earlier in zip(of_rows, slopes[:, part], strict=True):
+            if coefficient != 0:
+                total.add_(torch.mul(earlier, coefficient, out=product))
+        if 0 <= kept < len(slopes):
+            slopes[kept, part] = slope
+        out[part] = total if bound == math.inf else total.clamp_(-bound, bound)
 
 
 def _modulated(x: Tensor, norm: Modulation, eps: float, *, overwrite: bool) -> Tensor:

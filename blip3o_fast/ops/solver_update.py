@@ -22,15 +22,16 @@ def solver_update(
     coefficients: Tensor,
     *,
     slot: Tensor | None = None,
+    clamp: Tensor | None = None,
     guidance_scale: float = 1.0,
-    clamp: float | None = None,
     out: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """``c[0] x + c[1] v + c[2] slopes[0] + c[3] slopes[1] + ..``, computed in the dtype of ``x``.
 
-    Runge-Kutta, Adams-Bashforth and fitted methods differ in ``coefficients`` and ``slot`` alone.
-    Both are read from device memory, so one CUDA graph serves every step of every method.
+    Runge-Kutta, Adams-Bashforth and fitted methods differ in ``coefficients``, ``slot`` and
+    ``clamp`` alone. All are read from device memory, so one CUDA graph serves every evaluation of
+    every method.
 
     Args:
         x: state ``[B, N, C]``, fp32 or fp64, any strides.
@@ -41,8 +42,9 @@ def solver_update(
         coefficients: ``[R + 2]`` in the dtype of ``x``: of x, of v, of each row of ``slopes``.
         slot: int64 ``[1]``: the row of ``slopes`` that v overwrites, after that row was read. A
             number outside 0 to R - 1, such as -1, keeps nothing; None never keeps anything.
+        clamp: ``[1]`` in the dtype of ``x``: bound of at least 0 on the new state's magnitude;
+            infinity or None: no bound. NaN stays NaN.
         guidance_scale: 1 is no guidance (arXiv:2207.12598).
-        clamp: bound on the new state's magnitude, or None. NaN stays NaN.
         out: where to write, contiguous ``[B, N, C]`` in the dtype of ``x``. It may be ``x`` itself,
             and must not overlap other inputs. None makes a new tensor.
         impl: None chooses by device, and the reference where a gradient is recorded.
@@ -51,8 +53,8 @@ def solver_update(
         ``out``, the new state. Only the reference is differentiable. All implementations add in the
         order of the formula and round every product: in fp32 their results are equal bit by bit.
     """
-    _check(x, velocity, slopes, coefficients, slot, guidance_scale, clamp, out)
-    given = (x, velocity, slopes, coefficients)
+    _check(x, velocity, slopes, coefficients, slot, clamp, guidance_scale, out)
+    given = [u for u in (x, velocity, slopes, coefficients, clamp) if u is not None]
     recording = torch.is_grad_enabled() and any(u.requires_grad for u in given)
     if impl is None and recording:
         impl = Impl.REFERENCE
@@ -65,8 +67,8 @@ def solver_update(
                 slopes,
                 coefficients,
                 slot=slot,
-                guidance_scale=guidance_scale,
                 clamp=clamp,
+                guidance_scale=guidance_scale,
             )
         return result if out is None else out.copy_(result)
     if recording:
@@ -74,14 +76,10 @@ def solver_update(
             f"impl={impl}: the fused update records no gradient, and an input requires one; call "
             "it under torch.no_grad(), or pass impl=Impl.REFERENCE to differentiate"
         )
-    if impl is Impl.ATEN:
-        result = _aten.solver_update(x, velocity, slopes, coefficients, slot, guidance_scale, clamp)
-        return result if out is None else out.copy_(result)
     if out is None:
         out = x.new_empty(x.shape)
-    operators(impl).solver_update(
-        x, velocity, slopes, coefficients, slot, guidance_scale, clamp, out
-    )
+    run = _aten.solver_update if impl is Impl.ATEN else operators(impl).solver_update
+    run(x, velocity, slopes, coefficients, slot, clamp, guidance_scale, out)
     return out
 
 
@@ -91,8 +89,8 @@ def _check(
     slopes: Tensor,
     coefficients: Tensor,
     slot: Tensor | None,
+    clamp: Tensor | None,
     guidance_scale: float,
-    clamp: float | None,
     out: Tensor | None,
 ) -> None:
     check_shape("x", x, "B N C")
@@ -105,10 +103,10 @@ def _check(
             f"coefficients: expected shape [R + 2 = {R + 2}], of x, of the velocity and of the {R} "
             f"rows of slopes, got {list(coefficients.shape)}"
         )
-    check_tensors(x=x, velocity=velocity, slopes=slopes, coefficients=coefficients, out=out)
+    of_x = {"slopes": slopes, "coefficients": coefficients, "clamp": clamp, "out": out}
+    check_tensors(x=x, velocity=velocity, **of_x)
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x: expected float32 or float64, the state's precision, got {x.dtype}")
-    of_x = {"slopes": slopes, "coefficients": coefficients, "out": out}
     for name, tensor in of_x.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
@@ -125,14 +123,14 @@ def _check(
             f"slot: expected int64 of shape [1] on {x.device}, got {slot.dtype} of shape "
             f"{list(slot.shape)} on {slot.device}"
         )
-    if clamp is not None and not clamp >= 0:
-        raise ValueError(f"clamp: expected a bound of at least 0, or None, got {clamp}")
+    if clamp is not None and clamp.shape != (1,):
+        raise ValueError(f"clamp: expected shape [1], got {list(clamp.shape)}")
 
 
 torch.library.define(
     "blip3o_fast::solver_update",
     "(Tensor x, Tensor velocity, Tensor(a!) slopes, Tensor coefficients, Tensor? slot, "
-    "float guidance_scale, float? clamp, Tensor(b!) out) -> ()",
+    "Tensor? clamp, float guidance_scale, Tensor(b!) out) -> ()",
 )
 
 
@@ -143,8 +141,8 @@ def _forward(
     slopes: Tensor,
     coefficients: Tensor,
     slot: Tensor | None,
+    clamp: Tensor | None,
     guidance_scale: float,
-    clamp: float | None,
     out: Tensor,
 ) -> None:
     from blip3o_kernels import solver_update as kernels
@@ -155,8 +153,8 @@ def _forward(
         slopes,
         coefficients,
         slot=slot,
-        guidance_scale=guidance_scale,
         clamp=clamp,
+        guidance_scale=guidance_scale,
         out=out,
     )
 
@@ -168,8 +166,8 @@ def _forward_fake(
     slopes: Tensor,
     coefficients: Tensor,
     slot: Tensor | None,
+    clamp: Tensor | None,
     guidance_scale: float,
-    clamp: float | None,
     out: Tensor,
 ) -> None:
-    del x, velocity, slopes, coefficients, slot, guidance_scale, clamp, out
+    del x, velocity, slopes, coefficients, slot, clamp, guidance_scale, out

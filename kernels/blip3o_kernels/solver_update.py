@@ -1,13 +1,13 @@
 """``out = c[0] x + c[1] v + sum_r c[2 + r] slopes[r]``: one update of the ODE state.
 
 With guidance the velocity holds the conditional half over the unconditional one, and
-``v = v_uncond + guidance (v_cond - v_uncond)`` (arXiv:2207.12598). With a bound the result is
-clamped to it; NaN stays NaN. Row ``slot`` of ``slopes``, if there is one, becomes v.
+``v = v_uncond + guidance (v_cond - v_uncond)`` (arXiv:2207.12598). The result is clamped to a
+bound, if there is one; NaN stays NaN. Row ``slot`` of ``slopes``, if there is one, becomes v.
 
 Per element: reads x, one or two velocities in their own dtype, and the rows of ``slopes`` whose
 coefficient is not zero; writes ``out`` and, if it is kept, v. Computes in the dtype of the state,
-fp32 or fp64. Coefficients and slot lie on the device, so that a CUDA graph replays the kernel as
-they change. One compiled kernel serves any number of rows.
+fp32 or fp64. Coefficients, slot and bound lie on the device, so that a CUDA graph replays the
+kernel as they change. One compiled kernel serves any number of rows.
 """
 
 import triton.language as tl
@@ -27,6 +27,7 @@ def _update_kernel(
     slopes,
     coefficients,
     slot,
+    clamp,
     out,
     rows,
     tokens,
@@ -41,13 +42,10 @@ def _update_kernel(
     velocity_d,
     guidance_high,
     guidance_low,
-    bound_high,
-    bound_low,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ACC: tl.constexpr,
     GUIDED: tl.constexpr,
-    CLAMPED: tl.constexpr,
 ):
     row, col, inside = tile(rows, width, ROWS, COLS)
     at = row.to(tl.int64) * width + col
@@ -68,11 +66,11 @@ def _update_kernel(
             state += coefficient * tl.load(earlier, mask=inside, other=0.0)
     if slot is not None:
         kept = tl.load(slot)
-        # A thread may store what another has yet to load.
+        # Loads and stores may divide the tile differently: nothing is stored before all is loaded.
         tl.debug_barrier()
         tl.store(slopes + kept * slopes_r + at, slope, mask=inside & (kept >= 0) & (kept < count))
-    if CLAMPED:
-        bound = joined(bound_high, bound_low, ACC)
+    if clamp is not None:
+        bound = tl.load(clamp)
         state = tl.where(state > bound, bound, tl.where(state < -bound, -bound, state))
     tl.store(out + at, state, mask=inside)
 
@@ -84,16 +82,16 @@ def forward(
     coefficients: Tensor,
     *,
     slot: Tensor | None,
+    clamp: Tensor | None,
     guidance_scale: float,
-    clamp: float | None,
     out: Tensor,
 ) -> None:
     """Write the new state to ``out``, contiguous; rows of ``slopes`` are contiguous."""
     if not out.numel():
         return
     guided = guidance_scale != 1.0
-    half = velocity.shape[0] // (2 if guided else 1)
-    state, conditional, unconditional = merged(x, velocity[:half], velocity[-half:])
+    halves = velocity.chunk(2) if guided else (velocity, velocity)
+    state, conditional, unconditional = merged(x, *halves)
     samples, tokens, width = state.shape
     launch = elementwise_launch(samples * tokens, width)
     with on_device(x):
@@ -104,6 +102,7 @@ def forward(
             slopes,
             unit_stride(coefficients),
             slot,
+            clamp,
             out,
             samples * tokens,
             tokens,
@@ -113,12 +112,10 @@ def forward(
             *state.stride(),
             *conditional.stride(),
             *split(guidance_scale),
-            *split(0.0 if clamp is None else clamp),
             ROWS=launch.rows,
             COLS=launch.columns,
             ACC=accumulator(x),
             GUIDED=guided,
-            CLAMPED=clamp is not None,
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -413,20 +413,23 @@ Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor
 }
 
 void solver_update(Tensor x, Tensor velocity, Tensor slopes, Tensor coefficients, Optional slot,
-                   double guidance_scale, std::optional<double> clamp, Tensor out) {
+                   Optional clamp, double guidance_scale, Tensor out) {
   const Place place(x);
   for (const Tensor* state : {&x, &slopes, &out}) {
-    STD_TORCH_CHECK(dtype(*state) == BLIP3O_FLOAT32, "expected a float32 state: pass impl=Impl.TRITON");
+    STD_TORCH_CHECK(dtype(*state) == BLIP3O_FLOAT32,
+                    "expected a float32 state: pass impl=Impl.TRITON");
   }
   const int newest = dtype(velocity) == kFloat64 ? BLIP3O_FLOAT32 : dtype(velocity);
   const Rows rows(x, BLIP3O_FLOAT32), now(velocity, newest);
   const Tensor numbers = whole(coefficients, BLIP3O_FLOAT32);
+  Optional bound;
+  if (clamp) bound = as(*clamp, BLIP3O_FLOAT32);
   check(blip3o_solver_update(newest, shape_of(x, x.size(2)), rows.c, now.c,
                              {static_cast<float*>(slopes.data_ptr()), slopes.stride(0),
                               slopes.size(0), static_cast<const int64_t*>(address(slot))},
                              static_cast<const float*>(numbers.data_ptr()),
+                             static_cast<const float*>(address(bound)),
                              static_cast<float>(guidance_scale),
-                             static_cast<float>(clamp.value_or(-1.0)),
                              static_cast<float*>(out.data_ptr()), place.stream()),
         "solver_update");
 }
@@ -468,7 +471,7 @@ LIBRARY(BLIP3O_NAMESPACE, m) {
         "Tensor, Tensor, Tensor)");
   m.def(
       "solver_update(Tensor x, Tensor velocity, Tensor(a!) slopes, Tensor coefficients, "
-      "Tensor? slot, float guidance_scale, float? clamp, Tensor(b!) out) -> ()");
+      "Tensor? slot, Tensor? clamp, float guidance_scale, Tensor(b!) out) -> ()");
 }
 
 IMPLEMENTATIONS(BLIP3O_NAMESPACE, BLIP3O_DISPATCH_KEY, m) {

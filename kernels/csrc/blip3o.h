@@ -130,13 +130,13 @@ typedef struct {
 /*
  * out = c[0] x + c[1] v + sum_r c[2 + r] slopes[r] of an fp32 state; c are count + 2 numbers on the
  * device, and a row whose coefficient is 0 is not read. With guidance != 1 the velocity is [2B, N, C],
- * conditional half first, and v is uncond + guidance * (cond - uncond). bound < 0: no clamp. `out` may
- * be x.data where x is contiguous.
+ * conditional half first, and v is uncond + guidance * (cond - uncond). The result is clamped to
+ * [-*bound, *bound], on the device too; bound NULL: not. `out` may be x.data where x is contiguous.
  */
 BLIP3O_API int blip3o_solver_update(int velocity_dtype, blip3o_shape shape, blip3o_rows x,
                                     blip3o_rows velocity, blip3o_slopes slopes,
-                                    const float* coefficients, float guidance, float bound,
-                                    float* out, cudaStream_t stream);
+                                    const float* coefficients, const float* bound,
+                                    float guidance, float* out, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

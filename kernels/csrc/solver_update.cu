@@ -17,8 +17,8 @@ struct SolverUpdate {
   Rows<float> x;
   Rows<V> velocity;
   blip3o_slopes slopes;
-  const float* coefficients;
-  float guidance, bound;
+  const float *coefficients, *bound;
+  float guidance;
   float* out;
 };
 
@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kElementwiseThreads) solver_update(const Solve
   const int batch = row / a.items.tokens;
   const int token = row - batch * a.items.tokens;
   const int64_t kept = a.slopes.slot != nullptr ? *a.slopes.slot : -1;
+  const float bound = a.bound != nullptr ? *a.bound : INFINITY;
   for (int item = threadIdx.x; item < a.items.per_row; item += blockDim.x) {
     const int column = item * kCount;
     const int64_t at = static_cast<int64_t>(row) * a.width + column;
@@ -67,10 +68,8 @@ __global__ void __launch_bounds__(kElementwiseThreads) solver_update(const Solve
     if (kept >= 0 && kept < a.slopes.count) {
       store(a.slopes.data + kept * a.slopes.stride + at, slope);
     }
-    if (a.bound >= 0.f) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) state[i] = clamped(state[i], a.bound);
-    }
+    for (int i = 0; i < kCount; ++i) state[i] = clamped(state[i], bound);
     store(a.out + at, state);
   }
 }
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kElementwiseThreads) solver_update(const Solve
 
 int blip3o_solver_update(int velocity_dtype, blip3o_shape shape, blip3o_rows x,
                          blip3o_rows velocity, blip3o_slopes slopes, const float* coefficients,
-                         float guidance, float bound, float* out, cudaStream_t stream) {
+                         const float* bound, float guidance, float* out, cudaStream_t stream) {
   using namespace blip3o;
   if (!countable(shape, shape.width)) return cudaErrorInvalidValue;
   return with_dtype(velocity_dtype, [&](auto of_velocity) -> int {
@@ -98,8 +97,8 @@ int blip3o_solver_update(int velocity_dtype, blip3o_shape shape, blip3o_rows x,
                               Rows<V>(velocity),
                               slopes,
                               coefficients,
-                              guidance,
                               bound,
+                              guidance,
                               out};
       if (a.items.blocks() == 0) return cudaSuccess;
       return launch<solver_update<V, kCount>>(a.items.blocks(), a.items.threads(), a, stream);

@@ -84,7 +84,7 @@ def signatures() -> dict[str, list[Any]]:
         "blip3o_swiglu_forward": [c_int, Shape, Rows, pointer, pointer],
         "blip3o_swiglu_backward": [c_int, Shape, Rows, Rows, pointer, pointer],
         "blip3o_solver_update": [
-            *(c_int, Shape, Rows, Rows, Slopes, pointer, c_float, c_float, pointer, pointer),
+            *(c_int, Shape, Rows, Rows, Slopes, pointer, pointer, c_float, pointer, pointer),
         ],
     }
 
@@ -213,18 +213,17 @@ class Kernels:
         coefficients: Tensor,
         *,
         slot: Tensor | None = None,
+        clamp: Tensor | None = None,
         guidance_scale: float = 1.0,
-        clamp: float | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Slopes are copied between margins and back, so that stray writes to them show."""
-        bound = -1.0 if clamp is None else clamp
         with Outputs() as outputs:
             result = outputs.new(x.shape, x.dtype) if out is None else out
             ring = outputs.new(slopes.shape, slopes.dtype).copy_(slopes)
             rows_of_ring = Slopes(pointer(ring), ring.stride(0), len(ring), pointer(slot))
             arguments = (rows(x), rows(velocity), rows_of_ring, pointer(coefficients))
-            numbers = (guidance_scale, bound, pointer(result))
+            numbers = (pointer(clamp), guidance_scale, pointer(result))
             dtype = DTYPES[velocity.dtype]
             self.run("solver_update", dtype, Shape(*x.shape), *arguments, *numbers)
         slopes.copy_(ring)

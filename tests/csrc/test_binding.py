@@ -48,7 +48,7 @@ def test_fakes_agree_with_the_operators() -> None:
         ("sandwich_join_backward", y, x, x, y, w, *site, *site, 1e-6, True),
         ("sandwich_join_backward", None, x, x, y, w, *none, *site, 1e-6, False),
         ("sandwich_join_backward", y, None, x, y, None, *none, *none, 1e-6, True),
-        ("solver_update", *update, None, 1.0, None, x.float()),
+        ("solver_update", *update, None, None, 1.0, x.float()),
     ]
     for name, *args in calls:
         real = getattr(torch.ops.blip3o_fast_host, name)(*args)
@@ -121,7 +121,7 @@ def test_float64_says_so() -> None:
 def test_a_state_of_another_dtype_says_so() -> None:
     x = randn(1, 2, 8)
     for position in (0, 2, 7):
-        call = [x, x, x[None].clone(), randn(3), None, 1.0, None, x.clone()]
+        call = [x, x, x[None].clone(), randn(3), None, None, 1.0, x.clone()]
         call[position] = call[position].bfloat16()
         with pytest.raises(RuntimeError, match=r"float32 state.*impl=Impl\.TRITON"):
             torch.ops.blip3o_fast_host.solver_update(*call)

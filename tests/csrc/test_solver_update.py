@@ -14,7 +14,7 @@ CHOICES: list[dict[str, Any]] = [
     {},
     {"slot": torch.tensor([1])},
     {"guidance_scale": 3.0, "slot": torch.tensor([-1])},
-    {"guidance_scale": 2.5, "slot": torch.tensor([0]), "clamp": 0.7},
+    {"guidance_scale": 2.5, "slot": torch.tensor([0]), "clamp": torch.tensor([0.7])},
 ]
 
 
@@ -75,7 +75,9 @@ def test_strided_rows(kernels: Kernels, layout: str) -> None:
 def test_clamp_keeps_nan(kernels: Kernels) -> None:
     """A diverged sample shows; it does not turn into the bound."""
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0]).view(1, 1, 4)
-    out = kernels.solver_update(x, torch.zeros_like(x), x[None][:0], torch.ones(2), clamp=1.0)
+    out = kernels.solver_update(
+        x, torch.zeros_like(x), x[None][:0], torch.ones(2), clamp=torch.ones(1)
+    )
     torch.testing.assert_close(
         out, torch.tensor([torch.nan, 1.0, -1.0, 1.0]).view(1, 1, 4), equal_nan=True
     )

@@ -30,16 +30,20 @@ def number(value, device="cpu"):
     return None if value is None else torch.tensor([value], device=device)
 
 
-def compare(values, **options):
+def compare(values, clamp=None, **options):
     """Judge the new state and the slopes that were kept; ``values`` are left as they are."""
     wide = [x.double() for x in values]
-    truth = reference.solver_update(*wide, **options)
+    clamp = None if clamp is None else values[3].new_full((1,), clamp)
+    truth = reference.solver_update(
+        *wide, clamp=clamp if clamp is None else clamp.double(), **options
+    )
+    options["clamp"] = clamp
     same_slopes, got_slopes = values[2].clone(), values[2].clone()
     same = reference.solver_update(*values[:2], same_slopes, values[3], **options)
     got = ops.solver_update(*values[:2], got_slopes, values[3], impl=IMPL, **options)
     judge("state", got, same, truth)
     judge("slopes", got_slopes, same_slopes, wide[2])
-    # A kernel holds 48 bits of guidance and clamp, which are Python floats.
+    # A kernel holds 48 bits of the guidance, which is a Python float.
     if got.dtype == torch.float32:
         assert torch.equal(got, same) and torch.equal(got_slopes, same_slopes)
 
@@ -72,7 +76,7 @@ def test_rows(device, rows):
 
 @pytest.mark.parametrize(
     "guidance, clamp, slot, width",
-    list(itertools.product([1.0, 2.5, 0.0], [None, 0.7, 0.0], [None, 1], [8, 14])),
+    list(itertools.product([1.0, 2.5, 0.0], [None, 0.7, 0.0, torch.inf], [None, 1], [8, 14])),
 )
 def test_options(device, guidance, clamp, slot, width):
     halves = 1 if guidance == 1 else 2
@@ -119,7 +123,11 @@ def test_in_place(device, guidance, width):
     """The state is overwritten, also where the velocity is the state."""
     halves = 1 if guidance == 1 else 2
     x, velocity, slopes, coefficients = inputs(2, 5, width, 2, device=device, halves=halves)
-    options = {"slot": number(1, device), "guidance_scale": guidance, "clamp": 2.0}
+    options = {
+        "slot": number(1, device),
+        "guidance_scale": guidance,
+        "clamp": torch.full((1,), 2.0, device=device),
+    }
     for v in (velocity, x) if guidance == 1 else (velocity,):
         state, kept = x.clone(), slopes.clone()
         expected = reference.solver_update(x, v, slopes.clone(), coefficients, **options)
@@ -176,9 +184,10 @@ def test_clamp_leaves_nan_and_bounds_infinity(device):
     x = torch.tensor([[[torch.nan, torch.inf, -torch.inf, 3.0]]], device=device)
     numbers = torch.ones(2, device=device)
     none = x.new_empty(0, *x.shape)
-    got = ops.solver_update(x, torch.zeros_like(x), none, numbers, clamp=2.0, impl=IMPL)
-    expected = torch.tensor([[[torch.nan, 2.0, -2.0, 2.0]]], device=device)
-    torch.testing.assert_close(got, expected, equal_nan=True)
+    for bound in (2.0, torch.inf):
+        clamp, v = torch.tensor([bound], device=device), torch.zeros_like(x)
+        got = ops.solver_update(x, v, none, numbers, clamp=clamp, impl=IMPL)
+        torch.testing.assert_close(got, x.clamp(-bound, bound), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_velocity_that_is_not_finite_shows(device):

@@ -95,7 +95,7 @@ CASES = [
 def solver_update(x, velocity, slopes, coefficients, *, impl, **options):
     """The one op without a gradient; its first row of slopes becomes the velocity."""
     slot = torch.zeros(1, dtype=torch.int64, device=x.device)
-    options = {"slot": slot, "clamp": 3.0, **options}
+    options = {"slot": slot, "clamp": coefficients.new_full((1,), 3.0), **options}
     return ops.solver_update(x, velocity, slopes, coefficients, impl=impl, **options)
 
 

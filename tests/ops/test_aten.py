@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blip3o_fast import ops, reference
-from blip3o_fast.ops import Impl, resolve_impl
+from blip3o_fast.ops import Impl, _aten, resolve_impl
 from tests.kernels.oracle import DTYPES, check, laid_out, randn
 from tests.ops.cases import CASES, EPS, outputs, solver_update, update_inputs
 
@@ -104,14 +104,16 @@ def test_heads_of_rope(heads, kv_heads, inplace):
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("slot", [None, -1, 0, 2, 3])
-@pytest.mark.parametrize("guidance, clamp", [(1.0, None), (2.5, 0.7)])
-def test_solver_update_is_the_reference_bit_by_bit(rows, slot, guidance, clamp):
-    """Rows without a coefficient hold NaN; the velocity may be the state."""
+@pytest.mark.parametrize("guidance, clamp", [(1.0, None), (2.5, 0.7), (1.0, torch.inf)])
+def test_solver_update_is_the_reference_bit_by_bit(rows, slot, guidance, clamp, monkeypatch):
+    """Three samples, two at a time; rows without a coefficient hold NaN; v may be the state."""
+    monkeypatch.setattr(_aten, "SOLVER_ELEMENTS", 2 * 5 * 7)
     x, velocity, slopes, coefficients = update_inputs(3, 5, 7, rows)
     coefficients[3:4], slopes[1:2] = 0, torch.nan
     velocity = velocity.bfloat16() if guidance == 1 else torch.cat((x, velocity))
     slot = None if slot is None else torch.tensor([slot])
-    options = {"slot": slot, "guidance_scale": guidance, "clamp": clamp}
+    clamp = None if clamp is None else torch.tensor([clamp])
+    options = {"slot": slot, "clamp": clamp, "guidance_scale": guidance}
     for v in (velocity, x) if guidance == 1 else (velocity,):
         for into in ("a new tensor", "given memory", "the state"):
             state, kept, expected_slopes = x.clone(), slopes.clone(), slopes.clone()

@@ -128,8 +128,9 @@ def _int(*values):
         ({"out": torch.zeros(3, 3, 6)}, r"out: expected shape \[B=2, N=3, C=6\], got"),
         ({"out": torch.zeros(2, 3, 6).double()}, "out: expected torch.float32, the dtype of x"),
         ({"out": torch.zeros(2, 6, 3).mT}, "out: expected a contiguous tensor, got strides"),
-        ({"clamp": -1.0}, "clamp: expected a bound of at least 0, or None, got -1.0"),
-        ({"clamp": torch.nan}, "clamp: expected a bound of at least 0, or None, got nan"),
+        ({"clamp": torch.ones(())}, r"clamp: expected shape \[1\], got \[\]"),
+        ({"clamp": torch.ones(1).double()}, "clamp: expected torch.float32, the dtype of x"),
+        ({"clamp": torch.ones(1, device="meta")}, "clamp: expected device cpu, that of x"),
     ],
 )
 def test_solver_update(impl, change, message):

@@ -53,8 +53,8 @@ def specimens(device):
         "adapter_mix": [(x, y, x + y)],
         "adapter_mix_backward": [(y, x, y, x + y)],
         "solver_update": [
-            (x, y, r(0, 2, 3, 8), r(2), None, 1.0, None, y.clone()),
-            (x, torch.cat((x, y)), r(2, 2, 3, 8), r(4), slot, 2.0, 3.0, y.clone()),
+            (x, y, r(0, 2, 3, 8), r(2), None, None, 1.0, y.clone()),
+            (x, torch.cat((x, y)), r(2, 2, 3, 8), r(4), slot, r(1).abs(), 2.0, y.clone()),
         ],
         "flow_loss": [(*path, [1.0, 0.5, 0.2, 0.3], flag, flag) for flag in (False, True)],
         "flow_loss_backward": [(total, *path, image, factors, False, True)],
