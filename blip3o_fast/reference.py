@@ -127,6 +127,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2)
 
 
+def rope_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rotates_keys: bool
+) -> Tensor:
+    """``attention`` of queries, and if ``rotates_keys`` of keys, that ``rope`` has rotated."""
+
+    def rotated(x: Tensor) -> Tensor:
+        return rope(x.flatten(2), cos, sin, x.shape[2], 0).view(x.shape)
+
+    return attention(rotated(q), rotated(k) if rotates_keys else k, v)
+
+
 def adapter_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm and exact GELU over the first ``len(weight)`` columns; the padding stays zero."""
     width = weight.shape[0]

@@ -134,7 +134,7 @@ def _backward_kernel(
         tl.store(target + PADDED, db, mask=stored)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``[B, N, P]`` to ``[B, N, P]``."""
     out = x.new_empty(x.shape)
     weight, bias = unit_stride(weight), unit_stride(bias)
@@ -166,9 +166,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
 
 
 def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, parameters: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Gradients of x and, with ``parameters``, of weight and bias."""
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, with ``parameters``, of weight and bias, else empty tensors."""
     dx = x.new_empty(x.shape)
     weight, bias = unit_stride(weight), unit_stride(bias)
     upstream, source = merged_rows(dout, x)
@@ -204,8 +204,8 @@ def backward(
                 enable_fp_fusion=False,
             )
     if partial is None:
-        return dx, None
+        return dx, x.new_empty(0), x.new_empty(0)
     dw, db = weight.new_empty(width), bias.new_empty(width)
     column_sum(partial[:, 0, :width], dw, acc)
     column_sum(partial[:, 1, :width], db, acc)
-    return dx, (dw, db)
+    return dx, dw, db

@@ -22,6 +22,7 @@ gain a factor ls, dw1 = sum_b ((1 + scale) w2 ls P - w1 ls^2 R), and the scale i
 dls = sum_b (w1 w2 (1 + scale) P - (w1^2 + eps) ls R).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton.language as tl
@@ -147,17 +148,19 @@ def _weight_gradient_kernel(
     tl.store(dw2 + cols, (first * p).to(dw2.dtype.element_ty), mask=inside)
 
 
-class Norm(NamedTuple):
-    """The parameters of a double norm: weights ``[D]``, modulation ``[B, D]``."""
+class Modulation(NamedTuple):
+    """The parameters of a double norm: weights ``[D]``, shift and scale ``[B, D]``."""
 
     w1: Tensor
     w2: Tensor
     shift: Tensor
     scale: Tensor
 
-    def with_unit_strides(self) -> "Norm":
-        """The same, each with contiguous columns."""
-        return Norm(*(unit_stride(u) for u in self))
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> "Modulation | None":
+        """The four ``tensors`` with contiguous columns, or None where they are absent."""
+        given = [unit_stride(u) for u in tensors if u is not None]
+        return cls(*given) if given else None
 
 
 def partial_sums(x: Tensor, acc: tl.dtype, programs: tuple[int, int], sums: int = 3) -> Tensor:
@@ -166,11 +169,11 @@ def partial_sums(x: Tensor, acc: tl.dtype, programs: tuple[int, int], sums: int 
 
 
 def parameter_gradients(
-    partial: Tensor, norm: Norm, layer_scale: Tensor | None, *, eps: float, acc: tl.dtype
-) -> tuple[Norm, Tensor | None]:
+    partial: Tensor, norm: Modulation, layer_scale: Tensor | None, *, eps: float, acc: tl.dtype
+) -> tuple[Modulation, Tensor | None]:
     """Gradients of a norm and of the layer scale before it, from partial sums."""
     samples, chunks, _, width = partial.shape
-    gradient = Norm(*(u.new_empty(u.shape) for u in norm))
+    gradient = Modulation(*(u.new_empty(u.shape) for u in norm))
     dls = None if layer_scale is None else layer_scale.new_empty(width)
     sums = partial.new_empty(samples, 2, width)
     blocks = cdiv(width, STAGE_COLUMNS)

@@ -223,8 +223,7 @@ def forward(
     x_1: Tensor,
     noise: Tensor,
     t: Tensor,
-    *,
-    weights: tuple[float, float, float, float],
+    weights: list[float],
     published: bool,
     masks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -304,7 +303,6 @@ def backward(
     t: Tensor,
     image: Tensor,
     factors: Tensor,
-    *,
     published: bool,
     masks: bool,
 ) -> Tensor:

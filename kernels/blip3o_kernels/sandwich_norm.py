@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.double_norm import (
-    Norm,
+    Modulation,
     double_norm,
     double_norm_gradient,
     load_norm,
@@ -27,6 +27,7 @@ from blip3o_kernels.launch import (
     forward_launch,
     on_device,
     register_limit,
+    unit_stride,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
 from blip3o_kernels.tiles import load_row, load_vector, token_range
@@ -130,23 +131,27 @@ def _backward_kernel(
         store_partial_sums(partial, p, q, r, cols, inside, WIDTH)
 
 
-def forward(x: Tensor, norm: Norm, *, eps: float) -> Tensor:
+def forward(x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """``[B, N, D]`` to ``[B, N, D]``."""
     out = x.new_empty(x.shape)
-    _forward(x, norm, out, None, eps)
+    _forward(x, (w1, w2, shift, scale), out, None, eps)
     return out
 
 
-def forward_quantised(x: Tensor, norm: Norm, *, eps: float) -> tuple[Tensor, Tensor]:
+def forward_quantised(
+    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """``[B, N, D]`` to ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
     out, scales = quantised_like(x)
-    _forward(x, norm, out, scales, eps)
+    _forward(x, (w1, w2, shift, scale), out, scales, eps)
     return out, scales
 
 
-def _forward(x: Tensor, norm: Norm, out: Tensor, scales: Tensor | None, eps: float) -> None:
+def _forward(
+    x: Tensor, norm: tuple[Tensor, ...], out: Tensor, scales: Tensor | None, eps: float
+) -> None:
     samples, tokens, width = x.shape
-    norm = norm.with_unit_strides()
+    w1, w2, shift, scale = map(unit_stride, norm)
     launch = forward_launch(width, samples * tokens)
     programs = FORWARD_PROGRAMS if scales is None else QUANTISED_PROGRAMS
     if not out.numel():
@@ -155,19 +160,22 @@ def _forward(x: Tensor, norm: Norm, out: Tensor, scales: Tensor | None, eps: flo
     with on_device(x):
         _forward_kernel[(samples * chunks,)](
             x,
-            *norm,
+            w1,
+            w2,
+            shift,
+            scale,
             out,
             scales,
             tokens,
             launch.rows,
             chunks,
             *x.stride(),
-            norm.shift.stride(0),
-            norm.scale.stride(0),
+            shift.stride(0),
+            scale.stride(0),
             EPS=eps,
             WIDTH=width,
             BLOCK=launch.block,
-            ACC=accumulator(x, *norm),
+            ACC=accumulator(x, w1, w2, shift, scale),
             QUANTISED=scales is not None,
             num_warps=launch.num_warps,
             maxnreg=register_limit(launch, programs),
@@ -176,12 +184,19 @@ def _forward(x: Tensor, norm: Norm, out: Tensor, scales: Tensor | None, eps: flo
 
 
 def backward(
-    dout: Tensor, x: Tensor, norm: Norm, *, eps: float, parameters: bool
-) -> tuple[Tensor, Norm | None]:
-    """Gradients of ``x`` and, with ``parameters``, of the norm."""
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and, with ``parameters``, of w1, w2, shift and scale, else empty tensors."""
     samples, tokens, width = x.shape
     dx = x.new_empty(x.shape)
-    norm = norm.with_unit_strides()
+    norm = Modulation(*map(unit_stride, (w1, w2, shift, scale)))
     acc = accumulator(x, *norm)
     launch = backward_launch(width, samples * tokens)
     chunks = cdiv(tokens, launch.rows)
@@ -212,5 +227,5 @@ def backward(
                 enable_fp_fusion=False,
             )
         if partial is None:
-            return dx, None
-        return dx, parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]
+            return dx, *(x.new_empty(0) for _ in norm)
+        return dx, *parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]

@@ -151,11 +151,11 @@ Tensor with_three_axes(const Tensor& x) {
 }
 
 /// The parameters of a norm in one dtype.
-struct Site {
+struct Modulation {
   Tensor w1, w2, shift, scale;
   blip3o_modulation c;
 
-  Site(const Tensor& of_w1, const Tensor& of_w2, const Tensor& of_shift, const Tensor& of_scale,
+  Modulation(const Tensor& of_w1, const Tensor& of_w2, const Tensor& of_shift, const Tensor& of_scale,
        int wanted)
       : w1(whole(of_w1, wanted)),
         w2(whole(of_w2, wanted)),
@@ -165,27 +165,27 @@ struct Site {
           scale.data_ptr(), shift.stride(0), scale.stride(0)} {}
 };
 
-std::optional<Site> site_of(const Optional& w1, const Optional& w2, const Optional& shift,
+std::optional<Modulation> modulation_of(const Optional& w1, const Optional& w2, const Optional& shift,
                             const Optional& scale, int wanted) {
   if (!w1) return std::nullopt;
-  return Site(*w1, *w2, *shift, *scale, wanted);
+  return Modulation(*w1, *w2, *shift, *scale, wanted);
 }
 
-const blip3o_modulation* address(const std::optional<Site>& site) {
-  return site ? &site->c : nullptr;
+const blip3o_modulation* address(const std::optional<Modulation>& modulation) {
+  return modulation ? &modulation->c : nullptr;
 }
 
-/// Gradients of a norm's parameters; none without a site.
-struct SiteGrads {
+/// Gradients of a norm's parameters; none without a norm.
+struct ModulationGrads {
   Optional w1, w2, shift, scale;
   blip3o_modulation_grads c{};
 
-  SiteGrads(const std::optional<Site>& site, bool wanted, int parameter) {
-    if (!site || !wanted) return;
-    w1 = fresh(site->w1, parameter);
-    w2 = fresh(site->w2, parameter);
-    shift = fresh(site->shift, parameter);
-    scale = fresh(site->scale, parameter);
+  ModulationGrads(const std::optional<Modulation>& modulation, bool wanted, int parameter) {
+    if (!modulation || !wanted) return;
+    w1 = fresh(modulation->w1, parameter);
+    w2 = fresh(modulation->w2, parameter);
+    shift = fresh(modulation->shift, parameter);
+    scale = fresh(modulation->scale, parameter);
     c = {w1->data_ptr(), w2->data_ptr(), shift->data_ptr(), scale->data_ptr()};
   }
 };
@@ -195,8 +195,8 @@ Tensor given_back(const Optional& gradient, const Optional& of, const Tensor& li
   return gradient && of ? as(*gradient, dtype(*of)) : nothing(like);
 }
 
-Tensor workspace(blip3o_shape shape, int sites, const Tensor& like) {
-  const int64_t floats = blip3o_sandwich_workspace(shape, sites);
+Tensor workspace(blip3o_shape shape, int modulations, const Tensor& like) {
+  const int64_t floats = blip3o_sandwich_workspace(shape, modulations);
   return fresh(Sizes(&floats, 1), BLIP3O_FLOAT32, like);
 }
 
@@ -306,10 +306,10 @@ Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale,
   const int parameter =
       parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
   const Rows rows(x, activation);
-  const Site site(w1, w2, shift, scale, parameter);
+  const Modulation modulation(w1, w2, shift, scale, parameter);
   Tensor h = fresh(x, activation);
   check(blip3o_sandwich_norm_forward({activation, parameter}, shape_of(x, x.size(2)), rows.c,
-                                     site.c, static_cast<float>(eps), h.data_ptr(),
+                                     modulation.c, static_cast<float>(eps), h.data_ptr(),
                                      place.stream()),
         "sandwich_norm");
   return h;
@@ -324,41 +324,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_backward(
   const int parameter =
       parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
   const Rows rows(x, activation), dh(grad, activation);
-  const std::optional<Site> site = Site(w1, w2, shift, scale, parameter);
-  const SiteGrads grads(site, parameters, parameter);
+  const std::optional<Modulation> modulation = Modulation(w1, w2, shift, scale, parameter);
+  const ModulationGrads grads(modulation, parameters, parameter);
   Tensor dx = fresh(x, activation);
   const blip3o_shape shape = shape_of(x, x.size(2));
   Optional scratch;
   if (parameters) scratch = workspace(shape, 1, x);
   check(blip3o_sandwich_norm_backward(
-            {activation, parameter}, shape, dh.c, rows.c, site->c, static_cast<float>(eps),
+            {activation, parameter}, shape, dh.c, rows.c, modulation->c, static_cast<float>(eps),
             dx.data_ptr(), grads.c, static_cast<float*>(scratch ? scratch->data_ptr() : nullptr),
             place.stream()),
         "sandwich_norm_backward");
-  return {dx, given_back(grads.w1, w1, w1), given_back(grads.w2, w2, w2),
-          given_back(grads.shift, shift, shift), given_back(grads.scale, scale, scale)};
+  return {dx, given_back(grads.w1, w1, x), given_back(grads.w2, w2, x),
+          given_back(grads.shift, shift, x), given_back(grads.scale, scale, x)};
 }
 
-std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scale, Optional w3,
-                                         Optional w4, Optional post_shift, Optional post_scale,
-                                         Optional w1, Optional w2, Optional pre_shift,
+std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scale, Optional post_w1,
+                                         Optional post_w2, Optional post_shift, Optional post_scale,
+                                         Optional pre_w1, Optional pre_w2, Optional pre_shift,
                                          Optional pre_scale, double eps) {
   const Place place(x);
   const int activation = common_dtype(x, y);
-  if (w1 && activation != dtype(x)) {
+  if (pre_w1 && activation != dtype(x)) {
     // Computed in fp32 and stored narrower: the next sub-layer must see the stored numbers.
-    Tensor x_out = std::get<0>(sandwich_join(x, y, layer_scale, w3, w4, post_shift, post_scale, {},
-                                             {}, {}, {}, eps));
-    return {x_out, sandwich_norm(x_out, *w1, *w2, *pre_shift, *pre_scale, eps)};
+    Tensor x_out = std::get<0>(sandwich_join(x, y, layer_scale, post_w1, post_w2, post_shift,
+                                             post_scale, {}, {}, {}, {}, eps));
+    return {x_out, sandwich_norm(x_out, *pre_w1, *pre_w2, *pre_shift, *pre_scale, eps)};
   }
   const int parameter =
-      parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
-                                      &pre_shift, &pre_scale});
+      parameter_dtype<9>(activation, {&layer_scale, &post_w1, &post_w2, &post_shift, &post_scale,
+                                      &pre_w1, &pre_w2, &pre_shift, &pre_scale});
   const Rows stream(x, activation), branch(y, activation);
   Optional ls;
   if (layer_scale) ls = whole(*layer_scale, parameter);
-  const auto post = site_of(w3, w4, post_shift, post_scale, parameter);
-  const auto pre = site_of(w1, w2, pre_shift, pre_scale, parameter);
+  const auto post = modulation_of(post_w1, post_w2, post_shift, post_scale, parameter);
+  const auto pre = modulation_of(pre_w1, pre_w2, pre_shift, pre_scale, parameter);
   Tensor x_out = fresh(x, activation);
   Tensor h = pre ? fresh(x, activation) : nothing(x);
   check(blip3o_sandwich_join_forward({activation, parameter}, shape_of(x, x.size(2)), stream.c,
@@ -373,41 +373,42 @@ using Eleven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
                           Tensor, Tensor>;
 
 Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor y,
-                              Optional layer_scale, Optional w3, Optional w4, Optional post_shift,
-                              Optional post_scale, Optional w1, Optional w2, Optional pre_shift,
-                              Optional pre_scale, double eps, bool parameters) {
+                              Optional layer_scale, Optional post_w1, Optional post_w2,
+                              Optional post_shift, Optional post_scale, Optional pre_w1,
+                              Optional pre_w2, Optional pre_shift, Optional pre_scale, double eps,
+                              bool parameters) {
   const Place place(x_out);
   const int activation = common_dtype(x_out, y);
   const int parameter =
-      parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
-                                      &pre_shift, &pre_scale});
+      parameter_dtype<9>(activation, {&layer_scale, &post_w1, &post_w2, &post_shift, &post_scale,
+                                      &pre_w1, &pre_w2, &pre_shift, &pre_scale});
   const Rows stream(x_out, activation), branch(y, activation);
+  if (!pre_w1) dh.reset();  // the gradient of an empty tensor
   const Rows of_x_out(dx_out, activation), of_h(dh, activation);
-  Optional ls, dls, dy, scratch;
+  Optional ls, dls, scratch;
   if (layer_scale) ls = whole(*layer_scale, parameter);
-  const auto post = site_of(w3, w4, post_shift, post_scale, parameter);
-  const auto pre = site_of(w1, w2, pre_shift, pre_scale, parameter);
-  const SiteGrads dpost(post, parameters, parameter), dpre(pre, parameters, parameter);
+  const auto post = modulation_of(post_w1, post_w2, post_shift, post_scale, parameter);
+  const auto pre = modulation_of(pre_w1, pre_w2, pre_shift, pre_scale, parameter);
+  const ModulationGrads dpost(post, parameters, parameter), dpre(pre, parameters, parameter);
   if (ls && parameters) dls = fresh(*ls, parameter);
-  Tensor dx = fresh(x_out, activation);
-  if (ls || post) dy = fresh(y, activation);
+  Tensor dx = fresh(x_out, activation), dy = fresh(y, activation);
   const blip3o_shape shape = shape_of(x_out, x_out.size(2));
   if (parameters) scratch = workspace(shape, 2, x_out);
   check(blip3o_sandwich_join_backward(
             {activation, parameter}, shape, of_x_out.c, of_h.c, stream.c, branch.c, address(ls),
             address(post), address(pre), static_cast<float>(eps), dx.data_ptr(),
-            dy ? dy->data_ptr() : nullptr, dls ? dls->data_ptr() : nullptr, dpost.c, dpre.c,
+            dy.data_ptr(), dls ? dls->data_ptr() : nullptr, dpost.c, dpre.c,
             static_cast<float*>(scratch ? scratch->data_ptr() : nullptr), place.stream()),
         "sandwich_join_backward");
   return {as(dx, dtype(x_out)),
-          given_back(dy, y, x_out),
+          as(dy, dtype(y)),
           given_back(dls, layer_scale, x_out),
-          given_back(dpost.w1, w3, x_out),
-          given_back(dpost.w2, w4, x_out),
+          given_back(dpost.w1, post_w1, x_out),
+          given_back(dpost.w2, post_w2, x_out),
           given_back(dpost.shift, post_shift, x_out),
           given_back(dpost.scale, post_scale, x_out),
-          given_back(dpre.w1, w1, x_out),
-          given_back(dpre.w2, w2, x_out),
+          given_back(dpre.w1, pre_w1, x_out),
+          given_back(dpre.w2, pre_w2, x_out),
           given_back(dpre.shift, pre_shift, x_out),
           given_back(dpre.scale, pre_scale, x_out)};
 }
@@ -436,9 +437,10 @@ void solver_update(Tensor x, Tensor velocity, Tensor slopes, Tensor coefficients
 
 }  // namespace
 
-#define SITES                                                                              \
-  "Tensor? layer_scale, Tensor? w3, Tensor? w4, Tensor? post_shift, Tensor? post_scale, " \
-  "Tensor? w1, Tensor? w2, Tensor? pre_shift, Tensor? pre_scale, float eps"
+#define GIVEN                                                                              \
+  "Tensor? layer_scale, Tensor? post_w1, Tensor? post_w2, Tensor? post_shift, "           \
+  "Tensor? post_scale, Tensor? pre_w1, Tensor? pre_w2, Tensor? pre_shift, Tensor? pre_scale, " \
+  "float eps"
 #define TABLES "Tensor cos, Tensor sin, int heads"
 
 // Tests bind the kernels to host tensors, under another name.
@@ -465,8 +467,8 @@ LIBRARY(BLIP3O_NAMESPACE, m) {
   m.def(
       "sandwich_norm_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor shift, "
       "Tensor scale, float eps, bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("sandwich_join(Tensor x, Tensor y, " SITES ") -> (Tensor, Tensor)");
-  m.def("sandwich_join_backward(Tensor? dx_out, Tensor? dh, Tensor x_out, Tensor y, " SITES
+  m.def("sandwich_join(Tensor x, Tensor y, " GIVEN ") -> (Tensor, Tensor)");
+  m.def("sandwich_join_backward(Tensor? dx_out, Tensor? dh, Tensor x_out, Tensor y, " GIVEN
         ", bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
         "Tensor, Tensor, Tensor)");
   m.def(

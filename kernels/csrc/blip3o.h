@@ -77,7 +77,7 @@ BLIP3O_API int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape s
                                             void* h, cudaStream_t stream);
 
 /*
- * dx_out or dh absent: zero. dy NULL: not wanted (without layer_scale and post it is dx). Gradients of what the forward was not given are not written.
+ * dx_out or dh absent: zero. Gradients of what the forward was not given are not written.
  * `workspace` holds blip3o_sandwich_workspace(shape, 2) floats; NULL: only dx and dy are wanted.
  */
 BLIP3O_API int blip3o_sandwich_join_backward(
@@ -87,8 +87,8 @@ BLIP3O_API int blip3o_sandwich_join_backward(
     blip3o_modulation_grads dpost, blip3o_modulation_grads dpre, float* workspace,
     cudaStream_t stream);
 
-/* Floats of scratch for the backward of an op with `sites` modulations. */
-BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int sites);
+/* Floats of scratch for the backward of an op with so many modulations. */
+BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int modulations);
 
 /*
  * Rotates H query and K key heads of packed rows [(H + 2K) d] and copies the value heads. cos, sin

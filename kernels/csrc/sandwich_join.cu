@@ -3,11 +3,11 @@
 //   x' = x + norm(layer_scale y; post)      h = norm(x'; pre)
 //
 // The backward needs c of the pre-norm and then c of the post-norm, which depends on the first through
-// the gradient of x'. It does so linearly, so that sums of one round give both: with r, q, square of the
-// pre-norm, g = gain dh of the pre-norm and k = gain y of the post-norm,
+// the gradient of x'. It does so linearly, so that sums of one round give both: with r, pull, square
+// of the pre-norm, g = gain dh of the pre-norm and k = gain y of the post-norm,
 //
-//   dx = dx_out + r g - square x' q
-//   c_post = sum(dx k) = sum(dx_out k) + r sum(g k) - q sum(square x' k)
+//   dx = dx_out + r g - square x' pull
+//   c_post = sum(dx k) = sum(dx_out k) + r sum(g k) - pull sum(square x' k)
 #include "modulation_grads.cuh"
 
 namespace blip3o {
@@ -20,7 +20,7 @@ struct JoinForward {
   float inverse_width, eps;
   Rows<T> x, y;
   const P* layer_scale;
-  Site<P> post, pre;
+  Modulation<P> post, pre;
   T *x_out, *h;
 };
 
@@ -86,13 +86,13 @@ struct JoinBackward {
   float inverse_width, eps;
   Rows<T> dx_out, dh, x, y;
   const P* layer_scale;
-  Site<P> post, pre;
+  Modulation<P> post, pre;
   T *dx, *dy;
   float *partial_post, *partial_pre;  // null: nothing there wants a gradient
   int slots;
 };
 
-/// r and q of both norms of a row.
+/// r and pull of both norms of a row.
 struct JoinScales {
   float pre, pull_pre, post, pull_post;
 };
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<
   const Weights post =
       load_weights<false>(a.post, a.post.present(), a.layer_scale, unit.batch, a.eps, columns);
 
-  SiteSums of_pre{}, of_post{};
+  ModulationSums of_pre{}, of_post{};
 #pragma unroll 1
   for (int r = 0; r < a.units.rows; ++r) {
     const int token = unit.token + r;
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<
       of_post.add(i, dx[i], y[i], scales.post, scales.pull_post);
     }
     columns.store(a.dx + a.units.row(unit, r) * a.width, dx);
-    if (a.dy != nullptr) columns.store(a.dy + a.units.row(unit, r) * a.width, dy);
+    columns.store(a.dy + a.units.row(unit, r) * a.width, dy);
   }
   if (a.units.index() >= a.units.count) return;
   const int64_t offset = static_cast<int64_t>(a.units.index()) * a.slots * kSums * a.width;
@@ -189,8 +189,8 @@ int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3
     a.x = Rows<T>(x);
     a.y = Rows<T>(y);
     a.layer_scale = static_cast<const P*>(layer_scale);
-    a.post = Site<P>(post);
-    a.pre = Site<P>(pre);
+    a.post = Modulation<P>(post);
+    a.pre = Modulation<P>(pre);
     a.x_out = static_cast<T*>(x_out);
     a.h = static_cast<T*>(h);
     const bool whole_words = a.width % kPack<T> == 0 && aligned(x, sizeof(T)) &&
@@ -212,15 +212,15 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
   const Units units(shape, backward_rows(shape));
-  SiteGrads sites[2];
+  ModulationGrads wanted[2];
   int slots = 0;
   if (workspace != nullptr && (post != nullptr || layer_scale != nullptr)) {
-    sites[slots] = {post, layer_scale, dpost, dlayer_scale, slots};
+    wanted[slots] = {post, layer_scale, dpost, dlayer_scale, slots};
     ++slots;
   }
   const int post_slots = slots;
   if (workspace != nullptr && pre != nullptr) {
-    sites[slots] = {pre, nullptr, dpre, nullptr, slots};
+    wanted[slots] = {pre, nullptr, dpre, nullptr, slots};
     ++slots;
   }
   const int error = with_dtypes(dtypes, [&](auto activation, auto parameter) {
@@ -236,8 +236,8 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
     a.x = Rows<T>(x_out);
     a.y = Rows<T>(y);
     a.layer_scale = static_cast<const P*>(layer_scale);
-    a.post = Site<P>(post);
-    a.pre = Site<P>(pre);
+    a.post = Modulation<P>(post);
+    a.pre = Modulation<P>(pre);
     a.dx = static_cast<T*>(dx);
     a.dy = static_cast<T*>(dy);
     a.partial_post = post_slots > 0 ? workspace : nullptr;
@@ -253,6 +253,6 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
     });
   });
   if (error != cudaSuccess || slots == 0) return error;
-  return launch_modulation_grads(dtypes.parameter, shape, units, workspace, slots, sites, slots, eps,
+  return launch_modulation_grads(dtypes.parameter, shape, units, workspace, slots, wanted, slots, eps,
                                  stream);
 }
