@@ -79,6 +79,9 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check, print a line and write the record after each."""
     options, path = parse_arguments(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("expected a GPU that torch can use, found none; --device cpu tests this without one")
+        return 1
     names = list(checks(options))
     answers: list[Answer] = []
     for answer in ask(options, names):

@@ -411,6 +411,7 @@ def test_bad_arguments(arguments, said, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_step_runs_on_a_cpu_from_a_plain_copy(tmp_path):
     """Not installed, without history; the commit that is named reaches every record."""
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "__pycache__")
