@@ -202,9 +202,12 @@ def graphed(network: Network, dtype: torch.dtype | None = None, **per_op: Impl) 
 
 
 def generate_cases(
-    shape: Shape, dtype: str, device: torch.device, *, steps: int, compiled: bool
+    shape: Shape, dtype: str, device: torch.device, *, steps: int, eager: bool = False
 ) -> Iterator[Case]:
-    """A whole translation by Heun's method: two evaluations a step, and the condition once."""
+    """A whole translation by Heun's method: two evaluations a step, and the condition once.
+
+    On a GPU each step is the replay of a graph; ``eager`` also launches every kernel instead.
+    """
     network = Network(shape, dtype, device)
     size = DTYPES[dtype].itemsize
     task = Task(
@@ -222,10 +225,8 @@ def generate_cases(
         return Prepared([lambda: plan(eva, noise=x)], kernel=False)
 
     contenders = [Contender("plan", prepare)]
-    if device.type == "cuda":
+    if eager:
         contenders.append(Contender("plan, no graph", lambda: prepare(graph=False)))
-    if compiled:
-        contenders.append(Contender("plan, torch.compile", lambda: prepare(compile=True)))
     yield Case(task, tuple(contenders))
 
 

@@ -187,8 +187,10 @@ def test_one_kernel_for_rotation_and_attention_is_used_and_agrees(monkeypatch, e
 
 
 def test_a_translation_counts_its_evaluations():
-    (case,) = generate_cases(SHAPE, "fp32", CPU, steps=2, compiled=False)
+    (case,) = generate_cases(SHAPE, "fp32", CPU, steps=2)
     assert case.task.name == "2-step Heun"
     (contender,) = case.contenders
     clip = contender.prepare().calls[0]()
     assert clip.shape == (1, 16, 1024)
+    (case,) = generate_cases(SHAPE, "fp32", CPU, steps=2, eager=True)
+    assert [contender.name for contender in case.contenders] == ["plan", "plan, no graph"]
