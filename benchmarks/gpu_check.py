@@ -306,7 +306,7 @@ class Check:
         return next((line[:300] for line in reversed(lines) if line), "no output")
 
     def summary(self) -> dict[str, Any]:
-        """What is known so far: of each step, and in full of those with a short record."""
+        """What is known so far."""
         steps = [
             {
                 "name": outcome.name,
@@ -391,7 +391,7 @@ def find_commit() -> str:
     """The commit of the checkout, nothing if it is a copy without history."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
+            ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"],
             capture_output=True,
             text=True,
             check=False,
@@ -399,7 +399,8 @@ def find_commit() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    top, _, commit = done.stdout.strip().partition("\n")
+    return commit if top and Path(top).resolve() == ROOT else ""
 
 
 def find_program(name: str) -> str | None:

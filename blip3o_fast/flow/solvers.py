@@ -6,8 +6,8 @@ present state, and the state moves to
     x_{i+1} = a_i x_i + sum_{j <= i} c_ij v_j
 
 A solver is therefore the times t_i and the numbers (a_i, c_ij). The loop (``flow.trajectory``) and
-``ops.solver_update`` know nothing else. A ``Tableau`` gives them for Runge-Kutta methods, an order
-for Adams-Bashforth methods. Adding a solver is adding one entry to ``SOLVERS``.
+``ops.solver_update`` know nothing else. A Butcher tableau gives them for Runge-Kutta methods, an
+order for Adams-Bashforth methods. Adding a solver is adding one entry to ``SOLVERS``.
 """
 
 from dataclasses import dataclass

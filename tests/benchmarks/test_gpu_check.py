@@ -142,6 +142,18 @@ def test_every_step_runs_in_its_order_and_is_told_the_commit(rehearsal):
 
 
 def test_without_history_and_commit_nothing_is_made_up(rehearsal):
+    """Least of all the commit of a clone in which the copy lies."""
+    git = [
+        "git",
+        "-C",
+        str(rehearsal.folder),
+        "-c",
+        "user.name=n",
+        "-c",
+        "user.email=e@example.org",
+    ]
+    for words in (["init"], ["commit", "--allow-empty", "-m", "another project"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
     rehearsal.acts(environment='echo "<$BLIP3O_FAST_COMMIT>"')
     rehearsal.run("--steps", "environment")
     assert rehearsal.results()["environment.log"] == b"<>\n"
@@ -411,6 +423,7 @@ def test_bad_arguments(arguments, said, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_step_runs_on_a_cpu_from_a_plain_copy(tmp_path):
     """Not installed, without history; the commit that is named reaches every record."""
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "__pycache__")
