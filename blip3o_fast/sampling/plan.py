@@ -10,9 +10,10 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypedDict
+from functools import wraps
+from typing import ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, co
 from blip3o_fast.sampling.inputs import check_features, starting_noise, warn_of_guidance
 from blip3o_fast.sampling.packed import E4M3
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
@@ -41,6 +45,22 @@ class PlanOptions(TypedDict, total=False):
     graph: bool | None
     compile: bool
     working_memory: int | None
+
+
+def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """``function`` as it is, even inside ``torch.compile`` of somebody's code.
+
+    Its locks, caches and checks on the host are no graph; ``compile=True`` compiles what is one.
+    """
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            reason = "generate is no graph; SamplingPlan(compile=True) compiles what is one"
+            return torch.compiler.disable(function, reason=reason)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 class SamplingPlan:
@@ -101,6 +121,7 @@ class SamplingPlan:
         if working_memory is not None and working_memory < 1:
             raise ValueError(f"working_memory: expected at least 1 byte, got {working_memory}")
 
+    @untraced
     @torch.no_grad()
     def __call__(
         self,
@@ -133,7 +154,7 @@ class SamplingPlan:
         model, device = self.model, eva.device
         self.check_device(device)
         refuse_outer_capture(device)
-        warn_of_guidance(model, self.guidance_scale, stacklevel=3)
+        warn_of_guidance(model, self.guidance_scale, stacklevel=4)
         check_features(model, eva)
         graph = self._uses_graph(device)
         x = starting_noise(model.config, eva, noise, generator, seeds)
