@@ -24,7 +24,7 @@ import torch
 from blip3o_fast.benchmarking.cases import Case, Contender
 from blip3o_fast.benchmarking.ceilings import Ceilings, measure_ceilings
 from blip3o_fast.benchmarking.checkout import describe_checkout
-from blip3o_fast.benchmarking.clock import time_together
+from blip3o_fast.benchmarking.clock import time_alone
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.peers import find_peers
 from blip3o_fast.benchmarking.selection import Settings, choose_sources, dtypes
@@ -77,8 +77,8 @@ def _params(
     marks = [pytest.mark.gpu] if device.type == "cuda" else [pytest.mark.cpu] if quick else []
     if not quick:
         marks.append(pytest.mark.slow)
-    for source, make in choose_sources(settings):
-        for index, case in enumerate(make() if source == group else ()):
+    for _, make in choose_sources(settings):
+        for index, case in enumerate(make()):
             task, place = case.task, Place(make, index, device)
             for contender in case.contenders:
                 name = f"{task.name}-{task.shape}-{task.dtype}-{contender.name}-{device.type}"
@@ -140,13 +140,15 @@ def _time(
     ceilings: Ceilings,
     stack: ExitStack,
 ) -> None:
-    prepared, watch = contender.prepare(), make_watch(device)
+    prepared = contender.prepare()
     if prepared.close is not None:
         stack.callback(prepared.close)
-    peak = watch.first(prepared)
-    budget = Settings(device, quick=True).budget
-    (timing,) = time_together([prepared], watch, budget)
-    result = Result(case.task, contender.name, contender.ours, timing, prepared.rotation, peak)
+    watch = make_watch(prepared, device)
+    watch.start()
+    timing = time_alone(watch, Settings(device, quick=True).budget)
+    result = Result(
+        *(case.task, contender.name, contender.ours), timing, prepared.rotation, watch.peak
+    )
     measurement = measured(result, ceilings)
     benchmark.extra_info.update(asdict(measurement), fraction=measurement.fraction)
     benchmark.extra_info.update(per_call=prepared.per_call)

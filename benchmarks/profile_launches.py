@@ -27,7 +27,7 @@ from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.table import align, seconds
-from blip3o_fast.benchmarking.training_cases import prepare_step, step_work
+from blip3o_fast.benchmarking.training_cases import Training, prepare_step, step_work
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import PRESETS, DiTConfig
 from blip3o_fast.data.atomic import write_atomically
@@ -140,17 +140,13 @@ def profile_launches(what: What, shape: Shape, dtype: str, device: torch.device)
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    try:
-        for _ in range(WARM_UP):
+    for _ in range(WARM_UP):
+        call()
+    with profile(activities=activities, record_shapes=True) as recorded:
+        for _ in range(CALLS):
             call()
-        with profile(activities=activities, record_shapes=True) as recorded:
-            for _ in range(CALLS):
-                call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-    finally:
-        if prepared.close is not None:
-            prepared.close()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
     events: Any = recorded.events()
     found: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
     for event in events:
@@ -164,7 +160,7 @@ def profile_launches(what: What, shape: Shape, dtype: str, device: torch.device)
 def prepare(what: What, shape: Shape, dtype: str, device: torch.device) -> Prepared:
     """What is profiled, ready to be called."""
     if what == "training":
-        return prepare_step(shape, dtype, device)
+        return prepare_step(Training(shape, dtype, device))
     return hoisted(Network(shape, dtype, device), None)
 
 

@@ -2,12 +2,12 @@
 
 Contenders take turns, so that a machine that slows down slows all of them. A turn is a sample: the
 mean of some calls, or one call of what takes long. The figure is the median of the samples, beside
-their quintiles.
+their quintiles. A contender that fails leaves the turns; the others go on.
 
 On CUDA the time is the device's, between two events. For a kernel (``Prepared.kernel``) the calls
 queue up behind a device-side delay, so that the host's time to launch them does not show; whether
 the queue was full before the delay ended is checked. For a program it includes every gap that the
-host leaves, as a user would see it. The host's own cost of a call is measured apart.
+host leaves, as a user would see it. The host's own cost of a call is measured along with it.
 
 Cold: the calls rotate over copies of their tensors. On CUDA they together exceed the L2 cache three
 times; on a CPU they exceed a core's own caches (``watch.CPU_ROTATION``), while a last-level cache
@@ -18,19 +18,30 @@ again, after one call that is not timed.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, repeat
 from statistics import median, quantiles
 
-from blip3o_fast.benchmarking.watch import Prepared, Sample, Watch
+from blip3o_fast.benchmarking.watch import Sample, Watch
+
+PATIENCE = 10
+"""Turns end after this many times the budgeted seconds, however few there were: at least one."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure: at least ``rounds`` turns each, then until ``seconds`` have passed."""
+    """How long to measure: at least ``rounds`` turns each, then until ``seconds`` have passed.
+
+    Slow contenders get fewer turns: no new one begins after ``PATIENCE * seconds``.
+    """
 
     seconds: float
     rounds: int = 5
     most: int = 200
+
+    def goes_on(self, turns: int, elapsed: float) -> bool:
+        """Whether there is another turn after ``turns`` of them."""
+        if turns < self.rounds:
+            return turns == 0 or elapsed < PATIENCE * self.seconds
+        return turns < self.most and elapsed < self.seconds
 
 
 @dataclass(frozen=True)
@@ -51,37 +62,65 @@ class Timing:
     queued: bool | None = None
 
 
-def time_together(prepared: Sequence[Prepared], watch: Watch, budget: Budget) -> list[Timing]:
-    """Time contenders in turns; all their calls have been made once (``Watch.first``)."""
-    counts = [watch.count(p) for p in prepared]
-    rotations = [cycle(p.calls) for p in prepared]
-    cold: list[list[Sample]] = [[] for _ in prepared]
-    warm: list[list[Sample]] = [[] for _ in prepared]
-    deadline = time.perf_counter() + budget.seconds
+def time_together(watches: Sequence[Watch], budget: Budget) -> list[Timing | Exception]:
+    """Time started watches in turns; what a contender raised stands in place of its timing."""
+    turns_of = [_Turns(watch) for watch in watches]
+    start = time.perf_counter()
     turns = 0
-    while turns < budget.rounds or (time.perf_counter() < deadline and turns < budget.most):
-        for i, p in enumerate(prepared):
-            cold[i].append(watch.sample(rotations[i], counts[i], p.kernel))
-            if p.warm:
-                p.calls[0]()
-                warm[i].append(watch.sample(repeat(p.calls[0]), counts[i], p.kernel))
+    while budget.goes_on(turns, time.perf_counter() - start):
+        for one in turns_of:
+            one.take()
         turns += 1
-    return [summarise(cold[i], warm[i], p.per_call, watch.host(p)) for i, p in enumerate(prepared)]
+    return [one.result() for one in turns_of]
 
 
-def summarise(
-    cold: Sequence[Sample], warm: Sequence[Sample], per_call: int, host: float | None
-) -> Timing:
+def time_alone(watch: Watch, budget: Budget) -> Timing:
+    """Time a started watch by itself.
+
+    Raises:
+        Exception: what its contender raised.
+    """
+    (timing,) = time_together([watch], budget)
+    if isinstance(timing, Exception):
+        raise timing
+    return timing
+
+
+class _Turns:
+    """The turns of one contender, until it fails."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.cold: list[Sample] = []
+        self.warm: list[Sample] = []
+        self.error: Exception | None = None
+
+    def take(self) -> None:
+        if self.error is not None:
+            return
+        try:
+            self.cold.append(self.watch.cold())
+            if self.watch.prepared.warm:
+                self.warm.append(self.watch.warm())
+        except Exception as error:
+            self.error = error
+
+    def result(self) -> Timing | Exception:
+        return self.error or summarise(self.cold, self.warm, self.watch.prepared.per_call)
+
+
+def summarise(cold: Sequence[Sample], warm: Sequence[Sample], per_call: int) -> Timing:
     """Median and quintiles of a task, of which a call does ``per_call``."""
     seconds = [sample.seconds / per_call for sample in cold]
     low, *_, high = quantiles(seconds, n=5, method="inclusive") if seconds[1:] else seconds * 2
+    hosts = [sample.host / per_call for sample in cold if sample.host is not None]
     asked = [sample.queued for sample in (*cold, *warm) if sample.queued is not None]
     return Timing(
         median=median(seconds),
         low=low,
         high=high,
         samples=len(seconds),
-        host=None if host is None else host / per_call,
+        host=median(hosts) if hosts else None,
         warm=median(sample.seconds / per_call for sample in warm) if warm else None,
         queued=all(asked) if asked else None,
     )

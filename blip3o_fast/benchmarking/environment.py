@@ -18,19 +18,22 @@ PACKAGES = (
     *("apex", "flash-attn", "flash-attn-4", "flash_attn_3"),
 )
 
+COMMIT = "BLIP3O_FAST_COMMIT"
+"""Names the commit of a copy of a clone that has no history."""
+
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """JSON-ready facts. ``device`` names what was measured; runs on different ones do not compare.
 
     ``clocks`` holds what nvidia-smi says now (None on a CPU); ``load`` is the load average of the
-    machine now. ``commit`` is that of the clone that the library runs from, None outside one.
+    machine now. ``commit`` and ``changed`` are those of ``describe_commit``.
     """
     versions = {"blip3o_fast": blip3o_fast.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     versions["torch"] = torch.__version__  # says of which build, which its metadata may not
-    commit, changed = find_commit(Path(__file__).resolve().parents[2])
+    commit, changed = describe_commit()
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -46,6 +49,15 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "changed": changed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def describe_commit() -> tuple[str | None, bool | None]:
+    """The commit that the library runs from, and whether files differ from it.
+
+    Outside a clone the environment variable ``BLIP3O_FAST_COMMIT`` may name one; else None.
+    """
+    commit, changed = find_commit(Path(__file__).resolve().parents[2])
+    return commit or os.environ.get(COMMIT), changed
 
 
 def find_commit(root: Path) -> tuple[str | None, bool | None]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,17 @@ from blip3o_fast.benchmarking.ceilings import DTYPES
 from blip3o_fast.benchmarking.op_cases import has_impl
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Call, Prepared
-from blip3o_fast.flow import find_solver
-from blip3o_fast.flow import time_grid as make_grid
+from blip3o_fast.model import plain_velocity
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
-from blip3o_fast.sampling import SamplingPlan, plain_velocity
-from blip3o_fast.sampling.conditioning import condition
-from blip3o_fast.sampling.engine import engine_key, find_engine
-from blip3o_fast.sampling.evaluation import evaluate
-from blip3o_fast.sampling.stepper import Method, Stepper
+from blip3o_fast.sampling import SamplingPlan
+from blip3o_fast.sampling.cache import find_engine
+from blip3o_fast.sampling.hoisted import HoistedVelocity, evaluate
+from blip3o_fast.sampling.packed import PackedNetwork
 
 TIME = 0.5
-"""Of a single evaluation: the second of two Euler steps begins here."""
+GRID = (0.0, TIME, 1.0)
+"""A single evaluation is that of the second of two Euler steps."""
 GRAPHED_STEPS = 50
 FP8 = torch.float8_e4m3fn
 FP8_TOLERANCE = 0.2
@@ -148,41 +147,23 @@ def hoisted(
     compile_it: bool = False,
 ) -> Prepared:
     """One evaluation by the plan's own function, every launch made by the host."""
-    stepper, evaluation = make_stepper(network, impl, dtype or network.dtype)
-    run = _compiled_evaluation(network, evaluation) if compile_it else evaluation
-    state = network.get()[1].float()
+    model, x, eva = network.get()
+    dtype = dtype or network.dtype
+    plan = SamplingPlan(model, steps=2, solver="euler", time_grid=GRID, dtype=dtype, impl=impl)
+    trajectory = plan.start(eva, x.float())
+    trajectory.row.fill_(GRID.index(TIME))
+    velocity = trajectory.velocity
+    assert isinstance(velocity, HoistedVelocity)
+    if compile_it:
+        velocity.run = _compiled_evaluation(find_engine(model, dtype, impl).network, network.device)
 
     def call() -> object:
         with torch.no_grad():
-            return run(state, stepper.context, stepper.sites[0])
+            return trajectory.slope()
 
     tolerance = FP8_TOLERANCE if dtype is FP8 else 0.0
     check_agreement("evaluation, hoisted", call(), network.velocity(), tolerance)
     return Prepared([call], kernel=False)
-
-
-def make_stepper(
-    network: Network, impl: Impl | None, dtype: torch.dtype
-) -> tuple[Stepper, Callable[..., Tensor]]:
-    """A batch, its modulations at ``TIME`` in place, and the plan's evaluation."""
-    model, x, eva = network.get()
-    engine = find_engine(model, engine_key(model, dtype, impl, False))
-    method = Method(find_solver("euler"), 1.0, None)
-    with torch.no_grad():
-        table = engine.table(model, make_grid("ascending", 2), method.solver, torch.float32)
-        context = condition(engine.weights, engine.config, eva, guided=False, impls=engine.impls)
-        stepper = Stepper(
-            engine.evaluate,
-            engine.weights.norms,
-            method,
-            table,
-            x.float().clone(),
-            context,
-            engine.impls.solver_update,
-        )
-        stepper.counter.fill_(1)
-        stepper.advance()
-    return stepper, cast("Callable[..., Tensor]", engine.evaluate)
 
 
 def graphed(network: Network, dtype: torch.dtype | None = None, **per_op: Impl) -> Prepared:
@@ -202,9 +183,12 @@ def graphed(network: Network, dtype: torch.dtype | None = None, **per_op: Impl) 
 
 
 def generate_cases(
-    shape: Shape, dtype: str, device: torch.device, *, steps: int, compiled: bool
+    shape: Shape, dtype: str, device: torch.device, *, steps: int, eager: bool = False
 ) -> Iterator[Case]:
-    """A whole translation by Heun's method: two evaluations a step, and the condition once."""
+    """A whole translation by Heun's method: two evaluations a step, and the condition once.
+
+    On a GPU each step is the replay of a graph; ``eager`` also launches every kernel instead.
+    """
     network = Network(shape, dtype, device)
     size = DTYPES[dtype].itemsize
     task = Task(
@@ -222,10 +206,8 @@ def generate_cases(
         return Prepared([lambda: plan(eva, noise=x)], kernel=False)
 
     contenders = [Contender("plan", prepare)]
-    if device.type == "cuda":
+    if eager:
         contenders.append(Contender("plan, no graph", lambda: prepare(graph=False)))
-    if compiled:
-        contenders.append(Contender("plan, torch.compile", lambda: prepare(compile=True)))
     yield Case(task, tuple(contenders))
 
 
@@ -246,29 +228,18 @@ def _compiled(module: Any, device: torch.device) -> Callable[..., Any]:
     return _own_outputs(torch.compile(module, mode=mode, dynamic=False), device)
 
 
-def _compiled_evaluation(network: Network, evaluation: Callable[..., Tensor]) -> Callable[..., Any]:
+def _compiled_evaluation(network: PackedNetwork, device: torch.device) -> Callable[..., Any]:
     """The hoisted evaluation under ``torch.compile``; its weights stay where they are.
 
     Arguments that are not parameters are copied into the graph at every replay, unless they are
     marked as static: without the mark the compiler would be charged 180 MB of copies.
     """
-    weights, config, impls = cast("partial[Tensor]", evaluation).args
-    if network.device.type == "cuda":
-        for tensor in _tensors(weights):
+    if device.type == "cuda":
+        for tensor in network.projections():
             torch._dynamo.mark_static_address(tensor)  # pyright: ignore[reportPrivateUsage]
-    mode = "max-autotune" if network.device.type == "cuda" else "default"
+    mode = "max-autotune" if device.type == "cuda" else "default"
     run = torch.compile(evaluate, mode=mode, dynamic=False, fullgraph=True)
-    return _own_outputs(partial(run, weights, config, impls), network.device)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple):
-        for branch in tree:
-            yield from _tensors(branch)
-    elif isinstance(tree, torch.nn.Module):
-        yield from tree.parameters()
+    return _own_outputs(partial(run, network), device)
 
 
 def _own_outputs(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -70,6 +70,8 @@ class Record:
         peers: every peer: its version, or ``absent: `` and the reason.
         measurements: in the order in which they were made.
         left_out: what was not measured, and why.
+        failures: what was not measured by a fault of this library or of the run, and why; records
+            of older versions have none, since a failure left no record.
     """
 
     settings: dict[str, Any]
@@ -80,6 +82,7 @@ class Record:
     peers: dict[str, str]
     measurements: tuple[Measurement, ...]
     left_out: dict[str, str]
+    failures: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def to_json(self) -> str:
         """The file's text."""

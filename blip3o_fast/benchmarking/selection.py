@@ -29,7 +29,8 @@ class Settings:
 
     Attributes:
         device: where.
-        quick: the shortest set that still shows every group: no compilation, few samples.
+        quick: the shortest set that still shows every group: no compilation, few samples and, where
+            a call takes long, only the contenders that a user would choose.
         groups: which of ``GROUPS``.
         published: checkout of the published implementation, or None.
         seconds: of measurement for a case, all contenders together.
@@ -59,6 +60,8 @@ def omissions(settings: Settings) -> dict[str, str]:
     left: dict[str, str] = {}
     if settings.quick:
         left["torch.compile"] = "compilation takes minutes; run without --quick"
+        if settings.device.type == "cuda":
+            left["translations without a graph"] = "they take long; run without --quick"
     for group in GROUPS:
         if group not in settings.groups:
             left[group] = "not among the groups asked for"
@@ -69,14 +72,14 @@ def omissions(settings: Settings) -> dict[str, str]:
 
 def choose_cases(settings: Settings) -> Iterator[Case]:
     """The cases of a run, made lazily: each frees its tensors before the next is prepared."""
-    for group, make in choose_sources(settings):
-        if group in settings.groups:
-            yield from make()
+    for _, make in choose_sources(settings):
+        yield from make()
 
 
 def choose_sources(settings: Settings) -> Iterator[Source]:
-    """Where the cases of all groups come from on a device."""
-    return cpu_sources(settings) if settings.device.type == "cpu" else gpu_sources(settings)
+    """Where the cases of the settings' groups come from on their device."""
+    sources = cpu_sources if settings.device.type == "cpu" else gpu_sources
+    return (source for source in sources(settings) if source[0] in settings.groups)
 
 
 def cpu_sources(settings: Settings) -> Iterator[Source]:
@@ -89,7 +92,7 @@ def cpu_sources(settings: Settings) -> Iterator[Source]:
     for dtype in ("fp32", "bf16"):
         yield "evaluation", _evaluations(settings, base, dtype, compiled)
     tiny = Shape("tiny")
-    yield "generate", partial(generate_cases, tiny, "fp32", device, steps=2, compiled=False)
+    yield "generate", partial(generate_cases, tiny, "fp32", device, steps=2)
     yield "training", partial(training_cases, Shape("tiny", 2), "fp32", device, compiled=False)
     yield "loader", partial(loader_cases, Shape("base", 8), device)
 
@@ -107,7 +110,7 @@ def gpu_sources(settings: Settings) -> Iterator[Source]:
         tuned = compiled and batch in (1, 64)
         yield "evaluation", _evaluations(settings, Shape("base", batch), "bf16", tuned)
     for batch in (1, 64):
-        yield "generate", _translations(Shape("base", batch), device)
+        yield "generate", _translations(Shape("base", batch), device, eager=not quick)
     if not quick:
         yield from _large_and_long(settings)
     shape = Shape("base", 128)
@@ -122,15 +125,17 @@ def _large_and_long(settings: Settings) -> Iterator[Source]:
         yield "ops", partial(op_cases, shape, "bf16", device, compiled=False)
     for batch in (1, 64):
         yield "evaluation", _evaluations(settings, Shape("large", batch), "bf16", False)
-    yield "generate", _translations(large, device)
+    yield "generate", _translations(large, device, eager=True)
     for tokens in (1024, 4096):
         shape = Shape("base", 4, tokens)
         yield "attention", partial(attention_cases, shape, "bf16", device)
         yield "evaluation", partial(evaluation_cases, shape, "bf16", device, compiled=False)
 
 
-def _translations(shape: Shape, device: torch.device) -> Callable[[], Iterator[Case]]:
-    return partial(generate_cases, shape, "bf16", device, steps=50, compiled=False)
+def _translations(
+    shape: Shape, device: torch.device, *, eager: bool
+) -> Callable[[], Iterator[Case]]:
+    return partial(generate_cases, shape, "bf16", device, steps=50, eager=eager)
 
 
 def _evaluations(

@@ -1,8 +1,16 @@
-"""A run: time the chosen cases, beside the ceilings of their device, into a record."""
+"""A run: time the chosen cases, beside the ceilings of their device, into a record.
+
+What fails is recorded with its reason, and everything else is measured all the same: a contender
+that cannot be prepared, that computes something else, or that raises while it is timed; a case that
+cannot be made. Two things end a run early, with the record of what was measured before: SIGINT or
+SIGTERM, and a fault after which the device runs nothing more in this process.
+"""
 
 import gc
-from collections.abc import Callable
-from contextlib import ExitStack
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -10,12 +18,19 @@ import torch
 from blip3o_fast.benchmarking.cases import Case, Contender, Task
 from blip3o_fast.benchmarking.ceilings import Ceilings, measure_ceilings
 from blip3o_fast.benchmarking.checkout import describe_checkout
-from blip3o_fast.benchmarking.clock import Budget, Timing, time_together
+from blip3o_fast.benchmarking.clock import Timing, time_together
 from blip3o_fast.benchmarking.environment import clocks, describe_environment
 from blip3o_fast.benchmarking.peers import find_peers
 from blip3o_fast.benchmarking.record import Measurement, Record
-from blip3o_fast.benchmarking.selection import Settings, choose_cases, dtypes, omissions
-from blip3o_fast.benchmarking.watch import Prepared, make_watch
+from blip3o_fast.benchmarking.selection import Settings, choose_sources, dtypes, omissions
+from blip3o_fast.benchmarking.watch import Watch, make_watch
+
+RUN = "the run"
+"""What a failure is filed under that ended the run."""
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived."""
 
 
 class Result(NamedTuple):
@@ -29,8 +44,12 @@ class Result(NamedTuple):
     peak: int | None
 
 
-def run_suite(settings: Settings, progress: Callable[[str], None] = lambda _: None) -> Record:
-    """Measure. A peer that fails is left out with its reason; our own failure is an error.
+def run_suite(
+    settings: Settings,
+    progress: Callable[[str], None] = lambda _: None,
+    save: Callable[[Record], None] = lambda _: None,
+) -> Record:
+    """Measure.
 
     The device's ceilings are measured before and after, and the higher count: a device that others
     used in between would otherwise seem faster than its limit.
@@ -38,80 +57,172 @@ def run_suite(settings: Settings, progress: Callable[[str], None] = lambda _: No
     Args:
         settings: what.
         progress: is told the name of each case before it starts.
+        save: is given the record so far after each case.
     """
-    device = settings.device
-    environment = describe_environment(device)
-    progress("ceilings of this device")
-    seconds = 0.2 if settings.quick else 1.0
-    ceilings = measure_ceilings(device, dtypes(device), seconds=seconds)
-    results: list[Result] = []
-    left_out = omissions(settings)
-    for case in choose_cases(settings):
-        task = case.task
-        progress(f"{task.group}: {task.name}, {task.shape}, {task.dtype}")
-        timed, failures = measure(case, device, settings.budget)
-        results += timed
-        left_out |= failures
-    if device.type == "cuda":
-        environment["clocks_after"] = clocks()
-    ceilings = ceilings.best(measure_ceilings(device, dtypes(device), seconds=seconds))
-    return Record(
-        settings={
-            "quick": settings.quick,
-            "groups": list(settings.groups),
-            "published": settings.published is not None,
-            "seconds": settings.seconds,
-        },
-        environment=environment,
-        bandwidth=ceilings.bandwidth,
-        rates=ceilings.rates,
-        transfer=ceilings.transfer,
-        peers={
+    with stop_on_signals():
+        progress("ceilings of this device")
+        run = Run(settings)
+        try:
+            for case in run.cases():
+                progress(f"{case.task.group}: {title(case.task)}")
+                run.measure(case)
+                save(run.record())
+            run.measure_ceilings()
+        except Stopped as stopped:
+            run.failures[RUN] = f"stopped by {stopped}"
+        except BrokenDevice as broken:
+            run.failures[RUN] = str(broken)
+        return run.record()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise ``Stopped`` inside; a second signal acts as it would without."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        del frame
+        restore()
+        raise Stopped(signal.Signals(number).name)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
+
+
+class BrokenDevice(Exception):
+    """The device runs nothing more in this process."""
+
+
+class Run:
+    """A run so far.
+
+    Attributes:
+        results: of every contender that was timed.
+        left_out: what was not measured by choice, by the fault of others or for want of memory.
+        failures: what was not measured by a fault of ours, and why.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.device = settings, settings.device
+        self.environment = describe_environment(self.device)
+        self.peers = {
             "published implementation": describe_checkout(settings.published),
-            **find_peers(device),
-        },
-        measurements=tuple(measured(result, ceilings) for result in results),
-        left_out=left_out,
-    )
+            **find_peers(self.device),
+        }
+        self.results: list[Result] = []
+        self.left_out = omissions(settings)
+        self.failures: dict[str, str] = {}
+        self.ceilings = self._ceilings()
 
+    def cases(self) -> Iterator[Case]:
+        """The cases that the settings ask for, up to what cannot be made of each source."""
+        for index, (group, make) in enumerate(choose_sources(self.settings)):
+            try:
+                yield from make()
+            except Exception as error:
+                self.failures[f"cases of {group}, source {index}"] = explain(error)
 
-def measure(
-    case: Case, device: torch.device, budget: Budget
-) -> tuple[list[Result], dict[str, str]]:
-    """Time the contenders of a case in turns; those of others that failed, and why.
+    def measure(self, case: Case) -> None:
+        """Time the contenders of a case in turns.
 
-    Raises:
-        Exception: what a contender of ours raised, unless it is that memory did not suffice.
-    """
-    task, watch = case.task, make_watch(device)
-    ready: list[tuple[Contender, Prepared, int | None]] = []
-    failures: dict[str, str] = {}
-    with ExitStack() as stack:
+        Raises:
+            BrokenDevice: if nothing more can be measured after it.
+        """
+        before = len(self.failures) + len(self.left_out)
+        try:
+            with ExitStack() as stack:
+                self._time(case, stack)
+        except Exception as error:
+            self.failures[title(case.task)] = explain(error)
+        if len(self.failures) + len(self.left_out) > before:
+            self._check_device(case.task)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def measure_ceilings(self) -> None:
+        """Once more: the higher of both measurements counts."""
+        if self.device.type == "cuda":
+            self.environment["clocks_after"] = clocks()
+        self.ceilings = self.ceilings.best(self._ceilings())
+
+    def record(self) -> Record:
+        """All of it."""
+        settings = self.settings
+        return Record(
+            settings={
+                "quick": settings.quick,
+                "groups": list(settings.groups),
+                "published": settings.published is not None,
+                "seconds": settings.seconds,
+            },
+            environment=dict(self.environment),
+            bandwidth=self.ceilings.bandwidth,
+            rates=self.ceilings.rates,
+            transfer=self.ceilings.transfer,
+            peers=self.peers,
+            measurements=tuple(measured(result, self.ceilings) for result in self.results),
+            left_out=dict(self.left_out),
+            failures=dict(self.failures),
+        )
+
+    def _time(self, case: Case, stack: ExitStack) -> None:
+        ready: list[tuple[Contender, Watch]] = []
         for contender in case.contenders:
             try:
-                prepared = contender.prepare()
-                if prepared.close is not None:
-                    stack.callback(prepared.close)
-                ready.append((contender, prepared, watch.first(prepared)))
+                ready.append((contender, self._start(contender, stack)))
             except Exception as error:
-                if contender.ours and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                where = f"{task.name}, {task.shape}, {task.dtype}: {contender.name}"
-                failures[where] = explain(error)
-        timings = time_together([prepared for _, prepared, _ in ready], watch, budget)
-        results = [
-            Result(task, contender.name, contender.ours, timing, prepared.rotation, peak)
-            for (contender, prepared, peak), timing in zip(ready, timings, strict=True)
-        ]
-    del ready
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return results, failures
+                self._fail(case, contender, error)
+        timings = time_together([watch for _, watch in ready], self.settings.budget)
+        for (contender, watch), timing in zip(ready, timings, strict=True):
+            if isinstance(timing, Exception):
+                self._fail(case, contender, timing)
+                continue
+            about = (case.task, contender.name, contender.ours)
+            self.results.append(Result(*about, timing, watch.prepared.rotation, watch.peak))
+
+    def _start(self, contender: Contender, stack: ExitStack) -> Watch:
+        prepared = contender.prepare()
+        if prepared.close is not None:
+            stack.callback(prepared.close)
+        watch = make_watch(prepared, self.device)
+        watch.start()
+        return watch
+
+    def _fail(self, case: Case, contender: Contender, error: Exception) -> None:
+        ours = contender.ours and not isinstance(error, torch.OutOfMemoryError)
+        reasons = self.failures if ours else self.left_out
+        reasons[f"{title(case.task)}: {contender.name}"] = explain(error)
+
+    def _check_device(self, task: Task) -> None:
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise BrokenDevice(
+                f"ended after {title(task)}, since the device runs nothing more in this process: "
+                f"{explain(error)}; measure the groups that follow by themselves"
+            ) from None
+
+    def _ceilings(self) -> Ceilings:
+        seconds = 0.2 if self.settings.quick else 1.0
+        return measure_ceilings(self.device, dtypes(self.device), seconds=seconds)
+
+
+def title(task: Task) -> str:
+    """``evaluation, base-b64, bf16``."""
+    return f"{task.name}, {task.shape}, {task.dtype}"
 
 
 def explain(error: Exception) -> str:
-    """Why a peer is left out, in one line."""
+    """Why something failed, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

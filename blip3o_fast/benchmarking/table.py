@@ -10,7 +10,7 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def render_record(record: Record) -> str:
-    """Device, ceilings, a table a group, and what is absent."""
+    """Device, ceilings, a table a group, what is absent and what failed."""
     environment = record.environment
     rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in record.rates.items())
     lines = [
@@ -26,6 +26,7 @@ def render_record(record: Record) -> str:
     lines += ["", f"peers present: {', '.join(present) or 'none'}"]
     lines += [f"{name}: {state}" for name, state in absent.items()]
     lines += [f"left out, {name}: {reason}" for name, reason in record.left_out.items()]
+    lines += [f"FAILED, {name}: {reason}" for name, reason in record.failures.items()]
     return "\n".join(lines)
 
 

@@ -1,11 +1,14 @@
 """A training step, and the loader that feeds it."""
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.cases import Case, Contender, Task
@@ -15,6 +18,7 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.data import EmbeddingDataset, Manifest, SampleRecord, ShardWriter, Split
+from blip3o_fast.data.dataset import Batch
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
@@ -26,6 +30,63 @@ from blip3o_fast.training.trainer import Trainer
 
 BATCHES_AHEAD = 4
 """A sample of the loader reads this many times what it keeps ready: the rest was not ready."""
+DISTINCT = 8
+"""Different samples among those of a case: drawing each anew takes longer than writing it."""
+MOST_STEPS = 1000
+
+
+class RandomShards:
+    """A data set of random embeddings, written when first asked for and removed with this object.
+
+    ``samples`` to learn from, and one for validation.
+    """
+
+    def __init__(self, config: DiTConfig, samples: int) -> None:
+        self.config, self.samples = config, samples
+        self._folder: Path | None = None
+
+    def folder(self) -> Path:
+        """Where the shards are."""
+        if self._folder is None:
+            made = Path(tempfile.mkdtemp(prefix="blip3o-fast-bench-"))
+            weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+            write_shards(made, self.config, self.samples + 1, held_out=1, distinct=DISTINCT)
+            self._folder = made
+        return self._folder
+
+
+class Training:
+    """A trainer between two steps and a batch in memory, made when first asked for and kept.
+
+    ``dtype`` is that of autocast; weights and optimizer state are fp32.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: str, device: torch.device, *, compile_it: bool = False
+    ) -> None:
+        self.shape, self.dtype, self.device, self.compile_it = shape, dtype, device, compile_it
+        self._made: tuple[Trainer, Batch] | None = None
+
+    def get(self) -> tuple[Trainer, Batch]:
+        """A trainer whose loader is closed, and what came of that."""
+        if self._made is None:
+            shards = RandomShards(self.shape.config, self.shape.batch)
+            options = TrainingOptions(
+                chunked_embeddings_dir=str(shards.folder()),
+                output_dir=str(shards.folder() / "run"),
+                model_size=self.shape.preset,
+                batch_size=self.shape.batch,
+                max_steps=MOST_STEPS,
+                precision=self.dtype,  # pyright: ignore[reportArgumentType]
+                device=self.device.type,  # pyright: ignore[reportArgumentType]
+                compile=self.compile_it,
+                progress=False,
+            )
+            trainer = Trainer(make_plan(options, World()), World())
+            with trainer.loader:
+                self._made = trainer, next(trainer.loader)
+            trainer.model.train()
+        return self._made
 
 
 def training_cases(
@@ -34,15 +95,20 @@ def training_cases(
     """A whole optimizer step on a batch in memory: draws, forward, loss, backward, clipping, AdamW.
 
     ``dtype`` is that of autocast; weights and optimizer state are fp32. On a GPU also by the CUDA
-    C++ kernels, where they are built, and with every op by plain PyTorch.
+    C++ kernels, where they are built, and with every op by plain PyTorch. All take turns at one
+    trainer, but for those that are compiled.
     """
     needed = step_work(shape, DTYPES[dtype].itemsize)
     task = Task("training", "step", shape.name, dtype, needed, shape.batch)
 
-    prepare = partial(prepare_step, shape, dtype, device)
-    contenders = [Contender("trainer", prepare)]
+    eager = partial(prepare_step, Training(shape, dtype, device))
+
+    def tuned(impl: Impl | None = None) -> Prepared:
+        return prepare_step(Training(shape, dtype, device, compile_it=True), impl)
+
+    contenders = [Contender("trainer", eager)]
     if compiled:
-        contenders.append(Contender("trainer, torch.compile", partial(prepare, compile_it=True)))
+        contenders.append(Contender("trainer, torch.compile", tuned))
     if device.type == "cuda":
         cuda = {
             op: Impl.CUDA
@@ -50,12 +116,11 @@ def training_cases(
             if has_impl(Impl.CUDA, op, DTYPES[dtype], device, gradients=True)
         }
         if cuda:
-            contenders.append(Contender("trainer, CUDA C++", partial(prepare, **cuda)))
-        reference = partial(prepare, Impl.REFERENCE)
-        contenders.append(Contender("reference", reference, False))
+            contenders.append(Contender("trainer, CUDA C++", partial(eager, **cuda)))
+        contenders.append(Contender("reference", partial(eager, Impl.REFERENCE), False))
         if compiled:
-            tuned = partial(reference, compile_it=True)
-            contenders.append(Contender("reference, torch.compile", tuned, False))
+            reference = partial(tuned, Impl.REFERENCE)
+            contenders.append(Contender("reference, torch.compile", reference, False))
     yield Case(task, tuple(contenders))
 
 
@@ -66,43 +131,19 @@ def step_work(shape: Shape, size: int) -> work.Work:
     return work.training_step(shape, parameters, size)
 
 
-def prepare_step(
-    shape: Shape,
-    dtype: str,
-    device: torch.device,
-    impl: Impl | None = None,
-    *,
-    compile_it: bool = False,
-    **per_op: Impl,
-) -> Prepared:
-    """A trainer between two steps, its ops by ``impl`` but for the exceptions in ``per_op``."""
-    folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
-    shards = Path(folder.name) / "shards"
-    write_shards(shards, shape.config, 2 * shape.batch + 8, held_out=4)
-    options = TrainingOptions(
-        chunked_embeddings_dir=str(shards),
-        output_dir=str(Path(folder.name) / "run"),
-        model_size=shape.preset,
-        batch_size=shape.batch,
-        max_steps=1000,
-        precision=dtype,  # pyright: ignore[reportArgumentType]
-        device=device.type,  # pyright: ignore[reportArgumentType]
-        compile=compile_it,
-        progress=False,
-    )
-    trainer = Trainer(make_plan(options, World()), World())
-    trainer.model.train()
+def prepare_step(training: Training, impl: Impl | None = None, **per_op: Impl) -> Prepared:
+    """A step of a trainer, its ops by ``impl`` but for the exceptions in ``per_op``."""
+    trainer, batch = training.get()
     trainer.model.set_impl(impl, **per_op)
-    # Made again, for it takes the implementation of the loss from the model.
+    # Made anew, for it takes the implementation of the loss from the model.
     take_step = OptimizerStep(trainer.plan, trainer.world, trainer.parallel, trainer.state)
-    batch = next(trainer.loader)
-    step = iter(range(1000))
+    step = iter(range(MOST_STEPS))
 
-    def close() -> None:
-        trainer.loader.close()
-        folder.cleanup()
+    def call() -> object:
+        trainer.model.set_impl(impl, **per_op)
+        return take_step(batch, next(step))
 
-    return Prepared([lambda: take_step(batch, next(step))], kernel=False, close=close)
+    return Prepared([call], kernel=False)
 
 
 def loader_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -116,28 +157,25 @@ def loader_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
     delivered = 2 * shape.batch * shape.tokens * widths
     needed = work.Work(transfer=delivered)
     task = Task("loader", "batch", shape.name, "bf16", needed, shape.batch)
+    shards = RandomShards(config, max(shape.batch, 32))
     for threads in (1, 2) if device.type == "cpu" else (1, 2, 4, 8):
         name = f"{threads} thread{'s' * (threads > 1)}"
-        prepare = partial(_prepare_loader, shape, device, threads)
+        prepare = partial(_prepare_loader, shards, shape.batch, device, threads)
         yield Case(task, (Contender(name, prepare),))
 
 
-def _prepare_loader(shape: Shape, device: torch.device, threads: int) -> Prepared:
-    folder = tempfile.TemporaryDirectory(prefix="blip3o-fast-bench-")
-    write_shards(Path(folder.name), shape.config, max(4 * shape.batch, 32), held_out=0)
-    dataset = EmbeddingDataset(folder.name)
-    loader = Loader(dataset, batch_size=shape.batch, seed=0, device=device, workers=threads)
+def _prepare_loader(
+    shards: RandomShards, batch: int, device: torch.device, threads: int
+) -> Prepared:
+    dataset = EmbeddingDataset(shards.folder())
+    loader = Loader(dataset, batch_size=batch, seed=0, device=device, workers=threads)
     batches = BATCHES_AHEAD * loader.prefetch
 
     def read() -> None:
         for _ in range(batches):
             next(loader)
 
-    def close() -> None:
-        loader.close()
-        folder.cleanup()
-
-    return Prepared([read], kernel=False, per_call=batches, close=close)
+    return Prepared([read], kernel=False, per_call=batches, close=loader.close)
 
 
 def write_shards(
@@ -147,10 +185,12 @@ def write_shards(
     *,
     held_out: int,
     scales: tuple[float, float] = (1.0, 1.0),
+    distinct: int | None = None,
 ) -> None:
-    """Random paired embeddings in bf16; about ``held_out`` of them are for validation.
+    """Random paired embeddings in bf16; the first ``held_out`` of them are for validation.
 
-    ``scales`` are the standard deviations of EVA and of CLIP embeddings.
+    ``scales`` are the standard deviations of EVA and of CLIP embeddings. The embeddings repeat
+    after ``distinct`` samples, None if they never do; the keys are all different.
     """
     facts = Manifest(
         tokens=config.num_tokens,
@@ -159,10 +199,19 @@ def write_shards(
         eva_width=config.eva_embedding_size,
         clip_width=config.clip_embedding_size,
         dtype="bf16",
-        split=Split(held_out / samples),
+        split=Split(heldout_sources=tuple(f"photo{i}" for i in range(held_out))),
     )
+
+    widths = facts.eva_width, facts.clip_width
+
+    def draw() -> list[Tensor]:
+        return [
+            (scale * torch.randn(1, config.num_tokens, width)).bfloat16()
+            for scale, width in zip(scales, widths, strict=True)
+        ]
+
+    repeated = [draw() for _ in range(distinct or 0)]
     with ShardWriter(folder, facts=facts) as writer:
         for i in range(samples):
-            eva = scales[0] * torch.randn(1, config.num_tokens, config.eva_embedding_size)
-            clip = scales[1] * torch.randn(1, config.num_tokens, config.clip_embedding_size)
+            eva, clip = repeated[i % len(repeated)] if repeated else draw()
             writer.add(eva, clip, [SampleRecord(f"sample{i}", "", f"photo{i}")])

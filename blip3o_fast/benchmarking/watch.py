@@ -1,10 +1,13 @@
-"""The clocks: the host's, and the device's events."""
+"""The clocks: the host's, and the device's events. A contender has its own, which learns from it.
+
+No sample waits long. On CUDA it is taken at most ``ATTEMPTS`` times behind at most
+``LONGEST_DELAY``: 0.4 s of waiting, whatever is timed.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from statistics import median
+from itertools import cycle, islice, repeat
 from typing import NamedTuple
 
 import torch
@@ -15,9 +18,13 @@ CPU_ROTATION = 16 << 20
 SAMPLE_SECONDS = 2e-3
 MOST_CALLS = 200
 QUEUE = 20
-"""Calls that queue up on CUDA: well below the 1,024 launches that a stream holds."""
-DELAY_CYCLES = 1 << 20
-ATTEMPTS = 6
+"""Calls that queue up on CUDA, unless the 1,024 launches that a stream holds are fewer."""
+CYCLES = 2e9
+"""A second on the clock of an H100, by which a delay is counted."""
+SHORTEST_DELAY, LONGEST_DELAY = 0.5e-3, 50e-3
+MARGIN = 2.0
+"""A delay over the time that the host needs to queue the calls."""
+ATTEMPTS = 8
 
 
 @dataclass
@@ -42,108 +49,128 @@ class Prepared:
 
 
 class Sample(NamedTuple):
-    """Mean seconds of some calls; whether the device never waited for the host, where asked."""
+    """Mean seconds of some calls.
+
+    ``host`` is what the host spent on launching one (None where it does the work itself),
+    ``queued`` whether the device never waited for the host (None where that was not asked).
+    """
 
     seconds: float
+    host: float | None = None
     queued: bool | None = None
 
 
 class Watch:
-    """The host's clock; the device is the host."""
+    """The host's clock; the device is the host.
 
-    def first(self, prepared: Prepared) -> int | None:
-        """Call everything once; bytes that a call allocates at most, where that is known."""
-        for call in prepared.calls:
+    Attributes:
+        prepared: what is timed.
+        count: calls of a sample, enough to outlast the clock's noise.
+        peak: bytes that a call allocates at most, where that is known.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.count = 1
+        self.peak: int | None = None
+        self._rotation = cycle(prepared.calls)
+
+    def start(self) -> None:
+        """Call everything once, and decide how many calls make a sample."""
+        for call in self.prepared.calls:
             call()
-        return None
-
-    def count(self, prepared: Prepared) -> int:
-        """Calls of a sample: enough to outlast the clock's noise."""
         start = time.perf_counter()
-        prepared.calls[0]()
+        self.prepared.calls[0]()
         once = time.perf_counter() - start
-        return min(MOST_CALLS, max(1, int(SAMPLE_SECONDS / max(once, 1e-7))))
+        self.count = min(MOST_CALLS, max(1, int(SAMPLE_SECONDS / max(once, 1e-7))))
 
-    def sample(self, calls: Iterator[Call], count: int, kernel: bool) -> Sample:
+    def cold(self) -> Sample:
+        """A sample over the calls in rotation."""
+        return self.sample(self._rotation)
+
+    def warm(self) -> Sample:
+        """A sample of the first call, again and again; one call more is not timed."""
+        self.prepared.calls[0]()
+        return self.sample(repeat(self.prepared.calls[0]))
+
+    def sample(self, calls: Iterator[Call]) -> Sample:
         """Time ``count`` calls."""
-        del kernel
         start = time.perf_counter()
-        run(calls, count)
-        return Sample((time.perf_counter() - start) / count)
-
-    def host(self, prepared: Prepared) -> float | None:
-        """Seconds that the host spends on launching; None where the host does the work."""
-        del prepared
-        return None
+        run(calls, self.count)
+        return Sample((time.perf_counter() - start) / self.count)
 
 
 class DeviceWatch(Watch):
-    """The device's events."""
+    """The device's events.
 
-    def __init__(self, device: torch.device) -> None:
+    Attributes:
+        delay: seconds of sleep on the device before a sample's calls, long enough for the host to
+            queue all of them.
+    """
+
+    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+        super().__init__(prepared)
         self.device = device
-        self.delay = DELAY_CYCLES
+        self.delay = 0.0
 
-    def first(self, prepared: Prepared) -> int | None:
+    def start(self) -> None:
         """See ``Watch``."""
-        super().first(prepared)
+        for call in self.prepared.calls:
+            call()
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        prepared.calls[0]()
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-    def count(self, prepared: Prepared) -> int:
-        """See ``Watch``."""
-        torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        prepared.calls[0]()
+        self.prepared.calls[0]()
+        host = time.perf_counter() - start
         torch.cuda.synchronize(self.device)
         once = time.perf_counter() - start
-        if once > SAMPLE_SECONDS or not prepared.kernel:
-            return 1
-        return QUEUE
+        self.peak = torch.cuda.max_memory_allocated(self.device) - before
+        if not self.prepared.kernel:
+            return
+        self.count = QUEUE if once <= SAMPLE_SECONDS else 1
+        self.delay = min(LONGEST_DELAY, max(SHORTEST_DELAY, MARGIN * host * self.count))
 
-    def sample(self, calls: Iterator[Call], count: int, kernel: bool) -> Sample:
-        """See ``Watch``. The delay doubles until the queue is full before it ends."""
-        if not kernel:
-            return Sample(self._timed(calls, count, delay=0)[0])
-        for _ in range(ATTEMPTS):
-            seconds, started = self._timed(calls, count, self.delay)
-            if not started:
-                return Sample(seconds, queued=True)
-            self.delay *= 2
-        return Sample(seconds, queued=False)  # pyright: ignore[reportPossiblyUnboundVariable]
+    def sample(self, calls: Iterator[Call]) -> Sample:
+        """See ``Watch``.
 
-    def _timed(self, calls: Iterator[Call], count: int, delay: int) -> tuple[float, bool]:
-        """Seconds a call, and whether the device had started when the last was launched."""
+        If the device started before the last call was queued, either the delay was too short, which
+        doubles then, or the stream was full and the host had to wait for the device; then half as
+        many calls are queued. What was learned holds for the samples that follow.
+        """
+        if not self.prepared.kernel:
+            return self._timed(calls)._replace(queued=None)
+        sample = self._timed(calls)
+        for attempt in range(1, ATTEMPTS):
+            if sample.queued or (self.count == 1 and self.delay == LONGEST_DELAY):
+                break
+            if attempt % 2:
+                self.delay = min(LONGEST_DELAY, 2 * self.delay)
+            else:
+                self.count = max(1, self.count // 2)
+            sample = self._timed(calls)
+        return sample
+
+    def _timed(self, calls: Iterator[Call]) -> Sample:
+        """Calls behind the delay; ``queued`` is whether all were before the first began."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
-        if delay:
-            torch.cuda._sleep(delay)  # pyright: ignore[reportPrivateUsage]
+        if self.delay:
+            torch.cuda._sleep(int(self.delay * CYCLES))  # pyright: ignore[reportPrivateUsage]
         start.record()
-        run(calls, count)
+        began = time.perf_counter()
+        run(calls, self.count)
+        host = time.perf_counter() - began
         end.record()
-        started = start.query()
+        queued = not start.query()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count, started
-
-    def host(self, prepared: Prepared) -> float | None:
-        """See ``Watch``."""
-        samples: list[float] = []
-        for _ in range(5):
-            torch.cuda.synchronize(self.device)
-            start = time.perf_counter()
-            prepared.calls[0]()
-            samples.append(time.perf_counter() - start)
-        torch.cuda.synchronize(self.device)
-        return median(samples)
+        seconds = start.elapsed_time(end) / 1e3
+        return Sample(seconds / self.count, host / self.count, queued)
 
 
-def make_watch(device: torch.device) -> Watch:
-    """What times calls on ``device``."""
-    return DeviceWatch(device) if device.type == "cuda" else Watch()
+def make_watch(prepared: Prepared, device: torch.device) -> Watch:
+    """What times calls on ``device``, not yet started."""
+    return DeviceWatch(prepared, device) if device.type == "cuda" else Watch(prepared)
 
 
 def rotation_bytes(device: torch.device) -> int:

@@ -1,7 +1,9 @@
 """``blip3o-fast bench``: times beside their limits, and beside other implementations.
 
-Ends with tables, and ``bench.json`` and plots in the output folder. With ``--compare`` it exits
-with 1 if this library has become slower than an earlier run by more than noise.
+Ends with tables, and ``bench.json`` and plots in the output folder; the record is written after
+every case, so that a run that is stopped loses one at most. It exits with 1 if something failed or
+the run was stopped, or with ``--compare`` if this library has become slower than an earlier run by
+more than noise.
 """
 
 import argparse
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 1 on a regression."""
+    """Measure, write, print; 1 on a failure or a regression."""
     from blip3o_fast.benchmarking.compare import compare
     from blip3o_fast.benchmarking.plots import draw_plots
     from blip3o_fast.benchmarking.suite import run_suite
@@ -57,18 +59,23 @@ def run(args: argparse.Namespace) -> int:
     earlier = None if args.compare is None else read_earlier(args.compare, settings.device)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    record = run_suite(settings, progress=lambda name: print(name, file=sys.stderr, flush=True))
+    record = run_suite(
+        settings,
+        progress=lambda name: print(name, file=sys.stderr, flush=True),
+        save=lambda record: record.write(folder / RECORD_NAME),
+    )
     record.write(folder / RECORD_NAME)
     print(render_record(record))
-    if args.plots:
+    if args.plots and record.measurements:
         for name, data in draw_plots(record).items():
             (folder / name).write_bytes(data)
     print(f"\nRecord: {folder / RECORD_NAME}")
-    if earlier is None:
-        return 0
-    comparison = compare(earlier, record)
-    print(render_comparison(comparison))
-    return 1 if comparison.regressions else 0
+    failed = bool(record.failures)
+    if earlier is not None:
+        comparison = compare(earlier, record)
+        print(render_comparison(comparison))
+        failed |= bool(comparison.regressions)
+    return int(failed)
 
 
 def read_earlier(path: str, device: torch.device) -> "Record":

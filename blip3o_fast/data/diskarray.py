@@ -104,7 +104,7 @@ class DiskArray:
         """Rows ``start`` to ``stop`` of the first axis, read from disk into contiguous memory."""
         shape = (stop - start, *self.shape[1:])
         if 0 in shape:
-            return torch.empty(shape, dtype=torch.float32)
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
         code = "<i2" if self.dtype == "bf16" else self.dtype
         span = 1 + sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True))
         begin = self.offset + start * self.strides[0] * self.itemsize

@@ -199,7 +199,7 @@ def _rows(path: Path, key: str, value: Any, samples: int) -> Rows:
         float_dtype(value[0])
         return StackedRows(value)
     try:
-        return TensorRows(torch.tensor(value, dtype=torch.float32))
+        return TensorRows(torch.tensor(value, dtype=torch.float32, device="cpu"))
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: expected nested lists of numbers: {error}") from error
 

@@ -31,7 +31,7 @@ class _Staging:
     def __init__(self, dataset: EmbeddingDataset, rows: int) -> None:
         def buffer(width: int) -> torch.Tensor:
             shape = (rows, dataset.tokens, width)
-            return torch.empty(shape, dtype=dataset.dtype, pin_memory=width > 0)
+            return torch.empty(shape, dtype=dataset.dtype, device="cpu", pin_memory=width > 0)
 
         self.eva = buffer(dataset.eva_width)
         self.clip = buffer(dataset.clip_width)

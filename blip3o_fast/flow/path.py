@@ -34,16 +34,14 @@ def draw_noise(
         generator: None is torch's default.
         seeds: one per sample; each sample's noise then depends on its seed alone, not on its batch.
     """
-    B, N, C = shape
     if seeds is None:
         source = generator.device if generator is not None else device
         return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
     if generator is not None:
         raise ValueError("noise: expected a generator or seeds, got both")
-    if len(seeds) != B:
-        raise ValueError(f"seeds: expected {B}, one per sample, got {len(seeds)}")
-    rows = [
-        torch.randn((N, C), generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        for seed in seeds
-    ]
-    return (torch.stack(rows) if rows else torch.empty(shape, dtype=dtype)).to(device)
+    if len(seeds) != shape[0]:
+        raise ValueError(f"seeds: expected {shape[0]}, one per sample, got {len(seeds)}")
+    noise = torch.empty(shape, dtype=dtype, device="cpu")
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=torch.Generator("cpu").manual_seed(seed))
+    return noise.to(device)

@@ -215,7 +215,9 @@ class DiT(nn.Module):
                 )
 
 
-def plain_velocity(model: DiT, eva: Tensor, *, guided: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def plain_velocity(
+    model: DiT, eva: Tensor, *, guided: bool
+) -> Callable[[Tensor, Tensor | float], Tensor]:
     """The model itself as a velocity field ``(x, t) -> v``, with nothing hoisted.
 
     Args:

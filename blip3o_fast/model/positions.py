@@ -31,9 +31,11 @@ class RotaryTables(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        # Not a parameter, so nothing but this puts them where the parameters are made.
+        device = torch.empty(0).device
         cos, sin = rotary_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> "RotaryTables":  # noqa: ANN001
         super()._apply(fn, recurse)
@@ -44,7 +46,7 @@ class RotaryTables(nn.Module):
 
 
 def rotary_tables(config: DiTConfig) -> tuple[Tensor, Tensor]:
-    """``(cos, sin)``, each ``[N, d]`` fp32 on the CPU."""
+    """``(cos, sin)``, each ``[N, d]`` fp32 on the CPU: the same bits whatever they are used on."""
     with torch.device("cpu"):
         if not config.use_3d_rope:
             angles = _sequence_angles(config)

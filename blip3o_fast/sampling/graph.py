@@ -6,10 +6,13 @@ solver and every number of steps; tables longer than ``WINDOW`` rows are loaded 
 
 * A graph is captured for a batch *bucket*. Rows beyond the batch are zero: no op mixes samples, so
   they cost time and cannot reach a real row.
-* Warm-up runs on a side stream before capture: Triton compiles, cuBLAS allocates.
-* Intermediates live in one private pool shared by a model's graphs, which never run concurrently;
-  inputs and the state live outside it.
-* The first replay is compared bitwise with the same evaluation run eagerly.
+* Warm-up runs on the capture's stream before it: Triton compiles, cuBLAS makes its handle.
+* An engine has one stream for captures. The allocator reuses memory only on the stream that it was
+  made on, so intermediates share one private pool between graphs, which never run concurrently.
+* Inputs and the state live outside the pool. They are made on that stream too, which waits for
+  every use of them: memory that is freed serves nobody before.
+* cuBLAS workspaces live in the pool (``_own_workspaces``).
+* The first replay is compared bit by bit with the same evaluation run eagerly.
 
 Memory of a graph: state and keys and values of its bucket (4.2 MB a sample for base in bf16), and
 the activations of one evaluation. At most ``GRAPHS`` are kept, the most recently used.
@@ -43,15 +46,6 @@ def bucket(batch: int) -> int:
     return next(size for size in BUCKETS if size >= batch)
 
 
-def refuse_outer_capture(device: torch.device) -> None:
-    """Raise ``RuntimeError`` if the caller is capturing a CUDA graph of its own."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "generate: cannot run while a CUDA graph is being captured on this stream: it checks "
-            "its inputs on the host and replays graphs of its own; call it outside the capture"
-        )
-
-
 class GraphStore:
     """The graphs of one engine, and what they share. Its lock is held while they run."""
 
@@ -59,21 +53,20 @@ class GraphStore:
         self.lock = threading.RLock()
         self.captured: OrderedDict[object, Captured] = OrderedDict()
         self.windows: dict[tuple[int, torch.dtype], Window] = {}
+        self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
-        self._last_use: torch.cuda.Event | None = None
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
         """Order this use of the shared buffers after the last, whatever streams they are on."""
         with self.lock:
-            stream = torch.cuda.current_stream(device)
-            if self._last_use is not None:
-                stream.wait_event(self._last_use)
+            stream = self.stream = self.stream or torch.cuda.Stream(device)
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
             try:
                 yield
             finally:
-                self._last_use = torch.cuda.Event()
-                self._last_use.record(stream)
+                stream.wait_stream(current)
 
     def find(
         self,
@@ -81,22 +74,37 @@ class GraphStore:
         table: TimeTable,
         make: Callable[[TimeTable], tuple[Trajectory, Context]],
     ) -> "Captured":
-        """The graph of a signature.
+        """The graph of a signature, while this store is ``running``.
 
         ``make`` gives its trajectory and context, of the bucket, over a table like ``table``.
         """
         if key not in self.captured:
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
             while len(self.captured) >= GRAPHS:
                 self.captured.popitem(last=False)
+            self.captured[key] = self._capture(table, make)
+        self.captured.move_to_end(key)
+        return self.captured[key]
+
+    def _capture(
+        self, table: TimeTable, make: Callable[[TimeTable], tuple[Trajectory, Context]]
+    ) -> "Captured":
+        assert self.stream is not None
+        current = torch.cuda.current_stream(table.modulations.device)
+        self.stream.wait_stream(current)
+        # One block around all that is made and run on that stream: where a capture fails,
+        # torch.cuda.graph leaves the thread on it.
+        with torch.cuda.stream(self.stream):
             form = (table.solver.slots, table.solver.numbers.dtype)
             if form not in self.windows:
                 self.windows[form] = Window(table)
             window = self.windows[form]
-            self.captured[key] = Captured(*make(window.buffers), window, self.pool)
-        self.captured.move_to_end(key)
-        return self.captured[key]
+            trajectory, context = make(window.buffers)
+            # A pool serves no second capture after one that failed, nor after its last graph went.
+            pool, self.pool = self.pool or torch.cuda.graph_pool_handle(), None
+            graph = _capture(trajectory, pool, self.stream)
+            self.pool = pool
+        current.wait_stream(self.stream)
+        return Captured(trajectory, context, window, graph)
 
     def clear(self) -> None:
         """Free every graph and the pool's memory."""
@@ -141,10 +149,15 @@ class Window:
 class Captured:
     """A trajectory's ``advance`` as a graph, with the copies in and out of its buffers."""
 
-    def __init__(self, trajectory: Trajectory, context: Context, window: Window, pool: Any) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        context: Context,
+        window: Window,
+        graph: torch.cuda.CUDAGraph,
+    ) -> None:
         self.trajectory, self.context, self.window = trajectory, context, window
-        self.graph = _capture(trajectory, pool)
-        self._verified = False
+        self.graph, self._verified = graph, False
 
     def load(self, x: Tensor, slopes: Tensor, context: Context) -> None:
         """Copy a batch in and clear the rows beyond it."""
@@ -213,19 +226,17 @@ def _fill(buffer: Tensor, rows: Tensor) -> None:
     buffer[rows.shape[0] :] = 0
 
 
-def _capture(trajectory: Trajectory, pool: Any) -> torch.cuda.CUDAGraph:
-    device = trajectory.x.device
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            trajectory.row.zero_()
-            trajectory.advance()
-    torch.cuda.current_stream(device).wait_stream(side)
+def _capture(trajectory: Trajectory, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """A graph of ``advance``, captured on ``stream``, which is the current one."""
+    for _ in range(WARM_UP):
+        trajectory.row.zero_()
+        trajectory.advance()
     graph = torch.cuda.CUDAGraph()
-    with _CAPTURE, _no_collection():
+    with _CAPTURE, _no_collection(), _own_workspaces():
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 trajectory.advance()
         except torch.OutOfMemoryError:
             raise
@@ -235,6 +246,29 @@ def _capture(trajectory: Trajectory, pool: Any) -> torch.cuda.CUDAGraph:
                 "capture, free memory, or pass graph=False, which launches every kernel instead"
             ) from error
     return graph
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Have a capture allocate its cuBLAS workspaces, in its pool, and leave none behind.
+
+    torch keeps one for each pair of cuBLAS handle and stream. A graph that found one there would
+    keep its address and not its memory, which torch frees when it forgets all of them, as Inductor
+    makes it do. One left behind would serve later work on that stream while the graph replays on
+    another.
+    """
+    forget: Callable[[], None] | None = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if forget is None:
+        raise RuntimeError(
+            f"generate: expected torch._C._cuda_clearCublasWorkspaces, without which a CUDA graph "
+            f"may outlive memory that it uses, torch {torch.__version__} has none; pass "
+            "graph=False, which launches every kernel instead"
+        )
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 @contextmanager
@@ -258,7 +292,9 @@ def _replay_verified(trajectory: Trajectory, graph: torch.cuda.CUDAGraph) -> Non
     for buffer, start in zip(buffers, before, strict=True):
         buffer.copy_(start)
     graph.replay()
-    if not all(torch.equal(x, y) for x, y in zip(buffers, eager, strict=True)):
+    # As bytes: a NaN equals nothing, and a model may give one.
+    pairs = zip(buffers, eager, strict=True)
+    if not all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs):
         raise RuntimeError(
             "generate: the captured CUDA graph does not reproduce the eager evaluation bit by bit; "
             "pass graph=False and report the output of 'blip3o-fast doctor'"

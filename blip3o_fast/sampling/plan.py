@@ -25,9 +25,9 @@ from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, e4m3_refusal
 from blip3o_fast.sampling.batches import Run, micro_batch, walk
 from blip3o_fast.sampling.cache import Engine, emulates, find_engine, impl_table
-from blip3o_fast.sampling.graph import GraphRun, bucket, refuse_outer_capture
+from blip3o_fast.sampling.graph import GraphRun, bucket
 from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, condition
-from blip3o_fast.sampling.inputs import check_features, starting_noise, warn_of_guidance
+from blip3o_fast.sampling.inputs import starting_noise, warn_of_guidance
 from blip3o_fast.sampling.packed import E4M3
 
 Parameters = ParamSpec("Parameters")
@@ -151,13 +151,12 @@ class SamplingPlan:
             RuntimeError: if a CUDA graph cannot be captured.
             torch.OutOfMemoryError: if not even one sample fits.
         """
-        model, device = self.model, eva.device
+        model = self.model
+        device = eva.device
         self.check_device(device)
-        refuse_outer_capture(device)
-        warn_of_guidance(model, self.guidance_scale, stacklevel=4)
-        check_features(model, eva)
         graph = self._uses_graph(device)
-        x = starting_noise(model.config, eva, noise, generator, seeds)
+        warn_of_guidance(model, self.guidance_scale, stacklevel=4)
+        x = starting_noise(model, eva, noise, generator, seeds)
         dtype = self._dtype(device)
         with _on(device), torch.autocast(device.type, enabled=False):
             engine = find_engine(model, dtype, self.impl, compiled=self.compile)

@@ -55,7 +55,7 @@ class World:
         """The least value among the processes."""
         if self.control is None:
             return value
-        x = torch.tensor(value)
+        x = torch.tensor(value, device="cpu")
         dist.all_reduce(x, dist.ReduceOp.MIN, group=self.control)
         return int(x)
 

@@ -14,7 +14,8 @@ def build_model(plan: Plan) -> BLIP3oDiT:
     Initial weights depend on the seed alone: they are drawn on the CPU, the same in every process.
     """
     seed_everything(plan.options.seed)
-    model = BLIP3oDiT(plan.config)
+    with torch.device("cpu"):
+        model = BLIP3oDiT(plan.config)
     # The published layout has learned positions even where rotary ones replace them. Processes that
     # average gradients would wait for theirs.
     model.pos_embed.requires_grad_(not plan.config.use_3d_rope)

@@ -96,13 +96,13 @@ class Validator:
         rows = -(-count // ranks)
         places = [min(self.world.rank + ranks * i, count - 1) for i in range(rows)]
         real = [self.world.rank + ranks * i < count for i in range(rows)]
-        sums = torch.zeros(4 + len(THRESHOLDS), dtype=torch.float64)
+        sums = torch.zeros(4 + len(THRESHOLDS), dtype=torch.float64, device="cpu")
         batch = self.pieces.limit
         for start in range(0, rows, batch):
             if stop():
                 return None
             chosen = slice(start, start + batch)
-            weights = torch.tensor(real[chosen], dtype=torch.float64)
+            weights = torch.tensor(real[chosen], dtype=torch.float64, device="cpu")
             scores = self._scores(model, places[chosen])
             sums += torch.where(weights[:, None] > 0, scores, 0.0).sum(0)
         means = [float(x) for x in self.world.sum(sums) / count]

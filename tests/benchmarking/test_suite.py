@@ -1,6 +1,8 @@
-"""A run: who is left out and why, what is freed, and what the record says."""
+"""A run: who is left out and why, what fails alone, what is freed, and what the record says."""
 
 import gc
+import os
+import signal
 import weakref
 
 import pytest
@@ -14,13 +16,17 @@ from blip3o_fast.benchmarking.op_cases import op_cases
 from blip3o_fast.benchmarking.record import read_record
 from blip3o_fast.benchmarking.selection import GROUPS, Settings, choose_cases, omissions
 from blip3o_fast.benchmarking.shapes import Shape
-from blip3o_fast.benchmarking.suite import measure, measured, run_suite
+from blip3o_fast.benchmarking.suite import RUN, Run, Stopped, measured, run_suite, stop_on_signals
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.benchmarking.work import Work
 
 CPU = torch.device("cpu")
-BUDGET = Budget(0.0, rounds=2)
-TASK = Task("ops", "rope", "tiny-b1", "fp32", Work(0.0, 1e6), samples=3)
+SETTINGS = Settings(CPU, quick=True, groups=("ops",), seconds=0.01)
+WHERE = "rope, tiny-b1, fp32"
+
+
+def task(name="rope"):
+    return Task("ops", name, "tiny-b1", "fp32", Work(0.0, 1e6), samples=3)
 
 
 def fails(error):
@@ -30,91 +36,196 @@ def fails(error):
     return call
 
 
-def contenders(*, prepare=None, call=None, ours=False):
-    """One that works, then one that fails to be prepared or to run."""
-    failing = prepare or (lambda: Prepared([call]))
-    good = Contender("good", lambda: Prepared([lambda: None], rotation=5))
-    return Case(TASK, (good, Contender("bad", failing, ours)))
+def good(name="good", **options):
+    return Contender(name, lambda: Prepared([lambda: None], rotation=5, **options))
 
 
-@pytest.mark.parametrize("when", ["prepare", "call"])
-def test_a_peer_that_fails_is_left_out_with_its_reason(when):
-    case = contenders(**{when: fails(RuntimeError("no\n  kernel"))})
-    results, failures = measure(case, CPU, BUDGET)
-    assert [result.contender for result in results] == ["good"]
-    assert failures == {"rope, tiny-b1, fp32: bad": "RuntimeError: no kernel"}
+def after(calls, act):
+    """Does nothing the first ``calls`` times."""
+    made = []
+
+    def call():
+        made.append(1)
+        if len(made) > calls:
+            act()
+
+    return call
 
 
-def test_our_own_failure_is_an_error():
-    with pytest.raises(RuntimeError, match="no kernel"):
-        measure(contenders(call=fails(RuntimeError("no kernel")), ours=True), CPU, BUDGET)
+MOMENTS = {
+    "prepare": lambda act: act,
+    "first call": lambda act: lambda: Prepared([act]),
+    "timed call": lambda act: lambda: Prepared([after(2, act)]),
+}
+"""When a contender does something: its ``prepare``, by what it does."""
 
 
-def test_memory_that_does_not_suffice_is_not():
-    case = contenders(call=fails(torch.OutOfMemoryError("128 GiB")), ours=True)
-    results, failures = measure(case, CPU, BUDGET)
-    assert len(results) == 1
-    assert list(failures.values()) == ["OutOfMemoryError: 128 GiB"]
-
-
-@pytest.mark.parametrize("ours", [False, True])
-def test_everything_is_closed_whatever_happens(ours):
-    closed = []
-    call = fails(RuntimeError())
-    case = contenders(
-        prepare=lambda: Prepared([call], close=lambda: closed.append("bad")), ours=ours
-    )
-    good = Contender("good", lambda: Prepared([lambda: None], close=lambda: closed.append("good")))
-    case = Case(TASK, (good, case.contenders[1]))
-    if ours:
-        with pytest.raises(RuntimeError):
-            measure(case, CPU, BUDGET)
-    else:
-        measure(case, CPU, BUDGET)
-    assert sorted(closed) == ["bad", "good"]
-
-
-def test_results_keep_no_tensors():
-    def prepare():
-        tensor = torch.zeros(3)
-        alive.append(weakref.ref(tensor))
-        return Prepared([lambda: tensor.sum()])
-
-    alive = []
-    case = Case(TASK, (Contender("it", prepare),))
-    results, _ = measure(case, CPU, BUDGET)
-    del case
-    gc.collect()
-    assert results and alive[0]() is None
-
-
-def test_a_timing_stands_beside_its_limit():
-    (result,), _ = measure(Case(TASK, contenders(call=print).contenders[:1]), CPU, BUDGET)
-    row = measured(result, Ceilings(1e9, {"fp32": 1e9}, 1e9))
-    assert (row.limit, row.bound) == (1e-3, "memory")
-    assert (row.batch, row.rotation, row.samples, row.ours) == (3, 5, 2, True)
+def bad(when, error, ours=True):
+    return Contender("bad", MOMENTS[when](fails(error)), ours)
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """A suite of one op, and ceilings that rise during the run."""
-
-    def sources(settings):
-        shape = Shape("tiny", 1, 16)
-        yield "ops", lambda: list(op_cases(shape, "fp32", settings.device, compiled=False))[:2]
-
+def sources(monkeypatch):
+    """Makes a run of the cases that are given, and ceilings that rise during the run."""
     rising = iter([1e9, 2e9])
-    monkeypatch.setattr(selection, "cpu_sources", sources)
     monkeypatch.setattr(
         suite,
         "measure_ceilings",
         lambda *_, **__: Ceilings(next(rising), {"fp32": 1e12, "bf16": 1e12}, 1e9),
     )
 
+    def put(*made):
+        monkeypatch.setattr(
+            selection, "cpu_sources", lambda settings: (("ops", make) for make in made)
+        )
 
-def test_a_run(few, tmp_path):
+    return put
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("when", MOMENTS)
+def test_a_contender_that_fails_costs_only_itself(sources, when, ours):
+    """Ours is a failure, a peer is left out; the contenders beside it and later cases are timed."""
+    error = RuntimeError("no\n  kernel")
+    first = Case(task(), (good("before"), bad(when, error, ours), good("after")))
+    sources(lambda: iter([first, Case(task("swiglu"), (good(),))]))
+    run = run_suite(SETTINGS)
+    names = [(row.name, row.contender) for row in run.measurements]
+    assert names == [("rope", "before"), ("rope", "after"), ("swiglu", "good")]
+    reasons, others = (run.failures, run.left_out) if ours else (run.left_out, run.failures)
+    assert reasons[f"{WHERE}: bad"] == "RuntimeError: no kernel"
+    assert f"{WHERE}: bad" not in others
+
+
+def test_memory_that_does_not_suffice_is_no_failure(sources):
+    case = Case(task(), (good(), bad("first call", torch.OutOfMemoryError("128 GiB"))))
+    sources(lambda: [case])
+    run = run_suite(SETTINGS)
+    assert len(run.measurements) == 1 and not run.failures
+    assert run.left_out[f"{WHERE}: bad"] == "OutOfMemoryError: 128 GiB"
+
+
+def test_cases_that_cannot_be_made_cost_no_others(sources):
+    def broken():
+        yield Case(task(), (good(),))
+        raise RuntimeError("no backend")
+
+    sources(broken, lambda: [Case(task("swiglu"), (good(),))])
+    run = run_suite(SETTINGS)
+    assert [row.name for row in run.measurements] == ["rope", "swiglu"]
+    assert run.failures == {"cases of ops, source 0": "RuntimeError: no backend"}
+
+
+def test_the_record_is_saved_after_every_case(sources):
+    names = ("rope", "swiglu", "sandwich_norm")
+    sources(lambda: [Case(task(name), (good(),)) for name in names])
+    saved = []
+    run = run_suite(SETTINGS, save=saved.append)
+    assert [len(record.measurements) for record in saved] == [1, 2, 3]
+    assert run.measurements[0].limit == saved[0].measurements[0].limit / 2, "by better ceilings"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("when", MOMENTS)
+def test_a_signal_ends_the_run_with_what_is_known(sources, name, when):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def kill():
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on after the signal")
+
+    killer = Contender("killer", MOMENTS[when](kill))
+    cases = (Case(task(), (good(),)), Case(task("swiglu"), (killer,)))
+    sources(lambda: [*cases, Case(task("sandwich_norm"), (good(),))])
+    run = run_suite(SETTINGS)
+    assert [row.name for row in run.measurements] == ["rope"]
+    assert run.failures == {RUN: f"stopped by {name}"}
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_acts_as_ever():
+    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+        with pytest.raises(Stopped, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_broken_device_ends_the_run_with_what_is_known(sources, monkeypatch):
+    """After an illegal access nothing runs in the process: each later case would fail as well."""
+    case = Case(task("swiglu"), (bad("timed call", RuntimeError("illegal memory access")),))
+    cases = [Case(task(), (good(),)), case, Case(task("rope backward"), (good(),))]
+    synchronize = fails(RuntimeError("illegal memory access"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: synchronize())
+    sources(lambda: cases)
+    check = Run._check_device
+
+    def on_cuda(self, task):
+        self.device = torch.device("cuda")
+        check(self, task)
+
+    monkeypatch.setattr(Run, "_check_device", on_cuda)
+    run = run_suite(SETTINGS)
+    assert [row.name for row in run.measurements] == ["rope"]
+    assert set(run.failures) == {"swiglu, tiny-b1, fp32: bad", RUN}
+    assert "after swiglu, tiny-b1, fp32" in run.failures[RUN]
+
+
+@pytest.mark.parametrize("when", MOMENTS)
+def test_everything_is_closed_whatever_happens(sources, when):
+    closed = []
+
+    def close(name, error=None):
+        closed.append(name)
+        if error is not None:
+            raise error
+
+    failing = MOMENTS[when](fails(RuntimeError("no kernel")))
+
+    def prepare():
+        prepared = failing()
+        prepared.close = lambda: close("bad")
+        return prepared
+
+    unclosed = good("cannot be closed", close=lambda: close("no", OSError("busy")))
+    contenders = (good(close=lambda: close("good")), unclosed, Contender("bad", prepare))
+    sources(lambda: [Case(task(), contenders), Case(task("swiglu"), (good(),))])
+    run = run_suite(SETTINGS)
+    assert sorted(closed) == (["good", "no"] if when == "prepare" else ["bad", "good", "no"])
+    assert run.failures == {WHERE: "OSError: busy", f"{WHERE}: bad": "RuntimeError: no kernel"}
+    names = [row.contender for row in run.measurements]
+    assert names == ["good", "cannot be closed", "good"], "what was timed counts"
+
+
+def test_results_keep_no_tensors(sources):
+    def prepare():
+        tensor = torch.zeros(3)
+        alive.append(weakref.ref(tensor))
+        return Prepared([lambda: tensor.sum()])
+
+    alive = []
+    sources(lambda: iter([Case(task(), (Contender("it", prepare),))]))
+    run = run_suite(SETTINGS)
+    gc.collect()
+    assert run.measurements and alive[0]() is None
+
+
+def test_a_timing_stands_beside_its_limit(sources):
+    sources(lambda: [Case(task(), (good(),))])
+    run = Run(SETTINGS)
+    for case in run.cases():
+        run.measure(case)
+    row = measured(run.results[0], Ceilings(1e9, {"fp32": 1e9}, 1e9))
+    assert (row.limit, row.bound) == (1e-3, "memory")
+    assert (row.batch, row.rotation, row.ours) == (3, 5, True)
+    assert row.samples >= 3
+
+
+def test_a_run(sources, tmp_path):
+    shape = Shape("tiny", 1, 16)
+    sources(lambda: list(op_cases(shape, "fp32", CPU, compiled=False))[:2])
     told = []
-    run = run_suite(Settings(CPU, quick=True, groups=("ops",), seconds=0.01), told.append)
+    run = run_suite(SETTINGS, told.append)
     assert told == [
         "ceilings of this device",
         "ops: sandwich_norm, tiny-b1-n16, fp32",
@@ -129,6 +240,7 @@ def test_a_run(few, tmp_path):
     assert run.settings == {"quick": True, "groups": ["ops"], "published": False, "seconds": 0.01}
     assert run.peers["published implementation"].startswith("absent: no checkout was named")
     assert {"liger-kernel", "quack-kernels", "apex", "flash-attn"} <= set(run.peers)
+    assert run.failures == {}
     run.write(tmp_path / "bench.json")
     assert read_record(tmp_path / "bench.json") == run
 
@@ -136,7 +248,10 @@ def test_a_run(few, tmp_path):
 def test_what_a_run_leaves_out_is_said():
     left = omissions(Settings(CPU, quick=True, groups=("ops",)))
     assert set(left) == {*GROUPS, "torch.compile", "Triton and CUDA kernels"} - {"ops"}
-    assert set(omissions(Settings(torch.device("cuda")))) == set()
+    cuda = torch.device("cuda")
+    assert set(omissions(Settings(cuda))) == set()
+    left = omissions(Settings(cuda, quick=True))
+    assert set(left) == {"torch.compile", "translations without a graph"}
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -150,6 +265,13 @@ def test_a_cpu_run_has_every_group(quick):
     keys = [(case.task, c.name) for case in cases for c in case.contenders]
     assert len(set(keys)) == len(keys)
     assert all(max(case.task.work) > 0 for case in cases)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_run_on_a_gpu_translates_by_graphs_alone(quick):
+    settings = Settings(torch.device("cuda"), quick=quick, groups=("generate",))
+    sources = list(selection.choose_sources(settings))
+    assert {make.keywords["eager"] for _, make in sources} == {not quick}
 
 
 def test_only_the_groups_that_were_asked_for():

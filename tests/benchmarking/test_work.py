@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from blip3o_fast import SamplingPlan
 from blip3o_fast.benchmarking import work
-from blip3o_fast.benchmarking.network_cases import Network, make_stepper
+from blip3o_fast.benchmarking.network_cases import Network
 from blip3o_fast.benchmarking.op_cases import SPECS, reference_call
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.work import Work
@@ -112,9 +113,10 @@ def products(counter):
 
 def test_an_evaluation_does_this_many_flops():
     network = Network(SMALL, "fp32", CPU)
-    stepper, evaluate = make_stepper(network, None, network.dtype)
+    model, x, eva = network.get()
+    trajectory = SamplingPlan(model, steps=1).start(eva, x)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        evaluate(stepper.state, stepper.context, stepper.sites[0])
+        trajectory.slope()
     attention = 2 * SMALL.config.num_hidden_layers * work.attention(SMALL.config, 2, 4).flops
     assert products(counter) == work.evaluation(SMALL.config, 2, 4).flops - attention
 

@@ -73,8 +73,19 @@ def test_work_by_shapes(op, shapes, expected):
 
 
 def test_every_op_agrees_with_the_reference_in_fp64(capsys):
-    assert every_op.main(["--device", "cpu"]) == 0
-    assert capsys.readouterr().out.count(": good, ") == 2 * (len(every_op.SPECS) + 1)
+    """In both dtypes by the reference; three of them by ATen's passes, which have no gradients."""
+    assert every_op.main(["--device", "cpu", "--impl", "reference", "aten"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("reference: good, ") == 2 * len(every_op.specs())
+    assert out.count("aten: good, ") == 2 * 3
+    assert "swiglu, bf16, aten: not here: " in out
+
+
+def test_triton_in_its_interpreter_is_compared_as_well(monkeypatch, capsys):
+    spec = next(spec for spec in every_op.SPECS if spec.name == "swiglu")
+    monkeypatch.setattr(every_op, "specs", lambda: (spec,))
+    assert every_op.main(["--device", "cpu", "--dtype", "fp32"]) == 0
+    assert "swiglu, fp32, triton: good" in capsys.readouterr().out
 
 
 def test_an_op_that_is_wrong_in_its_gradient_alone_is_found(monkeypatch, capsys):
@@ -86,5 +97,5 @@ def test_an_op_that_is_wrong_in_its_gradient_alone_is_found(monkeypatch, capsys)
 
     broken = every_op.OpSpec("swiglu", wrong, good.sizes, good.differentiable)
     monkeypatch.setattr(every_op, "SPECS", (broken,))
-    assert every_op.main(["--device", "cpu"]) == 1
+    assert every_op.main(["--device", "cpu", "--impl", "reference"]) == 1
     assert "WRONG" in capsys.readouterr().out

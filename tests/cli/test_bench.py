@@ -1,7 +1,9 @@
 """``blip3o-fast bench``: options, files, exit status."""
 
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from benchmarking.records import measurement, record
 
 from blip3o_fast.benchmarking import selection, suite
+from blip3o_fast.benchmarking.cases import Case, Contender
 from blip3o_fast.benchmarking.environment import device_name
 from blip3o_fast.benchmarking.op_cases import op_cases
 from blip3o_fast.benchmarking.shapes import Shape
@@ -19,8 +22,8 @@ def bench(*words):
     return main(["bench", *map(str, words)])
 
 
-def here(*measurements):
-    return record(*measurements, device=device_name(torch.device("cpu")), kind="cpu")
+def here(*measurements, **rest):
+    return record(*measurements, device=device_name(torch.device("cpu")), kind="cpu", **rest)
 
 
 @pytest.fixture
@@ -29,9 +32,7 @@ def result(monkeypatch):
     asked = []
 
     def put(run):
-        monkeypatch.setattr(
-            suite, "run_suite", lambda settings, progress: asked.append(settings) or run
-        )
+        monkeypatch.setattr(suite, "run_suite", lambda settings, **_: asked.append(settings) or run)
         return asked
 
     return put
@@ -128,6 +129,45 @@ def test_a_regression_is_the_exit_status(result, capsys, tmp_path, seconds, stat
     words = ("--no_plots", "--device", "cpu", "--output_dir", tmp_path)
     assert bench(*words, "--compare", tmp_path / "bench.json") == status
     assert ("REGRESSION" in capsys.readouterr().out) == bool(status)
+
+
+def test_a_failure_is_the_exit_status_after_everything_is_written(result, capsys, tmp_path):
+    result(here(measurement(), failures={"swiglu, base-b1, bf16: triton": "RuntimeError: no"}))
+    assert bench("--device", "cpu", "--output_dir", tmp_path) == 1
+    assert "FAILED, swiglu, base-b1, bf16: triton: RuntimeError: no" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("bench.json", "roofline.png", "evaluation.png")
+    }
+
+
+def test_a_run_that_measured_nothing_has_no_pictures(result, tmp_path):
+    result(here(failures={"the run": "stopped by SIGTERM"}))
+    assert bench("--device", "cpu", "--output_dir", tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_run_has_written_what_it_measured(monkeypatch, tmp_path, name):
+    """And what ``bench.json`` says in the middle of a case is what came before it."""
+    path = tmp_path / "bench.json"
+
+    def cases(settings):
+        first, second = list(
+            op_cases(Shape("tiny", 1, 16), "fp32", settings.device, compiled=False)
+        )[-3:-1]
+        yield "ops", lambda: iter((first, Case(second.task, (Contender("killer", kill),))))
+
+    def kill():
+        (row,) = json.loads(path.read_text())["measurements"]
+        assert row["name"] == "solver_update"
+        os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(selection, "cpu_sources", cases)
+    words = ("--quick", "--seconds", 0.01, "--device", "cpu", "--no_plots")
+    assert bench(*words, "--output_dir", tmp_path, "--groups", "ops") == 1
+    content = json.loads(path.read_text())
+    assert content["failures"] == {"the run": f"stopped by {name}"}
+    assert len(content["measurements"]) == 1
 
 
 def test_a_measurement(monkeypatch, capsys, tmp_path):

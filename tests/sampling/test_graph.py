@@ -1,38 +1,47 @@
 """The captured step: buckets, windows, sharing. On the CPU a graph that calls stands in."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from golden_data import relative_error
 from rounding import rounding_bound, roundings_of
 
 from blip3o_fast import SamplingPlan, generate
-from blip3o_fast.flow import SOLVERS
-from blip3o_fast.sampling import forget, graph
-from blip3o_fast.sampling.graph import BUCKETS, GRAPHS, Captured, GraphStore, bucket
+from blip3o_fast.flow import SOLVERS, Trajectory
+from blip3o_fast.sampling import cache, forget, graph
+from blip3o_fast.sampling.graph import BUCKETS, GRAPHS, WARM_UP, Captured, bucket
+from tests.rehearsal.streams import Device, Stream
+
+
+def engines(model):
+    return cache._ENGINES[model].engines.values.values()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Streams and graphs without a device; plans on the CPU go through them."""
+    device = Device()
+    device.install(lambda *what: monkeypatch.setattr(*what, raising=False))
+    monkeypatch.setattr(SamplingPlan, "_uses_graph", lambda self, device: self.graph is not False)
+    return device
 
 
 class Calling:
     """Replays by evaluating again."""
 
-    def __init__(self, trajectory, pool):
+    def __init__(self, trajectory):
         self.replay = trajectory.advance
 
 
 @pytest.fixture
-def captured(monkeypatch):
+def captured(monkeypatch, streams):
     """Plans on the CPU go through buckets, windows and buffers; every capture is listed."""
     captures = []
 
-    def capture(trajectory, pool):
+    def capture(trajectory, pool, stream):
         captures.append(trajectory)
-        return Calling(trajectory, pool)
+        return Calling(trajectory)
 
     monkeypatch.setattr(graph, "_capture", capture)
-    monkeypatch.setattr(SamplingPlan, "_uses_graph", lambda self, device: self.graph is not False)
-    monkeypatch.setattr(GraphStore, "running", lambda self, device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return captures
 
 
@@ -89,7 +98,6 @@ def test_padding_rows_cannot_reach_real_ones(model, draw, captured, monkeypatch)
                 beyond.fill_(torch.nan)
 
     monkeypatch.setattr(Captured, "load", poisoned)
-    # The comparison of the first replay would see the NaN, which equals nothing.
     assert torch.equal(plan(eva, noise), expected)
 
 
@@ -128,8 +136,8 @@ def test_callback_does_not_change_the_result(model, draw, captured):
 
 
 def test_first_replay_is_compared_with_the_eager_step(model, draw, captured, monkeypatch):
-    def wrong(trajectory, pool):
-        stand_in = Calling(trajectory, pool)
+    def wrong(trajectory, pool, stream):
+        stand_in = Calling(trajectory)
 
         def replay():
             trajectory.advance()
@@ -145,6 +153,14 @@ def test_first_replay_is_compared_with_the_eager_step(model, draw, captured, mon
     assert torch.isfinite(generate(model, eva, 2, noise=noise, graph=False)).all()
 
 
+def test_a_step_that_gives_nan_reproduces(model, draw, captured):
+    """As without a graph: what is not a number is an answer of the model, not of the graph."""
+    torch.nn.init.constant_(model.output_proj.bias, torch.nan)
+    eva, noise = draw(model)
+    for solver in ("heun", "adams_bashforth2"):
+        assert SamplingPlan(model, steps=2, solver=solver)(eva, noise).isnan().all()
+
+
 def test_at_most_eight_graphs_are_kept(model, draw, captured):
     eva, noise = draw(model, 16)
     for batch in (1, 2, 3, 4, 6, 8, 12, 16):
@@ -156,6 +172,78 @@ def test_at_most_eight_graphs_are_kept(model, draw, captured):
     assert len(captured) == GRAPHS + 1
     SamplingPlan(model, steps=1)(eva[:1], noise[:1])
     assert len(captured) == GRAPHS + 2
+
+
+def test_a_capture_has_workspaces_of_its_own(model, draw, streams, monkeypatch):
+    """Those that warm-up left are forgotten just before a capture, its own just after it."""
+    advance = Trajectory.advance
+
+    def told(self):
+        streams.told.append("advance")
+        advance(self)
+
+    monkeypatch.setattr(Trajectory, "advance", told)
+    monkeypatch.setattr(graph, "_replay_verified", lambda trajectory, graph: graph.replay())
+    eva, noise = draw(model, 4)
+    plan = SamplingPlan(model, steps=2)
+    capture = [*["advance"] * WARM_UP, "forget", "begin", "advance", "end", "forget"]
+    plan(eva, noise)
+    assert streams.told == [*capture, *["replay"] * 4]
+    streams.told.clear()
+    plan(eva[:1], noise[:1])
+    assert streams.told == [*capture, *["replay"] * 4]
+
+
+def test_without_the_means_to_forget_workspaces(model, draw, streams, monkeypatch):
+    monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces")
+    eva, noise = draw(model)
+    with pytest.raises(RuntimeError, match=r"expected torch._C._cuda_clear.*pass graph=False"):
+        generate(model, eva, 2, noise=noise)
+
+
+def test_one_stream_for_all_captures(model, draw, streams, monkeypatch):
+    """Memory of the pool is reused on the stream that it was made on alone."""
+    monkeypatch.setattr(graph, "_replay_verified", lambda trajectory, graph: graph.replay())
+    eva, noise = draw(model, 4)
+    for batch, solver in ((1, "heun"), (4, "heun"), (4, "euler")):
+        SamplingPlan(model, steps=1, solver=solver)(eva[:batch], noise[:batch])
+    (own,) = engines(model)
+    graphs = [captured.graph for captured in own.graphs.captured.values()]
+    assert len(graphs) == 3
+    assert {graph.stream for graph in graphs} == {own.graphs.stream}
+    assert len({graph.pool for graph in graphs}) == 1
+
+
+def test_a_failed_capture_leaves_the_thread_on_its_stream(model, draw, streams):
+    """Its pool, to which torch goes on recording, serves no other capture."""
+    eva, noise = draw(model, 1)
+    streams.fails = RuntimeError("capture invalidated")
+    with pytest.raises(RuntimeError, match=r"a CUDA graph failed \(capture invalidated\)"):
+        SamplingPlan(model, steps=1)(eva, noise)
+    assert streams.current is streams.default
+    assert streams.told == ["forget", "begin", "forget"]
+    (own,) = engines(model)
+    assert own.graphs.pool is None and not own.graphs.captured
+
+
+def test_freed_buffers_serve_nobody_before_their_last_use(model, draw, streams, monkeypatch):
+    """The allocator hands memory to the stream that it was made on, which therefore has to wait."""
+    monkeypatch.setattr(graph, "_replay_verified", lambda trajectory, graph: graph.replay())
+    homes, make = [], Trajectory.__init__
+
+    def made(self, *args, **options):
+        homes.append(streams.current)
+        make(self, *args, **options)
+
+    monkeypatch.setattr(Trajectory, "__init__", made)
+    eva, noise = draw(model, 1)
+    plan = SamplingPlan(model, steps=2)
+    plan(eva, noise)
+    other = Stream()
+    streams.set_stream(other)
+    plan(eva, noise)
+    (home,) = homes
+    assert other.work == 4 and home.follows(other) and not streams.default.follows(other)
 
 
 def test_buckets_hold_every_batch():

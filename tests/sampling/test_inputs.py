@@ -4,9 +4,10 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blip3o_fast import BLIP3oDiT, SamplingPlan, generate
-from blip3o_fast.sampling.graph import refuse_outer_capture
+from blip3o_fast.sampling import inputs
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,12 @@ def test_graph_without_cuda(model, draw):
         SamplingPlan(model, steps=1, graph=True)(eva, noise)
 
 
-def test_capture_inside_a_capture(monkeypatch):
+def test_capture_inside_a_capture(model, draw, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    refuse_outer_capture(torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="call it outside the capture"):
-        refuse_outer_capture(torch.device("cuda"))
+    eva, noise = draw(model)
+    inputs.starting_noise(model, eva, noise, None, None)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="outside"):
+        inputs.starting_noise(model, torch.empty(2, 6, 12, device="cuda"), None, None, None)
 
 
 def test_guidance_without_condition_dropout_warns_once(make_model, draw):

@@ -1,0 +1,597 @@
+"""All that a machine with a GPU can tell of this checkout, in one call of under ten minutes.
+
+    benchmarks/gpu_check.sh OUT [options]
+
+Needs the Python that has torch (``PYTHON``, default python3) and a copy of the checkout: no git, no
+network, no installation. The steps, by worth:
+
+    environment       versions, driver, clocks, what each op would run
+    build             the CUDA C++ kernels, where nvcc is, beside the next step
+    smoke             does anything work: an evaluation, a graph, a training step, Triton's kernels
+    kernels           the same of the CUDA C++ kernels
+    evaluation        bench --quick: evaluations and translations
+    ops               bench --quick: every op, attention, a block
+    training          bench --quick: a training step, the loader
+    profile           one evaluation, launch by launch
+    profile_training  one training step, launch by launch
+    tests             pytest -m "gpu and not slow", in 12 processes
+    memcheck          every op under compute-sanitizer
+    racecheck         the same for races in shared memory
+
+and, only if ``--steps`` names it, ``long``: 2,000 training steps in a row.
+
+A step that fails, hangs or is killed costs only itself. After each, and every ``REFRESH`` seconds,
+``OUT/results.tar.gz`` is replaced: ``summary.json`` and the JSON, the pictures and the end of the
+log of every step so far. Nothing else lies in OUT, and files are written elsewhere until then.
+
+Exit status: 0 if no step failed, 1 if one did, 2 for bad arguments, 128 and the number of the
+signal that ended the check.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+KIND = "blip3o-fast gpu check"
+FORMAT = 1
+ARCHIVE = "results.tar.gz"
+TOTAL = 580
+"""Seconds of all steps: ten minutes less what it takes to end the last one."""
+LEAST = 5
+"""A step that would get less than so many seconds is skipped."""
+GRACE = 5
+"""Seconds between the request to end and the kill."""
+REFRESH = 15
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SKIPPED = 77
+"""Exit status of a step that found nothing to do."""
+BROKE = 3
+"""Exit status of ``smoke.py`` where a kernel ended its process."""
+LONGEST_LOG = 512 << 10
+LONGEST_FILE = 4 << 20
+UNSUPPORTED = "Device not supported"
+"""What compute-sanitizer says where it cannot work."""
+
+
+class Skip(Exception):
+    """There is nothing to do, and why."""
+
+
+class Stopped(BaseException):
+    """A signal ended the check."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with a limit in seconds.
+
+    ``command`` raises ``Skip`` where it makes no sense. Only the step that is named by ``beside``
+    starts before this one has ended.
+    """
+
+    limit: int
+    command: "Callable[[Check], list[str]]"
+    beside: str = ""
+
+
+@dataclass
+class Running:
+    """A step under way."""
+
+    name: str
+    process: "subprocess.Popen[bytes]"
+    started: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step, as ``summary.json`` says it."""
+
+    name: str
+    verdict: str
+    exit: int | None
+    seconds: float
+    limit: float
+    reason: str
+
+
+class Check:
+    """A check in progress.
+
+    Attributes:
+        args: the options.
+        work: folder of everything that is not a result.
+        results: folder of what comes back.
+        running: steps that have not ended.
+        outcomes: of those that have, by name.
+        stopped: the signal that ended the check.
+    """
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work, self.results = args, work, work / "results"
+        self.results.mkdir()
+        found = shutil.which(os.environ.get("PYTHON", ""))
+        self.python = str(Path(found).absolute()) if found else sys.executable
+        self.device = "cpu" if args.cpu else "cuda"
+        self.commit = args.commit or find_commit()
+        self.running: list[Running] = []
+        self.outcomes: dict[str, Outcome] = {}
+        self.stopped: signal.Signals | None = None
+        self.starting = False
+        self.installed = False
+        self.began = time.monotonic()
+        self.packed = 0.0
+
+    def run(self, names: Sequence[str]) -> None:
+        """Run steps in their order."""
+        for name in names:
+            self.finish_all(beside=name)
+            started = self.start(name)
+            if started is not None and not STEPS[name].beside:
+                self.finish(started)
+        self.finish_all()
+
+    def finish_all(self, beside: str = "") -> None:
+        """Wait for what runs, but for what may run beside the step that is next."""
+        for step in list(self.running):
+            if not beside or STEPS[step.name].beside != beside:
+                self.finish(step)
+
+    def start(self, name: str) -> Running | None:
+        """Start a step, unless there is no sense in it or no time for it."""
+        step = STEPS[name]
+        limit = self.args.limit or min(step.limit, TOTAL - (time.monotonic() - self.began))
+        try:
+            if limit < LEAST and not self.args.limit:
+                raise Skip("the steps before it left no time")
+            command = step.command(self)
+        except Skip as reason:
+            self.end(Outcome(name, "skipped", None, 0.0, limit, str(reason)))
+            return None
+        self.starting = True  # a signal waits until the process is among those that run
+        try:
+            with self.log(name).open("wb") as log:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **self.environment()},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
+            self.running.append(Running(name, process, time.monotonic(), limit))
+        except OSError as error:
+            self.end(Outcome(name, "failed", None, 0.0, limit, str(error)))
+            return None
+        finally:
+            self.starting = False
+        if self.stopped is not None:
+            raise Stopped
+        return self.running[-1]
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """A signal ends the check; later ones change nothing."""
+        del frame
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        self.stopped = signal.Signals(number)
+        if not self.starting:
+            raise Stopped
+
+    def finish(self, step: Running) -> None:
+        """Wait for a step up to its limit, and keep what it found."""
+        late = False
+        while step.process.poll() is None:
+            left = step.started + step.limit - time.monotonic()
+            if left <= 0:
+                late = True
+                self.stop(step, GRACE)
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                step.process.wait(min(left, REFRESH))
+            if time.monotonic() - self.packed > REFRESH:
+                self.pack()
+        kill(step.process)  # what it may have left behind
+        status = step.process.returncode
+        verdict = {0: "passed", SKIPPED: "skipped"}.get(status, "failed")
+        reason = "" if status == 0 else self.last_line(step.name)
+        if late:
+            verdict, reason = "failed", f"ran past its limit of {step.limit:g} s"
+        elif status < 0:
+            reason = f"ended by {signal.Signals(-status).name}"
+        elif status > 0 and UNSUPPORTED in self.text(step.name):
+            verdict, reason = "skipped", "compute-sanitizer does not support this device or machine"
+        seconds = time.monotonic() - step.started
+        exit_status = None if verdict == "skipped" else status
+        self.end(Outcome(step.name, verdict, exit_status, seconds, step.limit, reason))
+        self.use_library(step.name, verdict, status)
+
+    def end(self, outcome: Outcome) -> None:
+        """Say and save what became of a step."""
+        self.outcomes[outcome.name] = outcome
+        self.running = [step for step in self.running if step.name != outcome.name]
+        print(
+            f"{outcome.name:<16} {outcome.verdict:<8} {outcome.seconds:6.1f} s of "
+            f"{outcome.limit:.0f}  {outcome.reason}",
+            flush=True,
+        )
+        self.pack()
+
+    def abandon(self, why: str) -> None:
+        """End whatever runs, and say so."""
+        for step in list(self.running):
+            if step.process.poll() is not None:
+                self.finish(step)
+                continue
+            self.stop(step, GRACE / 2)
+            seconds = time.monotonic() - step.started
+            status = step.process.returncode
+            self.end(Outcome(step.name, "failed", status, seconds, step.limit, why))
+
+    def stop(self, step: Running, grace: float) -> None:
+        """Ask a step to end, so that it writes what it knows; then kill all of its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            step.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            step.process.wait(grace)
+        kill(step.process)
+        step.process.wait()
+
+    def use_library(self, step: str, verdict: str, status: int) -> None:
+        """Put the library that was built in its place; take it away if a kernel ends processes."""
+        built, place = self.work / "build" / "lib" / "blip3o_fast", ROOT / "blip3o_fast"
+        names = ("_C.so", "_build_info.json")
+        if step == "build" and verdict == "passed" and not self.args.cpu:
+            try:
+                for name in names:
+                    draft = place / f"{name}.part"
+                    shutil.copy(built / name, draft)
+                    draft.replace(place / name)
+                self.installed = True
+            except OSError as error:
+                print(f"the CUDA C++ kernels are not put in their place: {error}", flush=True)
+        if step == "kernels" and status == BROKE and self.installed:
+            for name in reversed(names):
+                (place / name).unlink(missing_ok=True)
+            print("the CUDA C++ kernels are left out of the steps that follow", flush=True)
+
+    def environment(self) -> dict[str, str]:
+        """Variables of every step."""
+        paths = [ROOT, ROOT / "kernels", self.work / "site", os.environ.get("PYTHONPATH", "")]
+        # CMake may be a script of this Python's.
+        programs = [Path(self.python).parent, os.environ.get("PATH", "")]
+        found = {
+            "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path)),
+            "PATH": os.pathsep.join(map(str, programs)),
+            "PYTHONUNBUFFERED": "1",
+            "BLIP3O_FAST_COMMIT": self.commit,
+        }
+        if self.args.cpu:
+            found["CUDA_VISIBLE_DEVICES"] = ""
+        return found
+
+    def log(self, name: str) -> Path:
+        """What a step prints."""
+        return self.results / f"{name}.log"
+
+    def text(self, name: str) -> str:
+        """What a step has printed, of much the end."""
+        try:
+            return read_end(self.log(name)).decode(errors="replace")
+        except OSError as error:
+            return str(error)
+
+    def last_line(self, name: str) -> str:
+        """What a step said last."""
+        lines = [line.strip() for line in self.text(name).splitlines()]
+        return next((line[:300] for line in reversed(lines) if line), "no output")
+
+    def summary(self) -> dict[str, Any]:
+        """What is known so far: of each step, and in full of those with a short record."""
+        steps = [
+            {
+                "name": outcome.name,
+                "verdict": outcome.verdict,
+                "exit": outcome.exit,
+                "seconds": round(outcome.seconds, 1),
+                "limit": round(outcome.limit),
+                "reason": outcome.reason,
+                "log": f"{outcome.name}.log",
+            }
+            for outcome in self.outcomes.values()
+        ]
+        return {
+            "kind": KIND,
+            "format": FORMAT,
+            "mode": "cpu" if self.args.cpu else "gpu",
+            "commit": self.commit or None,
+            "environment": read_json(self.results / "environment.json"),
+            "steps": steps,
+            "failed": sum(step["verdict"] == "failed" for step in steps),
+            "running": [step.name for step in self.running],
+        }
+
+    def pack(self) -> None:
+        """Replace the archive; where that is impossible the last one stays."""
+        self.packed = time.monotonic()
+        draft = self.args.out / f"{ARCHIVE}.part"
+        try:
+            with tarfile.open(draft, "w:gz") as archive:
+                add(archive, "summary.json", (json.dumps(self.summary(), indent=1) + "\n").encode())
+                for path in sorted(self.results.rglob("*")):
+                    if path.suffix in (".json", ".png", ".log") and not path.is_dir():
+                        content = read_result(path)
+                        if content is not None:
+                            add(archive, path.relative_to(self.results).as_posix(), content)
+            draft.replace(self.args.out / ARCHIVE)
+        except (OSError, tarfile.TarError) as error:
+            print(f"{self.args.out / ARCHIVE}: not replaced: {error}", flush=True)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """A file of an archive."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime = len(content), int(time.time())
+    archive.addfile(info, io.BytesIO(content))
+
+
+def read_result(path: Path) -> bytes | None:
+    """A result, of a log the end; None if it cannot be read or is too large to be one."""
+    try:
+        if path.suffix == ".log":
+            return read_end(path)
+        return path.read_bytes() if path.stat().st_size <= LONGEST_FILE else None
+    except OSError:
+        return None
+
+
+def read_end(path: Path) -> bytes:
+    """The end of a log."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_LOG))
+        return file.read()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file, None without it."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a step and every process that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def find_commit() -> str:
+    """The commit of the checkout, nothing if it is a copy without history."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def find_program(name: str) -> str | None:
+    """A program of the CUDA toolkit: on the PATH, or in ``CUDA_HOME``."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which(name) or shutil.which(f"{home}/bin/{name}")
+
+
+def describe(check: Check) -> list[str]:
+    """The environment."""
+    return script(check, "describe_machine", "environment")
+
+
+def build(check: Check) -> list[str]:
+    """CMake and nvcc, outside the tree."""
+    if find_program("nvcc") is None:
+        raise Skip("nvcc was not found")
+    folder = check.work / "build"
+    places = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    targets = os.environ.get("TORCH_CUDA_ARCH_LIST") or find_target()
+    variables = ["BLIP3O_FAST_CUDA=1", f"TORCH_CUDA_ARCH_LIST={targets}"]
+    return ["env", *variables, check.python, "setup.py", "build_ext", *places]
+
+
+def find_target() -> str:
+    """The compute capability to compile for, that of an H100 where no GPU says another."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=10
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        printed = ""
+    found = re.match(r"(\d+)\.\d+", printed)
+    if found is None:
+        return "9.0a"
+    return found[0] + "a" * (int(found[1]) >= 9)
+
+
+def smoke(check: Check) -> list[str]:
+    """Everything that needs no build."""
+    if check.args.cpu:
+        return script(check, "smoke", "smoke", "reference", "--ops", "swiglu", "rope")
+    return script(check, "smoke", "smoke", "models", "triton")
+
+
+def kernels(check: Check) -> list[str]:
+    """What was built."""
+    if check.args.cpu:
+        raise Skip("the CUDA C++ kernels need a GPU")
+    if not (ROOT / "blip3o_fast" / "_C.so").is_file():
+        raise Skip("the CUDA C++ kernels were not built")
+    return script(check, "smoke", "kernels", "cuda")
+
+
+def bench(name: str, *groups: str) -> Callable[[Check], list[str]]:
+    """Some groups of ``blip3o-fast bench``, into a folder of their own."""
+
+    def command(check: Check) -> list[str]:
+        folder = check.results / name
+        words = ["--device", check.device, "--quick", "--output_dir", str(folder)]
+        words += ["--groups", *(("loader",) if check.args.cpu else groups)]
+        words += ["--seconds", "0.05"] if check.args.cpu else []
+        words += [] if importlib.util.find_spec("matplotlib") else ["--no_plots"]
+        return [check.python, "-m", "blip3o_fast", "bench", *words]
+
+    return command
+
+
+def profile(of: str, name: str) -> Callable[[Check], list[str]]:
+    """Launch by launch."""
+
+    def command(check: Check) -> list[str]:
+        tiny = ["--preset", "tiny", "--batch", "1"] if check.args.cpu else []
+        return script(check, "profile_launches", name, "--of", of, *tiny)
+
+    return command
+
+
+def long(check: Check) -> list[str]:
+    """Many training steps."""
+    tiny = ["--preset", "tiny", "--batch", "1", "--samples", "4", "--steps", "4"]
+    return script(check, "long_training", "long", *(tiny if check.args.cpu else []))
+
+
+def tests(check: Check) -> list[str]:
+    """The GPU's, or a small file."""
+    words = ["--processes", "12", "-m", "gpu and not slow"]
+    if check.args.cpu:
+        words = ["--processes", "2", "tests/test_axes.py"]
+    if check.args.wheels is not None:
+        words += ["--wheels", str(check.args.wheels), "--site", str(check.work / "site")]
+    program = [check.python, "benchmarks/gpu_tests.py"]
+    return [*program, "--json", str(check.results / "tests.json"), *words]
+
+
+def sanitize(tool: str) -> Callable[[Check], list[str]]:
+    """Our kernels in bf16 under compute-sanitizer."""
+
+    def command(check: Check) -> list[str]:
+        if check.args.cpu:
+            raise Skip("compute-sanitizer watches a GPU")
+        found = find_program("compute-sanitizer")
+        if found is None:
+            raise Skip("compute-sanitizer was not found")
+        watched = [check.python, "benchmarks/every_op.py", "--dtype", "bf16"]
+        # Without the caching allocator, so that every tensor has borders that a check can see.
+        uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+        return [*uncached, found, "--tool", tool, "--error-exitcode", "9", *watched]
+
+    return command
+
+
+def script(check: Check, name: str, result: str, *words: str) -> list[str]:
+    """A program of this folder that writes a record."""
+    path = check.results / f"{result}.json"
+    program = [check.python, f"benchmarks/{name}.py", *words]
+    return [*program, "--device", check.device, "--json", str(path)]
+
+
+STEPS = {
+    "environment": Step(20, describe),
+    "build": Step(60, build, beside="smoke"),
+    "smoke": Step(60, smoke),
+    "kernels": Step(25, kernels),
+    "evaluation": Step(70, bench("evaluation", "evaluation", "generate")),
+    "ops": Step(80, bench("ops", "ops", "attention", "block")),
+    "training": Step(60, bench("training", "training", "loader")),
+    "profile": Step(30, profile("evaluation", "profile")),
+    "profile_training": Step(35, profile("training", "profile_training")),
+    "tests": Step(150, tests),
+    "memcheck": Step(120, sanitize("memcheck")),
+    "racecheck": Step(120, sanitize("racecheck")),
+    "long": Step(400, long),
+}
+BY_NAME = ("long",)
+"""Steps that are for a call of their own."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps."""
+    args = parse_arguments(arguments)
+    with tempfile.TemporaryDirectory(
+        prefix="blip3o-fast-check-", ignore_cleanup_errors=True
+    ) as name:
+        check = Check(args, Path(name))
+        for number in SIGNALS:
+            signal.signal(number, check.receive)
+        try:
+            check.run(args.steps)
+        except Stopped:
+            pass
+        finally:
+            why = f"stopped by {check.stopped.name}" if check.stopped else "ended by an error"
+            check.abandon(f"the check was {why}")
+            check.pack()
+        print(f"results: {args.out / ARCHIVE}", flush=True)
+        if check.stopped is not None:
+            return 128 + check.stopped
+        return int(check.summary()["failed"] > 0)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options; the folder is made."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.sh", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="folder for the results")
+    add("--cpu", action="store_true", help="small budgets on a CPU: for testing this, no figures")
+    add("--steps", help="only these, with commas between them")
+    add("--limit", type=float, help="seconds of each step, instead of its own")
+    add("--wheels", type=Path, help="folder of wheels of pytest, for a machine without it")
+    add("--commit", default="", help="of a copy of the checkout without its history")
+    args = parser.parse_args(arguments)
+    chosen = [name for name in STEPS if name not in BY_NAME]
+    args.steps = args.steps.split(",") if args.steps else chosen
+    for name in args.steps:
+        if name not in STEPS:
+            parser.error(f"--steps: expected some of {', '.join(STEPS)}, got {name}")
+    if args.limit is not None and not args.limit > 0:
+        parser.error(f"--limit: expected seconds, got {args.limit}")
+    if args.wheels is not None and not args.wheels.is_dir():
+        parser.error(f"--wheels: expected a folder, got {args.wheels}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"expected a folder for the results, got {args.out}: {error}")
+    args.out = args.out.resolve()
+    args.wheels = args.wheels and args.wheels.resolve()
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

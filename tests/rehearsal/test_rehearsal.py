@@ -1,0 +1,98 @@
+"""Everything that ``bench`` prepares on a GPU is prepared on one that is not there.
+
+Figures are printed: ``pytest -s tests/rehearsal``.
+"""
+
+import json
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from blip3o_fast.benchmarking.selection import GROUPS
+from tests.modules import MODELS
+from tests.rehearsal.gpu import start
+from tests.rehearsal.walk import BAITS
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a GPU: the thing itself"
+)
+
+LAUNCHES = {"plan, CUDA graph": 180, "plan, CUDA graph, rope in attention": 154}
+"""At most, of a step of one evaluation."""
+STEP_OPS = 1_684
+"""At most, of a training step of base."""
+
+
+@pytest.fixture(scope="module")
+def walked():
+    """Every line of the walk, by what was walked."""
+    done = start("tests.rehearsal.walk")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    kinds = ("module", "bait", "contender")
+    return {kind: [line for line in lines if line["walked"] == kind] for kind in kinds}
+
+
+def contenders(walked, group, *, ours=True):
+    return {c["name"]: c for c in walked["contender"] if c["group"] == group and c["ours"] is ours}
+
+
+def show(what, counts):
+    listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    sys.stdout.write(f"\n{what}: {counts.total()}: {listed}\n")
+
+
+def test_every_contender_is_prepared(walked):
+    counts = Counter(c["group"] for c in walked["contender"])
+    show("prepared", counts)
+    assert set(counts) == set(GROUPS)
+    failed = [
+        f"{c['group']}, {c['task']}: {c['name']}:\n{c['error']}"
+        for c in walked["contender"]
+        if c["error"]
+    ]
+    assert not failed, "\n".join(failed)
+
+
+def test_models_are_made_on_the_gpu(walked):
+    found = {line["name"]: line["devices"] for line in walked["module"]}
+    assert found == {name: ["cuda"] for name in MODELS}
+
+
+def test_the_rehearsal_sees_the_host_wait(walked):
+    """Whatever makes it wait; without it the tests below could not fail."""
+    assert {line["name"] for line in walked["bait"] if line["waits"]} == set(BAITS)
+
+
+def test_launches_of_an_evaluation(walked):
+    found = contenders(walked, "evaluation")
+    for name, limit in LAUNCHES.items():
+        (capture,) = found[name]["captures"]
+        launches = Counter(capture["launches"])
+        show(f"{name}, launches", launches)
+        assert launches.total() <= limit
+
+
+def test_a_capture_does_not_wait(walked):
+    captures = [capture for c in walked["contender"] for capture in c["captures"]]
+    assert len(captures) >= 4
+    assert [capture["waits"] for capture in captures if capture["waits"]] == []
+
+
+def test_a_training_step_does_not_wait(walked):
+    steps = contenders(walked, "training")
+    assert {"trainer", "trainer, CUDA C++"} <= set(steps)
+    for name, step in steps.items():
+        launches = Counter(step["call"]["launches"])
+        show(f"{name}, ops", launches)
+        assert launches.total() <= STEP_OPS
+        assert step["call"]["waits"] == []
+
+
+def test_an_evaluation_does_not_wait(walked):
+    found = contenders(walked, "evaluation")
+    for name in ("plan", "nothing hoisted", "plan, FP8"):
+        call = found[name]["call"]
+        assert call["launches"] and call["waits"] == []
