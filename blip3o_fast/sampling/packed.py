@@ -292,11 +292,12 @@ def check_packable(model: DiT) -> None:
         known = kind in _CLASSES or module is model
         hooked = module._forward_hooks or module._forward_pre_hooks
         # accelerate keeps the forward that it wraps in autocast.
-        own = module.__dict__
-        forward = own.get("_original_forward", own.get("forward", kind.forward))
-        replaced = getattr(forward, "__func__", forward) is not kind.forward
+        own, forward = module.__dict__, kind.forward.__get__(module)
+        replaced = own.get("_original_forward", own.get("forward", forward)) != forward
         if not known or hooked or replaced:
-            what = "hooks" if known and hooked else f"{kind.__module__}.{kind.__qualname__}"
+            what = f"{kind.__module__}.{kind.__qualname__}"
+            if known:
+                what = "hooks" if hooked else "a replaced forward"
             raise TypeError(
                 f"generate packs every projection: at {name or 'the model'} expected a module of "
                 f"the library's own without hooks, got {what}; merge adapters (LoRA), remove hooks "

@@ -48,16 +48,16 @@ class PlanOptions(TypedDict, total=False):
 
 
 def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """``function`` as it is, even inside ``torch.compile`` of somebody's code.
+    """``function`` run as it is where somebody compiles the code that calls it.
 
-    Its locks, caches and checks on the host are no graph; ``compile=True`` compiles what is one.
+    Locks, caches and checks on the host are no graph. With ``fullgraph=True`` the break is an error.
     """
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         if torch.compiler.is_compiling():
-            reason = "generate is no graph; SamplingPlan(compile=True) compiles what is one"
-            return torch.compiler.disable(function, reason=reason)(*args, **kwargs)
+            torch._dynamo.graph_break(msg="generate is no graph: pass compile=True to it instead")
+            return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -67,8 +67,8 @@ class SamplingPlan:
     """``(eva, noise) -> clip`` for one model, solver and grid. Build once, call often.
 
     Plans of one model share its packed weights, so a second plan is cheap. Weights that have
-    changed since the last call are noticed and packed again. Distinct plans may be called from
-    distinct threads.
+    changed since the last call are noticed and packed again; after writing some of them through
+    ``parameter.data``, call ``forget(model)``. Distinct plans may be called from distinct threads.
 
     Args:
         model: any device; its train or eval mode does not matter, sampling never drops units.
