@@ -35,8 +35,6 @@ WANTED = {"pytest": "pytest", "pytest_timeout": "pytest_timeout", "hypothesis": 
 """Module, and what a wheel that brings it is called."""
 PLACE = "BLIP3O_FAST_TESTS"
 """Variable that tells a process of this run its folder, its number and how many there are."""
-FINISHED, UNUSABLE = (0, 1, 5), (2, 3, 4)
-"""Exit statuses of pytest: it ran what there was; it could not run at all."""
 LAST_LINES = 30
 BROKEN_DEVICE = 9
 """Exit status of a process for which the device runs nothing more."""
@@ -102,7 +100,8 @@ def report(run: "Run", path: Path | None) -> int:
     for failure in content["failures"]:
         print(f"{failure['outcome'].upper()} {failure['test']}\n{failure['text']}\n")
     for index, process in enumerate(run.processes):
-        if process.returncode in UNUSABLE:
+        said = list(read(notes(run.folder, index)))
+        if not any("collected" in note for note in said) and not run.stopped:
             print(f"pytest ended with exit status {process.returncode}:")
             print(last_lines(log(run.folder, index).read_text(errors="replace")))
     for name, why in content["left_out"].items():
@@ -134,14 +133,14 @@ class Run:
             if process.poll() is None and silent(said) > self.patience:
                 process.kill()
                 process.wait()
-            if process.poll() in (None, *FINISHED, *UNUSABLE) or index in self._replaced:
+            if process.poll() is None or index in self._replaced:
                 continue
-            self._replaced.add(index)
-            begun = [note for note in read(said) if "began" in note]
-            if not begun:  # it would end so again
-                continue
-            (self.folder / f"taken-{begun[-1]['next']}").unlink(missing_ok=True)
-            self.processes.append(self._launch(len(self.processes)))
+            begun = [note for note in read(said) if "began" in note or "done" in note]
+            # One that ended without a test would end so again.
+            if begun and "done" not in begun[-1]:
+                self._replaced.add(index)
+                (self.folder / f"taken-{begun[-1]['next']}").unlink(missing_ok=True)
+                self.processes.append(self._launch(len(self.processes)))
         return any(process.poll() is None for process in self.processes)
 
     def end(self) -> None:
@@ -163,6 +162,8 @@ class Run:
                     tests = said["collected"]
                 elif "left out" in said:
                     left_out[said["left out"]] = said["why"]
+                elif "done" in said:
+                    running = ""
                 elif "began" in said:
                     running = said["began"]
                 elif "file" in said:
@@ -299,6 +300,7 @@ def pytest_runtestloop(session: Any) -> bool:
         if session.testsfailed > failed and is_broken():
             os._exit(BROKEN_DEVICE)
         number = following
+    note(done=True)
     return True
 
 

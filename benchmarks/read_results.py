@@ -33,9 +33,8 @@ NEEDED: dict[Kind, frozenset[str]] = {
     "demo": frozenset(("title", "verdict", "mean_predictor", "ridge", "dit", "facts")),
     "fp8": frozenset(("environment", "fp8", "parameters", "samples", "sources", "rows")),
 }
-SUMMARY = "summary.json"
-COPIES = ("environment.json",)
-"""What ``gpu_check.sh`` leaves beside its summary, which holds the same."""
+PARTS = ("environment.json", "smoke.json", "kernels.json", "tests.json")
+"""What ``gpu_check.sh`` leaves beside its summary: no results of their own."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         ValueError: naming a file that is no result, or an incomplete one.
     """
-    paths = sorted(path for path in folder.rglob("*.json") if path.name not in COPIES)
+    paths = sorted(path for path in folder.rglob("*.json") if path.name not in PARTS)
     return [read_result(path) for path in paths]
 
 
@@ -83,7 +82,7 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
     record = read_record(path) if kind == "bench" else None
     demo = content["facts"]["commit"][:10] if kind == "demo" else None
-    commit = demo or find_commit(path, content)
+    commit = demo or find_commit(content)
     return Result(path, kind, content, record, commit, find_pictures(path, kind))
 
 
@@ -115,16 +114,8 @@ def find_kind(path: Path, content: object) -> Kind:
     )
 
 
-def find_commit(path: Path, content: dict[str, Any]) -> str | None:
-    """The commit, and whether files differed from it; else that of the check which wrote it.
-
-    A copy of a checkout without its history knows no commit; ``gpu_check.sh --commit`` is told.
-    """
+def find_commit(content: dict[str, Any]) -> str | None:
+    """The commit that was measured, and whether files differed from it."""
     environment = content["environment"] or {}
-    if commit := environment.get("commit"):
-        return commit[:10] + (" with changes" if environment["changed"] else "")
-    for folder in (path.parent, path.parent.parent):
-        summary = folder / SUMMARY
-        if summary.is_file() and (commit := json.loads(summary.read_text()).get("commit")):
-            return commit[:10]
-    return None
+    commit = environment.get("commit") or content.get("commit")
+    return commit and commit[:10] + (" with changes" if environment.get("changed") else "")

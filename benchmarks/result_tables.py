@@ -73,6 +73,9 @@ def bench(result: Result) -> Iterator[str]:
     yield details("Every contender", "\n\n".join(parts))
     absent = [f"{name}: {state}" for name, state in record.peers.items() if "absent" in state]
     left = [f"{name}: {reason}" for name, reason in record.left_out.items()]
+    failed = [f"{name}: {reason}" for name, reason in record.failures.items()]
+    if failed:
+        yield "Failed:\n\n" + "\n".join(f"* {line}" for line in failed)
     if absent or left:
         yield details("Left out", "\n".join(f"* {line}" for line in (*absent, *left)))
 

@@ -86,15 +86,12 @@ class DiTBlock(nn.Module):
     ) -> tuple[Tensor, Branch]:
         """Stream ``[B, N, D]`` and open branch, adapted EVA tokens ``[B, M, D]``."""
         x, last = network.block(self, x, branch, context, rotary, self.sites(activated))
-        return x, _owned(last)
+        # FSDP frees the memory of a block's gathered parameters when its forward returns.
+        return x, _owned(last) if hasattr(self, "unshard") else last
 
 
 def _owned(branch: Branch) -> Branch:
-    """The branch with copies of the parameters in it.
-
-    FSDP frees the memory of a block's gathered parameters when its forward returns. Three rows of D
-    numbers are copied in one launch.
-    """
+    """The branch with copies of the parameters in it: three rows of D numbers, in one launch."""
     scale, post = branch.layer_scale, branch.post
     parameters = [scale, *(post[:2] if post is not None else ())]
     given = [p for p in parameters if p is not None]

@@ -235,7 +235,7 @@ def plain_velocity(
         if guided:
             state = torch.cat((state, state))
         wide = torch.promote_types(eva.dtype, torch.float32)
-        times = torch.as_tensor(t, device=state.device, dtype=wide).expand(state.shape[0])
+        times = torch.ones(len(state), device=state.device, dtype=wide) * t
         v = model(state, times, eva, return_dict=False)
         assert isinstance(v, Tensor)
         return v

@@ -90,6 +90,8 @@ def _refusal(
         return f"it needs CUDA tensors, got {q.device}"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and knows torch's own kernels"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "flash attention is switched off, as by torch.nn.attention.sdpa_kernel"
     if dropout and not package.dropout:
         return f"{package.distribution} has no dropout"
     if not (q.numel() and k.numel()):

@@ -49,7 +49,12 @@ def root(tmp_path):
 
 def made(kind, **values):
     """A record's dataclass with zeros for what a test does not care about."""
-    names = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    missing = dataclasses.MISSING
+    names = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is missing and f.default_factory is missing
+    }
     return kind(**{**dict.fromkeys(names, 0.0), **values})
 
 
@@ -153,9 +158,18 @@ def test_a_changed_digit_is_found(root):
     assert render.main(["--check"], root) == 1
 
 
-def test_a_copy_without_history_takes_the_commit_of_its_check(root):
+def test_a_failure_is_shown(root):
+    write_bench(root / "benchmarks/results", *ROWS)
+    path = root / "benchmarks/results/bench.json"
+    content = json.loads(path.read_text())
+    content["failures"] = {"the run": "stopped by SIGTERM"}
+    path.write_text(json.dumps(content))
+    assert "Failed:\n\n* the run: stopped by SIGTERM\n" in texts(root)[1]
+
+
+def test_a_check_of_a_copy_without_history_was_told_its_commit(root):
     folder = root / "benchmarks/results/gpu"
-    write_bench(folder / "bench", ROWS[0], commit=None)
+    write_bench(folder / "bench", ROWS[0], commit="fedcba987654", changed=None)
     step = {"name": "tests", "verdict": "failed", "seconds": 61.2, "reason": "1 | 2 failed"}
     summary = {
         "kind": "blip3o-fast gpu check",
@@ -165,7 +179,8 @@ def test_a_copy_without_history_takes_the_commit_of_its_check(root):
     }
     content = {**summary, "environment": {**ENVIRONMENT, "commit": None}, "steps": [step]}
     (folder / "summary.json").write_text(json.dumps(content))
-    (folder / "environment.json").write_text("{}")
+    for name in ("environment", "smoke", "kernels", "tests"):
+        (folder / f"{name}.json").write_text("{}")
     own = texts(root)[1]
     assert own.count("commit fedcba9876") == 2
     assert "| tests | failed | 61 s | 1 / 2 failed |" in own

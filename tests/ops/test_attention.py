@@ -248,6 +248,14 @@ def test_a_compiler_sees_torchs_own_kernels(h100, monkeypatch):
     assert backend is AttentionBackend.SDPA and "torch.compile is tracing" in reason
 
 
+def test_a_caller_may_switch_flash_attention_off(h100, monkeypatch):
+    install(monkeypatch, "flash_attn_interface", reference.attention)
+    with sdpa_kernel(SDPBackend.MATH):
+        backend, reason = choose()
+    assert backend is AttentionBackend.SDPA and "switched off" in reason
+    assert choose()[0] is AttentionBackend.FLASH_ATTN_3
+
+
 def test_a_last_axis_that_is_not_contiguous(h100, monkeypatch):
     install(monkeypatch, "flash_attn_interface", reference.attention)
     with FakeTensorMode():

@@ -31,7 +31,7 @@ def test_the_step_never_waits_for_the_device(options, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_are_those_of_the_cpu(options, tmp_path, precision, compile):
     settings = {"eva_adapter_dropout": 0.0, "max_steps": 30, "eval_every_n_steps": 30}
     here = train(options(**settings, device="cuda", precision=precision, compile=compile))
