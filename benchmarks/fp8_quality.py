@@ -25,7 +25,6 @@ from blip3o_fast.evaluation.evaluate import (
     check_fit,
     chosen,
     read_batches,
-    sample_seed,
 )
 from blip3o_fast.evaluation.metrics import token_cosines
 from blip3o_fast.flow import draw_noise
@@ -39,6 +38,7 @@ from blip3o_fast.sampling.modulation import (
     modulation_table,
     site_modulations,
 )
+from blip3o_fast.seeds import sample_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

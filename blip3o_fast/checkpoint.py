@@ -5,7 +5,6 @@ ones in every case. Nothing is unpickled beyond what ``torch.load(weights_only=T
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blip3o_fast.atomic import settle, temporary_path, write_atomically
 from blip3o_fast.config import PRESETS, DiTConfig
 
 CONFIG_NAME = "config.json"
@@ -39,22 +39,14 @@ def save_checkpoint(folder: str | Path, config: DiTConfig, tensors: Mapping[str,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    weights = folder / f".{WEIGHTS_NAME}.partial"
+    temporary = temporary_path(folder / WEIGHTS_NAME)
     try:
-        save_file(plain, weights, metadata={"format": "pt"})
-        _settle(weights, folder / WEIGHTS_NAME)
+        save_file(plain, temporary, metadata={"format": "pt"})
+        settle(temporary, folder / WEIGHTS_NAME)
     finally:
-        weights.unlink(missing_ok=True)
-    partial = folder / f".{CONFIG_NAME}.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    _settle(partial, folder / CONFIG_NAME)
-
-
-def _settle(partial: Path, final: Path) -> None:
-    """Make a finished file durable, then visible."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(final)
+        temporary.unlink(missing_ok=True)
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    write_atomically(folder / CONFIG_NAME, text.encode())
 
 
 def load_checkpoint(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.atomic import write_atomically
 
 FORMAT = 1
 KIND = "blip3o-fast benchmarks"

@@ -17,8 +17,8 @@ from blip3o_fast.data.conversion import (
     verify_conversion,
     write_planned,
 )
-from blip3o_fast.data.manifest import DTYPES
 from blip3o_fast.data.planning import Plan, Wishes, open_sources, plan_conversion
+from blip3o_fast.devices import DTYPES
 from blip3o_fast.errors import OptionError
 
 _GIB = 1 << 30

@@ -10,12 +10,13 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from blip3o_fast.cli.switch import add_switch
+from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from blip3o_fast.evaluation import Report
     from blip3o_fast.extraction.sources import ImageRef
     from blip3o_fast.extraction.views import Settings
-
-Device = Literal["cpu", "cuda"]
 
 HELDOUT_FRACTION = 0.2
 SEED = 0
@@ -89,9 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from blip3o_fast.training import TrainingInterrupted
 
     require_plots()
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device != "auto":
-        device = args.device
+    device = find_device(args.device)
     folder = Path(args.output_dir)
     started = time.monotonic()
 
@@ -131,7 +128,7 @@ def find_photos(args: argparse.Namespace) -> "list[ImageRef]":
 
 
 def extract_tokens(
-    refs: "list[ImageRef]", shards: Path, device: Device, progress: bool
+    refs: "list[ImageRef]", shards: Path, device: torch.device, progress: bool
 ) -> tuple[int, int]:
     """Encode the crops of all photos; the number of samples, and of photos held out."""
     from blip3o_fast.data import EmbeddingDataset
@@ -155,7 +152,7 @@ def extraction_settings(refs: "list[ImageRef]") -> "Settings":
 
 
 def train_model(
-    args: argparse.Namespace, folder: Path, device: Device
+    args: argparse.Namespace, folder: Path, device: torch.device
 ) -> tuple[tuple[int, float], ...]:
     """Train, or go on; the losses by step."""
     from blip3o_fast.training import TrainingOptions, train
@@ -165,8 +162,8 @@ def train_model(
         output_dir=str(folder / "run"),
         max_steps=args.steps,
         eval_every_n_steps=min(VALIDATE_EVERY, args.steps),
-        device=device,
-        precision="bf16" if device == "cuda" or _cpu_has_bf16() else "fp32",
+        device="cuda" if device.type == "cuda" else "cpu",
+        precision="bf16" if device.type == "cuda" or _cpu_has_bf16() else "fp32",
         progress=args.progress,
         seed=SEED,
         **MODEL,
@@ -187,7 +184,7 @@ def _cpu_has_bf16() -> bool:
 def evaluate(
     args: argparse.Namespace,
     folder: Path,
-    device: Device,
+    device: torch.device,
     refs: "list[ImageRef]",
     losses: tuple[tuple[int, float], ...],
 ) -> "Report":
@@ -212,7 +209,7 @@ def evaluate(
     measure = EvaluationSettings(
         evaluations=tuple(args.evaluations), batch_size=32, max_samples=args.max_samples, seed=SEED
     )
-    environment = describe_environment(torch.device(device))
+    environment = describe_environment(device)
     facts = {
         "photos": f"{training.photos} to learn from, {heldout.photos} held out",
         "crops": f"{len(training)} to learn from, {len(heldout)} held out, "

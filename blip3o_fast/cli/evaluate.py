@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from blip3o_fast.cli.switch import add_switch
+from blip3o_fast.devices import DTYPES, find_device
 from blip3o_fast.errors import OptionError
 
 if TYPE_CHECKING:
     from blip3o_fast import BLIP3oDiT
     from blip3o_fast.data import EmbeddingDataset
     from blip3o_fast.evaluation.evaluate import EvaluationSettings
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plots:
         require_plots()
     settings = read_settings(args)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(args.device)
     model = load_trained_model(
         args.model_path,
         num_attention_heads=args.num_attention_heads,
@@ -99,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             "evaluated on": f"{heldout.folder}, {heldout.split} side of {heldout.photos} photos",
             "baselines fitted on": f"{training.folder}, {training.split} side",
             "precision": str(model.input_proj.weight.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         },
     )
     page = write_report(report, args.output_dir, plots=args.plots)

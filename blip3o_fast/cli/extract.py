@@ -5,18 +5,15 @@ in ``skipped.jsonl`` beside the shards.
 """
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from blip3o_fast.cli.switch import add_switch
-from blip3o_fast.data.manifest import DTYPES, Split
+from blip3o_fast.data.manifest import Split
+from blip3o_fast.devices import DTYPES, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.extraction.encoders import (
     CLIP_REPOSITORY,
@@ -37,9 +34,8 @@ from blip3o_fast.extraction.sources import (
     folder_images,
     webdataset_images,
 )
+from blip3o_fast.signals import STOPPED, StopSignals
 
-COMPUTE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-STOPPED_BY_SIGTERM = 143
 _SHOWN = 5
 
 
@@ -83,7 +79,7 @@ def _add_tower_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         default="auto",
-        choices=("auto", *COMPUTE_DTYPES),
+        choices=("auto", "float16", "bfloat16", "float32"),
         help="the towers compute in; auto: float16 on a GPU for clip+eva, else float32",
     )
 
@@ -118,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     images = _images(args)
     towers = _towers(args)
     try:
-        with _stop_on_sigterm() as stop:
+        with StopSignals("SIGTERM") as signals:
             report = extract(
                 images,
                 towers,
@@ -126,14 +122,14 @@ def run(args: argparse.Namespace) -> int:
                 settings,
                 resume=args.resume,
                 progress=args.progress,
-                stop=stop,
+                stop=signals.asked,
             )
     except Stopped as stopped:
         print(f"blip3o-fast extract: {stopped}; run again to go on", file=sys.stderr)
-        return STOPPED_BY_SIGTERM
+        return STOPPED
     _tell(report, Path(args.output_dir))
     # Asked during the last batch, all is done; what called this should still not go on.
-    return STOPPED_BY_SIGTERM if stop() else 0
+    return STOPPED if signals.asked() else 0
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -180,43 +176,10 @@ def _towers(args: argparse.Namespace) -> TowerPair:
         clip_path=args.clip_path,
         eva_revision=args.eva_revision,
         clip_revision=args.clip_revision,
-        device=_device("device", args.device),
-        clip_device=_device("clip_device", args.clip_device or args.device),
-        dtype=COMPUTE_DTYPES.get(args.dtype),
+        device=find_device(args.device),
+        clip_device=find_device(args.clip_device or args.device, "clip_device"),
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
     )
-
-
-def _device(option: str, name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"{option}: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"{option}: expected one of {torch.cuda.device_count()} CUDA devices, got {name!r}"
-        )
-    return device
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come; only the main thread can watch for it."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _tell(report: ExtractionReport, folder: Path) -> None:

@@ -17,22 +17,18 @@ import torch
 from tqdm import tqdm
 
 from blip3o_fast.cli.switch import add_switch
+from blip3o_fast.devices import DTYPES, find_device
 from blip3o_fast.errors import OptionError
 
 if TYPE_CHECKING:
     from blip3o_fast.data import EmbeddingDataset, Manifest
     from blip3o_fast.pretrained import BLIP3oDiT
+    from blip3o_fast.processes import World
     from blip3o_fast.sampling import SamplingPlan
-    from blip3o_fast.training.distributed import World
-    from blip3o_fast.training.signals import StopSignals
+    from blip3o_fast.signals import StopSignals
 
 STORED = ("fp32", "bf16", "fp16")
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.float8_e4m3fn,
-}
+WEIGHT_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}
 _STRETCH = 8192  # records in memory at once
 
 
@@ -73,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples_per_shard", type=int, default=256, help="rows of a full shard")
     add(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=tuple(WEIGHT_DTYPES),
         help="of weights and activations; fp8: of most products, on GPUs that have it, less exact; "
         "None: as stored",
     )
@@ -88,27 +84,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Translate what is not translated yet."""
-    from blip3o_fast.training.distributed import join_world
-    from blip3o_fast.training.signals import EXIT_STATUS, StopSignals
+    from blip3o_fast.processes import join_world
+    from blip3o_fast.signals import STOPPED, StopSignals
 
     for name in ("num_inference_steps", "batch_size", "samples_per_shard"):
         if getattr(args, name) < 1:
             raise OptionError(f"{name}: expected at least 1, got {getattr(args, name)}")
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = prepare(args, torch.device(device))
-    with join_world("auto", torch.device(device)) as world, StopSignals() as signals:
-        if device == "cuda":
-            device = f"cuda:{world.local_rank}"
+    device = find_device(args.device)
+    job = prepare(args, device)
+    with join_world("auto", device) as world, StopSignals() as signals:
+        if device.type == "cuda":
+            device = torch.device("cuda", world.local_rank)
         job.plan.model.to(device)
-        count = translate(args, job, world, torch.device(device), signals)
-        stopped = world.agree(signals.received is not None)
+        count = translate(args, job, world, device, signals)
+        stopped = world.agree(signals.asked())
         if world.is_main and not stopped:
             finish(args.output_dir)
     if stopped:
         print("blip3o-fast generate: stopped; run again to go on", file=sys.stderr)
-        return EXIT_STATUS
+        return STOPPED
     if world.is_main:
         print(f"{len(job.data)} samples in {args.output_dir}, {count} of them new here")
     return 0
@@ -140,7 +134,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Job:
             solver=args.solver,
             guidance_scale=args.guidance_scale,
             time_grid=args.time_grid,
-            dtype=DTYPES.get(args.dtype),
+            dtype=WEIGHT_DTYPES.get(args.dtype),
             graph=args.graph,
             compile=args.compile,
         )
@@ -184,7 +178,7 @@ def translate(
 ) -> int:
     """This process's share; the number of samples that it translated."""
     from blip3o_fast.data import BackgroundWriter, BatchReader, ShardWriter, read_ahead
-    from blip3o_fast.evaluation.evaluate import sample_seed
+    from blip3o_fast.seeds import sample_seed
 
     part = f"r{world.rank}" if world.size > 1 else ""
     count = 0
@@ -207,7 +201,7 @@ def translate(
             BackgroundWriter(writer) as background,
         ):
             for batch in read_ahead(reader, batches(mine, args.batch_size)):
-                if signals.received is not None:
+                if signals.asked():
                     break
                 seeds = [sample_seed(key, args.seed) for key in batch.keys]
                 clip = job.plan(batch.eva.float(), seeds=seeds)

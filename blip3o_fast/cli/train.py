@@ -14,8 +14,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from blip3o_fast.cli.switch import add_switch
+from blip3o_fast.processes import World
 from blip3o_fast.training import TrainingInterrupted, TrainingOptions, train
-from blip3o_fast.training.distributed import World
 from blip3o_fast.training.option_types import alternatives
 from blip3o_fast.training.options import help_of, option_fields, read_options_file
 from blip3o_fast.training.run import prepare

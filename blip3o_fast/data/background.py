@@ -3,15 +3,14 @@
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.manifest import DTYPES
 from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.shards import ShardWriter
+from blip3o_fast.devices import DTYPES
 
 
 class _OnItsWay(NamedTuple):
@@ -54,12 +53,7 @@ class BackgroundWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
         if kind is None:
             self.finish()

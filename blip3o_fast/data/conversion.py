@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.data.dataset import prepend_token_mean
-from blip3o_fast.data.manifest import DTYPES, Manifest, entry_path
+from blip3o_fast.data.manifest import Manifest, entry_path
 from blip3o_fast.data.planning import Plan, Wishes, open_sources, plan_conversion
 from blip3o_fast.data.reader import TOWERS, Shard
 from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.shards import ShardWriter
 from blip3o_fast.data.sources import Source
 from blip3o_fast.data.tensorfile import bits, is_finite
+from blip3o_fast.devices import DTYPES
 
 _BLOCK_BYTES = 1 << 24  # of embeddings in memory at a time, both towers, as stored in the source
 _LISTED = 20  # keys named in a remark

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.data.index import SampleIndex, Side, build_index, photo_is_heldout
-from blip3o_fast.data.manifest import DTYPES, Manifest, ShardEntry, Split
+from blip3o_fast.data.manifest import Manifest, ShardEntry, Split
 from blip3o_fast.data.reader import Layout, Shard
 from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.tensorfile import bits, empty
+from blip3o_fast.devices import DTYPES
 
 __all__ = ["Batch", "EmbeddingDataset", "Records", "Side", "photo_is_heldout"]
 

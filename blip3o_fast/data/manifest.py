@@ -17,16 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.data.fields import build, check_keys, check_types, json_object
+from blip3o_fast.devices import DTYPES
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""The element types of a shard, by their names in the manifest and on the command line."""
-
 _LARGEST_MANIFEST = 1 << 28  # bytes, checked before the file is read; enough for 900,000 shards
 
 

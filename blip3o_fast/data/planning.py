@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_fast.data.legacy import TrainingMode, published_files, read_published
-from blip3o_fast.data.manifest import DTYPES, Encoder, Manifest, Split
+from blip3o_fast.data.manifest import Encoder, Manifest, Split
 from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.sources import Source, npy_source
 from blip3o_fast.data.tars import tar_source
+from blip3o_fast.devices import DTYPES
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
-from blip3o_fast.data.atomic import remove_leftovers, write_atomically
-from blip3o_fast.data.manifest import DTYPES, MANIFEST_NAME, Manifest, ShardEntry, entry_path
+from blip3o_fast.atomic import remove_leftovers, write_atomically
+from blip3o_fast.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, entry_path
 from blip3o_fast.data.reader import TOWERS, Shard
 from blip3o_fast.data.records import RecordFile, SampleRecord, check_record, encode_records
 from blip3o_fast.data.tensorfile import RowWriter, bits, file_sha256, is_finite
+from blip3o_fast.devices import DTYPES
 
 __all__ = ["SampleRecord", "Shard", "ShardWriter", "merge_parts"]
 
@@ -155,12 +155,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.finish()

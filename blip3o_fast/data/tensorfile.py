@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.atomic import PendingFile, write_error
+from blip3o_fast.atomic import PendingFile, write_error
 from blip3o_fast.data.fields import json_object
 
 _CODES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -1,6 +1,5 @@
 """One evaluation from a model and two sides of a data set to a ``Report``."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from blip3o_fast.flow import find_solver
 from blip3o_fast.flow.schedule import GridName
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.seeds import sample_seed
 
 ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
 """The crop that a sample was encoded from, ``[height, width, 3]``, or None if it is not at hand."""
@@ -184,12 +184,6 @@ def translate(
         time_grid=settings.time_grid,
         seeds=[sample_seed(key, settings.seed) for key in batch.keys],
     )
-
-
-def sample_seed(key: str, seed: int) -> int:
-    """A seed that depends on the sample's key and ``seed`` alone."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def shown(

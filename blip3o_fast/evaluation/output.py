@@ -17,6 +17,7 @@ import io
 import json
 from pathlib import Path
 
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.evaluation.page import render_page
 from blip3o_fast.evaluation.plots import DARK, LIGHT, draw_plots
 from blip3o_fast.evaluation.report import Report
@@ -44,9 +45,7 @@ def write_report(report: Report, folder: str | Path, *, plots: bool = True) -> P
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
+        write_atomically(folder / name, content)
     return folder / "report.html"
 
 

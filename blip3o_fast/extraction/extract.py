@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blip3o_fast.data.atomic import write_atomically
-from blip3o_fast.data.manifest import DTYPES, Manifest
+from blip3o_fast.atomic import write_atomically
+from blip3o_fast.data.manifest import Manifest
 from blip3o_fast.data.shards import SampleRecord, ShardWriter
+from blip3o_fast.devices import DTYPES
 from blip3o_fast.extraction.encoders import Tower, TowerPair
 from blip3o_fast.extraction.images import UnreadableImage, pillow, to_pixels
 from blip3o_fast.extraction.sources import ImageRef

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.axes import check_shape
+from blip3o_fast.devices import find_device
 from blip3o_fast.extraction.encoders import EVA_REPOSITORY, Tower, eva_tower, wrap_eva
 from blip3o_fast.extraction.eva import EVAVisionTower
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels, to_rgb
@@ -48,9 +49,8 @@ def extract_eva_features(
             is none.
     """
     if tower is None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        tower = eva_tower(path, revision=revision, device=device, dtype=dtype)
+        where = find_device("auto") if device is None else device
+        tower = eva_tower(path, revision=revision, device=where, dtype=dtype)
     if isinstance(tower, EVAVisionTower):
         tower = wrap_eva(tower, "EVA-CLIP")
     return extract_features(images, tower, include_cls=include_cls, batch_size=batch_size)

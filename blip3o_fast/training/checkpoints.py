@@ -22,8 +22,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from blip3o_fast.data.atomic import sync_folder, write_atomically
-from blip3o_fast.training.distributed import World
+from blip3o_fast.atomic import sync_folder, write_atomically
+from blip3o_fast.processes import World
 
 MARKER = "COMPLETE"
 PENDING_SUFFIX = ".partial"

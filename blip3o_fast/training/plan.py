@@ -13,9 +13,10 @@ from blip3o_fast.config import DiTConfig
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.manifest import Manifest
 from blip3o_fast.data.order import epoch_order, steps_per_epoch
+from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flow import RectifiedFlowLoss
-from blip3o_fast.training.distributed import World
+from blip3o_fast.processes import World
 from blip3o_fast.training.optimizer import OptimizerKind, Schedule, choose_optimizer
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.precision import Precision, choose_precision
@@ -98,25 +99,13 @@ class Plan:
         }
 
 
-def choose_device(options: TrainingOptions) -> torch.device:
-    """The kind of device to train on.
-
-    Raises:
-        OptionError: if CUDA is asked for and there is none.
-    """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device: cuda expects a CUDA device, got none that torch can use")
-    wanted = options.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if wanted else "cpu")
-
-
 def make_plan(options: TrainingOptions, world: World) -> Plan:
     """Check the options against each other and against the data.
 
     Raises:
         OptionError: naming the option or the shard, what was expected and what came.
     """
-    device = choose_device(options)
+    device = find_device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
     if options.compile and options.parallel == "fsdp":

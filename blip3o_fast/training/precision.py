@@ -10,12 +10,9 @@ from typing import Literal
 
 import torch
 
+from blip3o_fast.devices import DTYPES
+
 PrecisionName = Literal["bf16", "fp16", "fp32"]
-_DTYPES: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """What GEMMs compute in."""
-        return _DTYPES[self.name]
+        return DTYPES[self.name]
 
     def autocast(self) -> torch.autocast:
         """A fresh context for one forward pass."""

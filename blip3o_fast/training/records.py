@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.data.dataset import Records
-from blip3o_fast.training.distributed import World
+from blip3o_fast.processes import World
 
 LOSS_TERMS = ("loss", "velocity_loss", "semantic_loss", "cosine_loss", "consistency_loss")
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.data.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically
+from blip3o_fast.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically
+from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
+from blip3o_fast.processes import World, join_world
 from blip3o_fast.training.checkpoints import BEST, LATEST, damaged_checkpoints
-from blip3o_fast.training.distributed import World, join_world
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.page import REPORT_NAME, render_page
-from blip3o_fast.training.plan import Plan, choose_device, make_plan
+from blip3o_fast.training.plan import Plan, make_plan
 from blip3o_fast.training.randomness import determinism
 from blip3o_fast.training.summary import summarise
 from blip3o_fast.training.tracking import METRICS_NAME, read_metrics, require_trackers
@@ -74,7 +75,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         OSError: if something cannot be written.
     """
     with (
-        join_world(options.parallel, choose_device(options)) as world,
+        join_world(options.parallel, find_device(options.device)) as world,
         determinism(options.deterministic),
     ):
         plan = prepare(options, world)

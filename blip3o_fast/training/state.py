@@ -6,7 +6,6 @@
 any number of processes can read.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from blip3o_fast.atomic import PendingFile
 from blip3o_fast.checkpoint import WEIGHTS_NAME, save_checkpoint
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.processes import World
+from blip3o_fast.seeds import stream_seed
 from blip3o_fast.training.clipping import AdaptiveClipper
-from blip3o_fast.training.distributed import World
-from blip3o_fast.training.draws import stream_seed
 from blip3o_fast.training.ema import WeightAverage
 from blip3o_fast.training.randomness import random_state, restore_random_state, seed_everything
 from blip3o_fast.training.validation import Validation
@@ -98,10 +98,8 @@ class TrainingState:
             "weights": {n: p.detach() for n, p in weights.items()} if averaged else None,
             "random": random,
         }
-        with (folder / STATE_NAME).open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with PendingFile(folder / STATE_NAME) as pending:
+            torch.save(content, pending.file)
 
     def read(self, folder: Path) -> None:
         """Continue from a checkpoint.

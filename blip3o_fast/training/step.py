@@ -7,10 +7,11 @@ from torch import Tensor
 
 from blip3o_fast.data.dataset import Batch
 from blip3o_fast.flow import interpolate
+from blip3o_fast.pieces import Pieces
+from blip3o_fast.processes import World
 from blip3o_fast.training.clipping import global_norm
-from blip3o_fast.training.distributed import Parallel, World
+from blip3o_fast.training.distributed import Parallel
 from blip3o_fast.training.draws import Draws, draw
-from blip3o_fast.training.memory import Pieces
 from blip3o_fast.training.optimizer import apply_gradients, set_rate
 from blip3o_fast.training.plan import Plan
 from blip3o_fast.training.state import TrainingState

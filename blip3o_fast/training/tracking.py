@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.errors import OptionError
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.records import StepRecord

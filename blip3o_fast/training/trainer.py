@@ -15,22 +15,43 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from blip3o_fast.data.loader import Loader
+from blip3o_fast.processes import World
+from blip3o_fast.signals import STOPPED, StopSignals
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.clipping import AdaptiveClipper
-from blip3o_fast.training.distributed import World, spread
+from blip3o_fast.training.distributed import spread
 from blip3o_fast.training.ema import WeightAverage
 from blip3o_fast.training.model import build_model
 from blip3o_fast.training.optimizer import make_optimizer
 from blip3o_fast.training.plan import Plan
 from blip3o_fast.training.progress import ProgressDisplay
 from blip3o_fast.training.records import Pending, Recorder, StepRecord
-from blip3o_fast.training.signals import StopSignals, TrainingInterrupted
 from blip3o_fast.training.state import Progress, TrainingState
 from blip3o_fast.training.step import OptimizerStep
 from blip3o_fast.training.tracking import MetricsFile, numbers, open_trackers
 from blip3o_fast.training.validation import Validator
 
 OnStep = Callable[[StepRecord], None]
+
+
+class TrainingInterrupted(Exception):
+    """Training stopped on a signal, after saving.
+
+    Attributes:
+        signal_number: which one.
+        checkpoint: where training will go on from; None before the first step.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path | None) -> None:
+        saved = "before the first step" if checkpoint is None else f"saved {checkpoint}"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, {saved}")
+        self.signal_number = signal_number
+        self.checkpoint = checkpoint
+
+    @property
+    def exit_status(self) -> int:
+        """130 for SIGINT, as shells expect; 143 for the others."""
+        return 130 if self.signal_number == signal.SIGINT else STOPPED
 
 
 class Trainer:
@@ -240,7 +261,7 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether any process has received a signal."""
-        return self.world.agree(self.signals.received is not None)
+        return self.world.agree(self.signals.asked())
 
     def stop_if_asked(self) -> None:
         """Save and stop at this step boundary, if a signal came."""

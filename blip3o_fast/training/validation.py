@@ -17,11 +17,11 @@ from torch import Tensor
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.order import epoch_order
 from blip3o_fast.flow import RectifiedFlowLoss, draw_noise, interpolate
+from blip3o_fast.pieces import Pieces
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.processes import World
 from blip3o_fast.sampling import forget
-from blip3o_fast.training.distributed import World
-from blip3o_fast.training.draws import stream_seed
-from blip3o_fast.training.memory import Pieces
+from blip3o_fast.seeds import stream_seed
 from blip3o_fast.training.plan import Plan
 
 THRESHOLDS = (0.7, 0.8, 0.9)

@@ -16,7 +16,7 @@ from blip3o_fast.cli import generate
 from blip3o_fast.cli.main import main
 from blip3o_fast.data import EmbeddingDataset, ShardWriter
 from blip3o_fast.data.tensorfile import read_header
-from blip3o_fast.evaluation.evaluate import sample_seed
+from blip3o_fast.seeds import sample_seed
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def test_goes_on_where_it_stopped(given, tmp_path, monkeypatch, capsys):
             raise OSError("the machine went away")
         return sample_seed(records, seed)
 
-    monkeypatch.setattr("blip3o_fast.evaluation.evaluate.sample_seed", failing)
+    monkeypatch.setattr("blip3o_fast.seeds.sample_seed", failing)
     assert main([*given, "--output_dir", str(cut)]) == 1
     assert not (cut / "manifest.json").exists()
     monkeypatch.undo()

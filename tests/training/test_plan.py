@@ -10,8 +10,8 @@ from small_data import small_model, write_shards
 
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.errors import OptionError
+from blip3o_fast.processes import World
 from blip3o_fast.training import train
-from blip3o_fast.training.distributed import World
 from blip3o_fast.training.plan import make_plan
 from blip3o_fast.training.run import locked
 
@@ -77,8 +77,8 @@ def test_bad_options_are_named(changes, message, options, monkeypatch):
 
 
 def test_cuda_without_a_device_is_refused(options, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    refused(options(device="cuda"), "device: cuda expects a CUDA device")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    refused(options(device="cuda"), "device: expected one of the 0 CUDA devices")
 
 
 def test_batches_must_divide_among_the_processes(options):

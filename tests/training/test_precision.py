@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from blip3o_fast.processes import World
 from blip3o_fast.training import train
-from blip3o_fast.training.distributed import World
 from blip3o_fast.training.plan import make_plan
 from blip3o_fast.training.precision import Precision, choose_precision
 from blip3o_fast.training.run import claimed

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blip3o_fast.training.distributed import World
+from blip3o_fast.processes import World
 from blip3o_fast.training.records import NonFiniteGradients, Pending, Recorder
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_fast.flow import interpolate
-from blip3o_fast.training.distributed import World
+from blip3o_fast.processes import World
 from blip3o_fast.training.plan import make_plan
 from blip3o_fast.training.trainer import Trainer
 

@@ -8,7 +8,6 @@ the old file or the new one and never a part.
 import contextlib
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self, cast
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -25,7 +24,7 @@ class PendingFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        self.temporary = temporary_path(path)
         # Typed as BinaryIO: the mode makes it an io.BufferedRandom.
         self.file = cast(BinaryIO, self.temporary.open("w+b"))
 
@@ -45,11 +44,8 @@ class PendingFile:
     def commit(self) -> None:
         """Flush to the disk and rename; on failure the temporary file is removed."""
         try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
             self.file.close()
-            self.temporary.replace(self.path)
-            sync_folder(self.path.parent)
+            settle(self.temporary, self.path)
         except OSError as error:
             self.discard()
             raise write_error(error, self.path) from error
@@ -64,12 +60,7 @@ class PendingFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.commit()
         else:
@@ -80,6 +71,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``, whole or not at all."""
     with PendingFile(path) as pending:
         pending.write(data)
+
+
+def temporary_path(path: Path) -> Path:
+    """The hidden name, of this process, under which ``path`` is written."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Flush a file that is written and closed to the disk, and rename it to ``path``."""
+    with temporary.open("r+b") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from blip3o_fast.data.atomic import PendingFile, remove_leftovers, write_atomically
+from blip3o_fast.atomic import PendingFile, remove_leftovers, write_atomically
 
 
 def test_the_name_appears_on_commit_only(tmp_path):

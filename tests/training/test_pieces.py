@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from blip3o_fast.pieces import Pieces
 from blip3o_fast.training import train
-from blip3o_fast.training.memory import Pieces
 from blip3o_fast.training.step import OptimizerStep
 
 
