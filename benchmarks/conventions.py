@@ -22,8 +22,8 @@ import torch
 from blip3o_fast import BLIP3oDiT, load_trained_model
 from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking.environment import describe_environment
-from blip3o_fast.cli.demo import MODEL, TRAINING
 from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.demo.pipeline import MODEL, TRAINING
 from blip3o_fast.evaluation import MetricAccumulator
 from blip3o_fast.evaluation.baselines import Baselines
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, read_batches, translate

@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -67,13 +67,8 @@ def check(record: Any, what: str = "", error: type[ValueError] = ValueError) -> 
     """
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
-        fitting = [kind for kind in alternatives(field.type) if _fits(value, kind)]
-        expected = describe(field.type)
-        ranges = [part for kind in fitting for part in _extras(kind) if isinstance(part, Range)]
-        if fitting and ranges:
-            fitting = [part for part in ranges if value in part]
-            expected = " or ".join(map(str, ranges))
-        if not fitting:
+        expected = _unmet(value, field.type)
+        if expected is not None:
             name = f"{what}: {field.name}" if what else field.name
             raise error(f"{name}: expected {expected}, got {value!r}")
 
@@ -127,11 +122,11 @@ def is_required(field: "dataclasses.Field[Any]") -> bool:
 def help_texts(cls: type) -> dict[str, str]:
     """What each field means, from the ``Attributes`` of the docstring, without the full stop."""
     _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    section, _, _ = section.partition("\n\n")
     texts: dict[str, str] = {}
-    for entry in re.split(r"\n(?= {4}\S)", section.partition("\n\n")[0]):
-        names, _, text = entry.partition(": ")
-        for name in names.split(","):
-            texts[name.strip()] = " ".join(text.split()).removesuffix(".")
+    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):
+        for name in names.split(", "):
+            texts[name] = " ".join(text.split()).removesuffix(".")
     return texts
 
 
@@ -179,7 +174,7 @@ def given(cls: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Switch(argparse.Action):
-    """``--name`` is true, ``--no_name`` is false: the underscore style of the published commands."""
+    """``--name`` is true, ``--no_name`` is false, in the published commands' underscore style."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **options)
@@ -206,9 +201,8 @@ def add_switch(
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """The members of a union, or the type alone."""
-    if get_origin(kind) is Annotated and not isinstance(get_args(kind)[1], Range):
-        return alternatives(get_args(kind)[0])
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    inner = _base(kind)
+    return get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (kind,)
 
 
 def describe(kind: Any) -> str:
@@ -223,17 +217,20 @@ _WORDS = {
     str: "text",
     types.NoneType: "none",
 }
+_PLURALS = {int: "integers", float: "numbers", str: "texts"}
 _COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 def _word(member: Any) -> str:
-    base, origin, arguments = _base(member), get_origin(_base(member)), get_args(_base(member))
+    base = _base(member)
+    origin, arguments = get_origin(base), get_args(base)
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is tuple:
-        few = "a list of" if arguments[-1] is Ellipsis else _COUNTS[len(arguments)]
-        return f"{few} {_word(arguments[0]).removeprefix('an ').removeprefix('a ')}s"
-    return _WORDS.get(base) or getattr(origin or base, "__name__", str(base))
+        many = "a list of" if arguments[-1] is Ellipsis else _COUNTS[len(arguments)]
+        inner = _base(arguments[0])
+        return f"{many} {_PLURALS.get(inner, inner.__name__)}"
+    return _WORDS.get(base) or str((origin or base).__name__)
 
 
 def _base(kind: Any) -> Any:
@@ -246,12 +243,27 @@ def _extras(kind: Any) -> tuple[Any, ...]:
     return get_args(kind)[1:] if get_origin(kind) is Annotated else ()
 
 
+def _unmet(value: Any, kind: Any) -> str | None:
+    """What was expected of a value that is not of a type or not in its range; else None."""
+    of_type = [member for member in alternatives(kind) if _fits(value, member)]
+    if not of_type:
+        return describe(kind)
+    complaints = [_out_of_range(value, member) for member in of_type]
+    return None if None in complaints else complaints[0]
+
+
+def _out_of_range(value: Any, member: Any) -> str | None:
+    if get_origin(_base(member)) is tuple:
+        unmet = (_out_of_range(item, get_args(_base(member))[0]) for item in value)
+        return next((expected for expected in unmet if expected is not None), None)
+    ranges = (part for part in _extras(member) if isinstance(part, Range))
+    return next((str(part) for part in ranges if value not in part), None)
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a type; an integer is also a number, a boolean is neither."""
     kind = _base(kind)
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, member) for member in arguments)
     if origin is Literal:
         return value in arguments
     if origin is tuple:

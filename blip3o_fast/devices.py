@@ -7,8 +7,13 @@ import torch
 from blip3o_fast.errors import OptionError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["fp32", "bf16", "fp16"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 """Element types of models and shards by their short names."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_fast.atomic import write_atomically
+from blip3o_fast.checked import check, from_json
 
 FORMAT = 1
 KIND = "blip3o-fast benchmarks"
@@ -109,10 +110,12 @@ def read_record(path: str | Path) -> Record:
         raise ValueError(f"{path}: expected format {FORMAT}, got {content.get('format')!r}")
     fields = {name: value for name, value in content.items() if name not in ("kind", "format")}
     try:
-        fields["measurements"] = tuple(Measurement(**row) for row in fields["measurements"])
-        record = Record(**fields)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the fields of a record, got: {error}") from None
+        record = from_json(Record, fields, "record")
+        check(record)
+        for measurement in record.measurements:
+            check(measurement)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     keys = [m.key for m in record.measurements]
     if len(set(keys)) != len(keys):
         raise ValueError(f"{path}: expected each measurement once, got duplicates")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blip3o_fast.cli.switch import add_switch
+from blip3o_fast.checked import add_switch
 from blip3o_fast.errors import OptionError
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 1 on a regression."""
     from blip3o_fast.benchmarking.compare import compare
     from blip3o_fast.benchmarking.plots import draw_plots
-    from blip3o_fast.benchmarking.suite import run_suite
     from blip3o_fast.benchmarking.table import render_comparison, render_record
+    from blip3o_fast.benchmarking.suite import run_suite
     from blip3o_fast.evaluation import require_plots
 
     settings = read_settings(args)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_fast.atomic import write_atomically
-from blip3o_fast.data.fields import build, check_keys, check_types, json_object
-from blip3o_fast.devices import DTYPES
+from blip3o_fast.checked import Count, Share, check, check_names, from_json, json_object
+from blip3o_fast.devices import DTYPES, DtypeName
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -71,15 +71,11 @@ class Split:
         heldout_sources: the held-out sources by name; when given, the fraction is not used.
     """
 
-    heldout_fraction: float = 0.1
+    heldout_fraction: Share = 0.1
     heldout_sources: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_types("split", self)
-        if not 0 <= self.heldout_fraction < 1:
-            raise ValueError(
-                f"heldout_fraction: expected 0 or more and less than 1, got {self.heldout_fraction}"
-            )
+        check(self, "split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +101,10 @@ class Manifest:
 
     tokens: int
     has_cls: bool
-    grid: tuple[int, int, int]
+    grid: tuple[Count, Count, Count]
     eva_width: int
     clip_width: int
-    dtype: str
+    dtype: DtypeName
     eva_encoder: Encoder | None = None
     clip_encoder: Encoder | None = None
     shards: tuple[ShardEntry, ...] = ()
@@ -121,11 +117,7 @@ class Manifest:
             raise ValueError(
                 f"format_version: this library reads {FORMAT_VERSION}, got {self.format_version!r}"
             )
-        check_types("manifest", self)
-        if min(self.grid) < 1:
-            raise ValueError(
-                f"grid: expected three positive integers (depth, height, width), got {self.grid}"
-            )
+        check(self, "manifest")
         if self.tokens != math.prod(self.grid) + self.has_cls:
             raise ValueError(
                 f"tokens: expected {math.prod(self.grid) + self.has_cls} for grid {self.grid} "
@@ -136,8 +128,6 @@ class Manifest:
                 "eva_width, clip_width: expected 0 for an absent tower and at least one present, "
                 f"got {self.eva_width} and {self.clip_width}"
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self._check_entries()
 
     @property
@@ -172,7 +162,7 @@ class Manifest:
 
     def replace(self, **changes: Any) -> "Manifest":
         """A copy with some fields changed."""
-        check_keys("manifest", changes, Manifest)
+        check_names(Manifest, changes, "manifest key")
         return replace(self, **changes)
 
     @classmethod
@@ -219,23 +209,10 @@ class Manifest:
         """Build from parsed JSON; the inverse of ``to_dict``."""
         values = json_object("manifest", values)
         samples = values.pop("samples", None)
-        if values.get("format_version", FORMAT_VERSION) == FORMAT_VERSION:
-            check_keys("manifest", values, cls)
-        else:  # the keys of another version are not ours to judge
+        if values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            # The keys of another version are not ours to judge.
             values = {name: values[name] for name in values if name in cls.__dataclass_fields__}
-        for name in ("eva_encoder", "clip_encoder"):
-            if values.get(name) is not None:
-                values[name] = build(Encoder, name, values[name])
-        if isinstance(values.get("grid"), list):
-            values["grid"] = tuple(values["grid"])
-        if isinstance(values.get("shards"), list):
-            values["shards"] = tuple(build(ShardEntry, "shard", x) for x in values["shards"])
-        if "split" in values:
-            split = json_object("split", values["split"])
-            if isinstance(split.get("heldout_sources"), list):
-                split["heldout_sources"] = tuple(split["heldout_sources"])
-            values["split"] = build(Split, "split", split)
-        manifest = build(cls, "manifest", values)
+        manifest = from_json(cls, values, "manifest")
         if samples != manifest.samples:
             raise ValueError(
                 f"samples: expected {manifest.samples}, the sum over the shards, got {samples!r}"
@@ -249,7 +226,7 @@ class Manifest:
     def _check_entries(self) -> None:
         seen: set[str] = set()
         for entry in self.shards:
-            check_types(f"shard {entry.file!r}", entry)
+            check(entry, f"shard {entry.file!r}")
             if entry.file in seen:
                 raise ValueError(f"shards: {entry.file!r} is listed twice")
             seen.add(entry.file)

@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from blip3o_fast.data.legacy import TrainingMode, published_files, read_published
 from blip3o_fast.data.manifest import Encoder, Manifest, Split
 from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.sources import Source, npy_source
 from blip3o_fast.data.tars import tar_source
-from blip3o_fast.devices import DTYPES
+from blip3o_fast.devices import DTYPES, DtypeName
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Wishes:
         eva_encoder, clip_encoder: names, where the source does not know them.
     """
 
-    dtype: str | None = None
+    dtype: DtypeName | None = None
     tokens: int | None = None
     grid: tuple[int, int, int] | None = None
     heldout_fraction: float = 0.1
@@ -163,11 +163,11 @@ def _square(patches: int) -> tuple[int, int, int]:
     return (1, side, side)
 
 
-def _dtype(sources: Sequence[Source]) -> str:
+def _dtype(sources: Sequence[Source]) -> DtypeName:
     """The narrowest of our types that holds what every source holds; fp32 for fp64."""
     found = {rows.torch_dtype for s in sources for rows in (s.eva, s.clip) if rows is not None}
-    names = [name for name, dtype in DTYPES.items() if dtype in found]
-    return names[0] if len(found) == 1 and names else "fp32"
+    names = [name for name in get_args(DtypeName) if found == {DTYPES[name]}]
+    return names[0] if names else "fp32"
 
 
 def _encoder(known: Encoder | None, wish: str | None) -> Encoder:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blip3o_fast.data.fields import json_object
+from blip3o_fast.checked import json_object
 
 MARK_EVERY = 64
 """Lines between two places in a sidecar that are kept in memory."""

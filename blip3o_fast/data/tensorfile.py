@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.atomic import PendingFile, write_error
-from blip3o_fast.data.fields import json_object
+from blip3o_fast.checked import json_object
 
 _CODES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LARGEST_HEADER = 100 * 1024 * 1024  # the limit of the safetensors library

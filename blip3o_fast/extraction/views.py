@@ -5,16 +5,21 @@ has the key ``image#seed.n``, and ``image#seed.nm`` mirrored: a key says all the
 again.
 """
 
+import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from blip3o_fast.data.manifest import Split
-from blip3o_fast.extraction.images import UnreadableImage, load_rgb
-from blip3o_fast.extraction.photos import crop_rng, crops
+from blip3o_fast.devices import DtypeName
+from blip3o_fast.extraction.images import UnreadableImage, load_rgb, pillow
 from blip3o_fast.extraction.sources import ImageRef
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# The shortest crop: this share of the image's short side, and this many pixels where it has them.
+CROP_SHARE = 0.35
+CROP_PIXELS = 192
 
 
 class Settings(NamedTuple):
@@ -33,7 +38,7 @@ class Settings(NamedTuple):
     """
 
     include_cls: bool = False
-    dtype: str = "fp16"
+    dtype: DtypeName = "fp16"
     samples_per_shard: int = 256
     batch_size: int = 16
     workers: int = 2
@@ -81,3 +86,34 @@ def open_view(ref: ImageRef, key: str, settings: Settings) -> "Image":
     raise ValueError(
         f"{key}: expected a sample of {ref.key}, such as {view_keys(ref, settings)[0]}"
     )
+
+
+def crops(
+    image: "Image", count: int, rng: random.Random, *, mirror: bool = False
+) -> Iterator["Image"]:
+    """Random squares of an image at random scales.
+
+    Sides are uniform between the larger of 35 % of the short side and 192 pixels (the whole short
+    side where that is less) and the short side. The first crops do not depend on ``count``.
+
+    Args:
+        image: at least 1 x 1.
+        count: crops.
+        rng: their source; ``crop_rng`` makes the one of a photo and a seed.
+        mirror: yield the mirrored copy after each crop, ``2 * count`` images in all.
+    """
+    width, height = image.size
+    short = min(width, height)
+    least = min(short, max(CROP_PIXELS, round(CROP_SHARE * short)))
+    for _ in range(count):
+        side = rng.randint(least, short)
+        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+        crop = image.crop((left, top, left + side, top + side))
+        yield crop
+        if mirror:
+            yield crop.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
+
+
+def crop_rng(key: str, seed: int) -> random.Random:
+    """The generator of one photo's crops: a function of its key and the seed, on every platform."""
+    return random.Random(f"{seed}:{key}")

@@ -128,7 +128,7 @@ def test_sources_that_differ_need_a_choice(tmp_path):
         ({"tokens": 255}, "tokens: expected 256 or 257, got 255"),
         ({"tokens": 300}, "tokens: expected 256 or 257, got 300"),
         ({"grid": (1, 10, 10)}, "tokens: expected 100 for grid"),
-        ({"dtype": "fp8"}, "dtype: expected one of bf16, fp16, fp32"),
+        ({"dtype": "fp8"}, "dtype: expected fp32, bf16, fp16"),
         ({"heldout_fraction": 1.0}, "heldout_fraction"),
     ],
 )

@@ -8,7 +8,6 @@ split by source keeps them together.
 
 import hashlib
 import importlib.util
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, pillow
-from blip3o_fast.extraction.sources import EXTENSIONS, ImageRef, folder_images, read_caption
+from blip3o_fast.extraction.sources import EXTENSIONS, ImageRef, folder_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MIN_SIDE = 100
 MIN_COLOURS = 1000
-STAMPS = Path("/usr/share/tuxpaint/stamps")
-"""Where Debian's ``tuxpaint-stamps-default`` installs captioned cut-out photos."""
-
-# The shortest crop: this share of the photo's short side, and this many pixels where it has them.
-CROP_SHARE = 0.35
-CROP_PIXELS = 192
 # One crop for each square of this many pixels a side, within these bounds.
 CROP_EVERY = 160
 CROPS_PER_PHOTO = (6, 32)
@@ -82,21 +75,17 @@ PACKAGES = (
 )
 
 
-def demo_photos(
-    *, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO, stamps: Path = STAMPS
-) -> list[ImageRef]:
+def demo_photos(*, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO) -> list[ImageRef]:
     """Photos of the installed packages, each with the number of crops that its area is worth.
 
     Args:
-        crops_per_photo: fewest and most crops of one photo; a stamp is always taken whole.
-        stamps: folder of captioned stamps, used when it exists.
+        crops_per_photo: fewest and most crops of one photo.
 
     Raises:
         ImportError: when no package with photos is installed, naming the extra.
         ValueError: when the bounds are not 1 or more, in order.
     """
     candidates = [ref for package in PACKAGES for ref in _package_photos(package)]
-    candidates += _stamps(stamps)
     if not candidates:
         names = ", ".join(package.name for package in PACKAGES)
         raise ImportError(
@@ -114,7 +103,7 @@ def folder_photos(
         FileNotFoundError: when the folder is missing or holds no image file.
         ValueError: when no file is a photo, or the bounds are not 1 or more, in order.
     """
-    candidates = [ref._replace(crops=1) for ref in folder_images(folder)]
+    candidates = folder_images(folder)
     photos = _photos(candidates, crops_per_photo)
     if not photos:
         raise ValueError(
@@ -138,7 +127,7 @@ def heldout_scenes(photos: Sequence[ImageRef], fraction: float) -> tuple[str, ..
         raise ValueError(f"fraction: expected between 0 and 1, got {fraction}")
     crops_of: Counter[str] = Counter()
     for ref in photos:
-        crops_of[ref.source] += ref.crops or 1
+        crops_of[ref.source] += ref.crops
     if len(crops_of) < 2:
         raise ValueError(f"photos: expected at least two scenes to split, got {len(crops_of)}")
     budget = fraction * crops_of.total()
@@ -159,37 +148,6 @@ def is_photo(image: "Image") -> bool:
     return len(np.unique(colours)) >= MIN_COLOURS
 
 
-def crops(
-    image: "Image", count: int, rng: random.Random, *, mirror: bool = False
-) -> Iterator["Image"]:
-    """Random squares of an image at random scales.
-
-    Sides are uniform between the larger of 35 % of the short side and 192 pixels (the whole short
-    side where that is less) and the short side. The first crops do not depend on ``count``.
-
-    Args:
-        image: at least 1 x 1.
-        count: crops.
-        rng: their source; ``crop_rng`` makes the one of a photo and a seed.
-        mirror: yield the mirrored copy after each crop, ``2 * count`` images in all.
-    """
-    width, height = image.size
-    short = min(width, height)
-    least = min(short, max(CROP_PIXELS, round(CROP_SHARE * short)))
-    for _ in range(count):
-        side = rng.randint(least, short)
-        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
-        crop = image.crop((left, top, left + side, top + side))
-        yield crop
-        if mirror:
-            yield crop.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
-
-
-def crop_rng(key: str, seed: int) -> random.Random:
-    """The generator of one photo's crops: a function of its key and the seed, on every platform."""
-    return random.Random(f"{seed}:{key}")
-
-
 def _package_photos(package: PhotoPackage) -> Iterator[ImageRef]:
     spec = importlib.util.find_spec(package.module)
     for location in (spec.submodule_search_locations or ()) if spec else ():
@@ -198,23 +156,12 @@ def _package_photos(package: PhotoPackage) -> Iterator[ImageRef]:
             if path.suffix.lower() in EXTENSIONS and _matches(path.name, package.patterns):
                 inner = path.relative_to(folder)
                 scene = f"{package.name}/{package.scene(inner)}"
-                yield ImageRef(f"{package.name}/{inner.as_posix()}", "", scene, path, crops=1)
+                yield ImageRef(f"{package.name}/{inner.as_posix()}", "", scene, path)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     refused = any(fnmatch(name, p[1:]) for p in patterns if p.startswith("!"))
     return not refused and any(fnmatch(name, p) for p in patterns)
-
-
-def _stamps(folder: Path) -> Iterator[ImageRef]:
-    """Stamps with their English captions, without drawings and mirrored variants."""
-    for path in sorted(folder.rglob("*.png")):
-        inner = path.relative_to(folder)
-        variant = path.stem.endswith(("_mirror", "_flip"))
-        if not variant and not {"symbols", "cartoon"} & set(inner.parts):
-            caption = read_caption(path.with_suffix(".txt")).partition("\n")[0]
-            key = f"tuxpaint-stamps/{inner.as_posix()}"
-            yield ImageRef(key, caption, key, path)
 
 
 def _photos(candidates: list[ImageRef], crops_per_photo: tuple[int, int]) -> list[ImageRef]:
@@ -226,7 +173,7 @@ def _photos(candidates: list[ImageRef], crops_per_photo: tuple[int, int]) -> lis
     with ThreadPoolExecutor(4) as pool:
         areas = list(pool.map(_photo_area, candidates))
     return [
-        ref._replace(crops=min(high, max(low, area // CROP_EVERY**2)) if ref.crops else 0)
+        ref._replace(crops=min(high, max(low, area // CROP_EVERY**2)))
         for ref, area in zip(candidates, areas, strict=True)
         if area
     ]

