@@ -20,8 +20,8 @@ import torch
 
 from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.benchmarking.record_text import seconds
 from blip3o_fast.benchmarking.shapes import Shape
-from blip3o_fast.benchmarking.table import seconds
 from blip3o_fast.benchmarking.training_cases import write_shards
 from blip3o_fast.config import PRESETS
 from blip3o_fast.training import TrainingOptions, train

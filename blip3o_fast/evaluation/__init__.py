@@ -22,13 +22,13 @@ from blip3o_fast.evaluation.baselines import (
     TrainingBatch,
 )
 from blip3o_fast.evaluation.bootstrap import Estimate
+from blip3o_fast.evaluation.comparison import terminal_table
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
 from blip3o_fast.evaluation.metrics import ClsMetrics, Metrics, SampleScores, token_cosines
 from blip3o_fast.evaluation.output import write_report
-from blip3o_fast.evaluation.plots import require_plots
 from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples, token_map
-from blip3o_fast.evaluation.table import terminal_table
 from blip3o_fast.evaluation.verdict import Verdict
+from blip3o_fast.report.style import require_plots
 
 __all__ = [
     "evaluate_model",

@@ -18,9 +18,10 @@ import json
 from pathlib import Path
 
 from blip3o_fast.atomic import write_atomically
-from blip3o_fast.evaluation.page import render_page
-from blip3o_fast.evaluation.plots import DARK, LIGHT, draw_plots
 from blip3o_fast.evaluation.report import Report
+from blip3o_fast.evaluation.report_page import render_page
+from blip3o_fast.evaluation.report_plots import draw_plots
+from blip3o_fast.report.style import DARK, LIGHT
 
 _SAMPLE_VALUES = ("token_cosine", "image_cosine", "centred_cosine", "mse")
 

@@ -15,9 +15,9 @@ from blip3o_fast.errors import OptionError
 from blip3o_fast.processes import World, join_world
 from blip3o_fast.training.checkpoints import BEST, LATEST, damaged_checkpoints
 from blip3o_fast.training.options import TrainingOptions
-from blip3o_fast.training.page import REPORT_NAME, render_page
 from blip3o_fast.training.plan import Plan, make_plan
 from blip3o_fast.training.randomness import determinism
+from blip3o_fast.training.run_page import REPORT_NAME, render_page
 from blip3o_fast.training.summary import summarise
 from blip3o_fast.training.tracking import METRICS_NAME, read_metrics, require_trackers
 from blip3o_fast.training.trainer import OnStep, Trainer

@@ -7,9 +7,9 @@ import matplotlib.image
 import pytest
 from benchmarking.records import measurement, record
 
-from blip3o_fast.benchmarking.plots import draw_plots
-from blip3o_fast.benchmarking.style import number
+from blip3o_fast.benchmarking.record_plots import draw_plots
 from blip3o_fast.evaluation import require_plots
+from blip3o_fast.report.style import number
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from blip3o_fast.evaluation import Estimate, terminal_table
-from blip3o_fast.evaluation.table import comparison_rows, metric_cells, with_interval
+from blip3o_fast.evaluation.comparison import comparison_rows, metric_cells, with_interval
 
 
 def test_rows_are_baselines_every_count_and_best(report):

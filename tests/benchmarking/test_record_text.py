@@ -3,7 +3,8 @@
 import pytest
 from benchmarking.records import measurement, record
 
-from blip3o_fast.benchmarking.table import align, render_group, render_record, seconds
+from blip3o_fast.benchmarking.record_text import render_group, render_record, seconds
+from blip3o_fast.report.columns import align
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ Colours come from the page's CSS classes ``c0`` to ``c4``, so one drawing serves
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from statistics import median
+
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 560, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 30
@@ -38,7 +39,7 @@ class Curve:
     marks: bool = False
 
 
-def line_chart(title: str, curves: Sequence[Curve], *, log: bool = False, note: str = "") -> str:
+def line_chart(title: str, curves: Sequence[Curve], *, log: bool = False, note: str = "") -> Markup:
     """An HTML figure of the curves over training steps; empty if there is nothing to draw.
 
     Args:
@@ -50,7 +51,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, log: bool = False, note: 
     kept = [(curve, _drawable(curve.points, log)) for curve in curves]
     kept = [(curve, points) for curve, points in kept if points]
     if not kept:
-        return ""
+        return Markup()
     xs = [x for _, points in kept for x, _ in points]
     ys = [math.log10(y) if log else y for _, points in kept for _, y in points]
     x_axis, y_axis = _Axis(min(xs), max(xs)), _Axis(*_padded(min(ys), max(ys)))
@@ -66,7 +67,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, log: bool = False, note: 
     legend = " ".join(
         f'<span class="key c{curve.colour}">{escape(curve.name)}</span>' for curve, _ in kept
     )
-    return (
+    return Markup(
         f"<figure><h3>{escape(title)}</h3>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg><figcaption>{legend} {escape(note)}</figcaption></figure>"

@@ -7,9 +7,7 @@ import pytest
 from PIL import Image
 
 from blip3o_fast.evaluation import Photo, require_plots
-from blip3o_fast.evaluation.plots import (
-    DARK,
-    LIGHT,
+from blip3o_fast.evaluation.report_plots import (
     draw_plots,
     encode_image,
     encode_map,
@@ -17,6 +15,7 @@ from blip3o_fast.evaluation.plots import (
     lowest_colour,
     mean_map,
 )
+from blip3o_fast.report.style import DARK, LIGHT
 
 
 def pixels(png):
@@ -35,7 +34,7 @@ def test_every_plot_is_drawn_in_the_theme(drawn, theme):
         image = pixels(png)
         assert tuple(image[0, 0]) == rgb(theme.page)
         assert image.shape[1] == (1600 if name == "token_maps.png" else 1000)
-    for colour in (theme.dit, theme.ridge, theme.mean):
+    for colour in (*theme.series[:2], theme.grey):
         for name in ("similarity.png", "histogram.png"):
             assert (pixels(plots[name]) == rgb(colour)).all(-1).sum() > 100, (name, colour)
 
@@ -49,7 +48,7 @@ def test_no_history_no_loss_plot(make_report):
 def test_few_evaluation_counts_can_be_drawn(report, count):
     few = dataclasses.replace(report, dit=report.dit[:count], photos=(), history=())
     image = pixels(draw_plots(few, LIGHT)["similarity.png"])
-    assert (image == rgb(LIGHT.dit)).all(-1).sum() > 100
+    assert (image == rgb(LIGHT.series[0])).all(-1).sum() > 100
 
 
 def test_images_are_kept_exactly(report):

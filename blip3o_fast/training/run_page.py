@@ -1,37 +1,20 @@
 """``report.html`` of a run: one self-contained page with its curves, costs and events."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from blip3o_fast.training.charts import Curve, Point, line_chart
+from markupsafe import Markup
+
+from blip3o_fast.report.charts import Curve, Point, line_chart
+from blip3o_fast.report.page import render, value_text
 from blip3o_fast.training.summary import is_clipped
 
 REPORT_NAME = "report.html"
 _VALIDATIONS = 20
 """Rows of the table; the curves show all of them."""
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1f2430; --faint: #d9dde5;
-  --c0: #1d5fd1; --c1: #c2570c; --c2: #18794e; --c3: #8e4ec6; --c4: #6b7280; }
-@media (prefers-color-scheme: dark) { :root { --page: #1a1e26; --text: #dfe3ea; --faint: #39404d;
-  --c0: #7db0ff; --c1: #ff9f5a; --c2: #5bd39b; --c3: #c79bf2; --c4: #a2abba; } }
-body { background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
-  margin: 0 auto; max-width: 1180px; padding: 1rem; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }
-figure { margin: 0; } figcaption { font-size: .9rem; } h3 { margin: .4rem 0; font-size: 1rem; }
-svg { width: 100%; } svg text { fill: var(--text); font-size: 12px; }
-svg path { fill: none; stroke-width: 2; stroke-linecap: round; }
-svg path.grid { stroke: var(--faint); stroke-width: 1; } svg path.faint { opacity: .3;
-  stroke-width: 1; }
-table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--faint);
-  padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
-.key { margin-right: .8rem; } .key::before { content: "\\25CF"; margin-right: .3rem; }
-""" + "".join(
-    f"path.c{i} {{ stroke: var(--c{i}); }} circle.c{i} {{ fill: var(--c{i}); }} "
-    f".key.c{i}::before {{ color: var(--c{i}); }}\n"
-    for i in range(5)
+_VALIDATION_FIELDS = (
+    *("step", "token_cosine", "image_cosine", "mse"),
+    *("loss", "above", "samples", "seconds"),
 )
 
 
@@ -53,28 +36,22 @@ def render_page(
     """
     steps = [record for record in records if record["kind"] == "step"]
     validations = [record for record in records if record["kind"] == "validation"]
-    body = "\n".join(
-        (
-            f"<h1>{escape(title)}</h1>",
-            f"<p>{escape(_sentence(summary))}</p>",
-            f'<div class="charts">{_curves(steps, validations)}</div>',
-            "<h2>Cost and events</h2>",
-            _table(_costs(summary, steps)),
-            "<h2>Validations</h2>",
-            _validation_table(validations),
-            "<h2>Plan</h2>",
-            _table({k: v for k, v in plan.items() if k != "model"}),
-            "<h2>Model</h2>",
-            _table(plan["model"]),
-            "<h2>Options</h2>",
-            _table(options),
-        )
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
+    shown = validations[-_VALIDATIONS:]
+    return render(
+        "training.html",
+        title=title,
+        sentence=_sentence(summary),
+        charts=_charts(steps, validations),
+        costs=_costs(summary, steps),
+        validations=len(validations),
+        validation_header=[name.replace("_", " ") for name in _VALIDATION_FIELDS],
+        validation_rows=[
+            (value_text(v["step"]), [value_text(v[name]) for name in _VALIDATION_FIELDS[1:]])
+            for v in shown
+        ],
+        plan={name: value for name, value in plan.items() if name != "model"},
+        model=plan["model"],
+        options=options,
     )
 
 
@@ -89,7 +66,9 @@ def _sentence(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> str:
+def _charts(
+    steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> list[Markup]:
     def curve(name: str, field: str, colour: int, **style: bool) -> Curve:
         return Curve(name, _points(steps, field), colour, **style)
 
@@ -132,7 +111,7 @@ def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[st
         line_chart("Learning rate", [curve("rate", "learning_rate", 0)]),
         line_chart("Loss scale", _scale_curves(steps), log=True),
     )
-    return "\n".join(chart for chart in charts if chart)
+    return [chart for chart in charts if chart]
 
 
 def _scale_curves(steps: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -178,38 +157,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest / 60:.1f} min"
-
-
-def _validation_table(validations: Sequence[Mapping[str, Any]]) -> str:
-    if not validations:
-        return "<p>None yet.</p>"
-    shown = validations[-_VALIDATIONS:]
-    kept = "" if shown == validations else f"The last {_VALIDATIONS} of {len(validations)}. "
-    names = ("step", "token_cosine", "image_cosine", "mse", "loss", "above", "samples", "seconds")
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
-    rows = "".join(
-        "<tr>" + "".join(f'<td class="number">{_text(v[name])}</td>' for name in names) + "</tr>"
-        for v in shown
-    )
-    return (
-        f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
-        f"<p>{kept}above: share of samples with an image cosine over 0.7, 0.8 and 0.9.</p>"
-    )
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    lines = "".join(
-        f'<tr><th>{escape(name.replace("_", " "))}</th><td class="number">{_text(value)}</td></tr>'
-        for name, value in rows.items()
-    )
-    return f'<div class="scroll"><table>{lines}</table></div>'
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return escape("none" if value is None else str(value))

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from blip3o_fast.report.charts import Curve, line_chart, smoothed, thinned
 from blip3o_fast.training import train
-from blip3o_fast.training.charts import Curve, line_chart, smoothed, thinned
-from blip3o_fast.training.page import render_page
+from blip3o_fast.training.run_page import render_page
 from blip3o_fast.training.summary import summarise
 from blip3o_fast.training.tracking import read_metrics
 
@@ -128,7 +128,7 @@ def test_skipped_steps_are_listed_and_long_tables_cut():
     summary = summarise(records, total_steps=60, batch_size=1, seconds=60.0)
     page = render_page("run", records, summary | {"best": None}, {}, {"model": {}})
     assert "30 (50.0%): 1, 3, 5" in page and "39 and 10 more" in page
-    assert "The last 20 of 30." in page and page.count('<td class="number">1, 0, 0</td>') == 20
+    assert "The last 20 of 30." in page and page.count("<td>1, 0, 0</td>") == 20
 
 
 def test_logarithmic_ticks_are_round():

@@ -1,10 +1,11 @@
 """A record as text for a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 
 from blip3o_fast.benchmarking.compare import Comparison
 from blip3o_fast.benchmarking.record import Measurement, Record
+from blip3o_fast.report.columns import align
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
@@ -92,18 +93,3 @@ def seconds(value: float) -> str:
         if value >= unit:
             return f"{value / unit:.3g} {name}"
     return f"{value * 1e6:.2g} us"
-
-
-def align(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns padded to their widest cell: the first two to the left, numbers to the right."""
-    rows = list(rows)
-    if not rows:
-        return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

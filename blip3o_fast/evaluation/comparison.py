@@ -6,6 +6,7 @@ from typing import NamedTuple
 from blip3o_fast.evaluation.bootstrap import Estimate
 from blip3o_fast.evaluation.metrics import Metrics
 from blip3o_fast.evaluation.report import Report
+from blip3o_fast.report.columns import align
 
 MOST_ROWS = 8
 """Of the DiT: as many numbers of evaluations are all shown, of more the usual ones."""
@@ -43,9 +44,7 @@ def comparison_rows(report: Report) -> tuple[Row, ...]:
 def terminal_table(report: Report) -> str:
     """The table, the verdict and what the numbers rest on: plain text, usually 80 columns wide."""
     rows = comparison_rows(report)
-    lines = [HEADER, *((row.method, *row.cells) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    body = ["  ".join(_align(line, widths)).rstrip() for line in lines]
+    body = align([HEADER, *((row.method, *row.cells) for row in rows)])
     rule = "-" * max(map(len, body))
     body[-1:] = [rule, body[-1]]
     body[3:3] = [rule]
@@ -85,10 +84,3 @@ def metric_cells(metrics: Metrics) -> tuple[str, ...]:
         f"{metrics.recall_generated_to_target[1].value:.3f}",
         f"{metrics.cka:.3f}",
     )
-
-
-def _align(line: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        text.ljust(width) if i < 2 else text.rjust(width)
-        for i, (text, width) in enumerate(zip(line, widths, strict=True))
-    ]

@@ -1,14 +1,21 @@
-"""The record's pictures, drawn with matplotlib (the ``plots`` extra) on its own canvases."""
+"""The record's pictures, drawn with matplotlib (the ``plots`` extra)."""
 
-import io
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from blip3o_fast.benchmarking.record import Measurement, Record
 from blip3o_fast.benchmarking.roofline import draw_roofline
-from blip3o_fast.benchmarking.style import COLOURS, GREY, GRID, INK, MARKS, decimal_axis, number
-from blip3o_fast.evaluation import require_plots
+from blip3o_fast.report.style import (
+    LIGHT,
+    MARKS,
+    decimal_axis,
+    new_figure,
+    number,
+    png,
+    require_plots,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,19 +52,14 @@ def draw_plots(record: Record) -> dict[str, bytes]:
 
 
 def _draw(record: Record, draw: "Callable[[Figure, Record], bool]") -> bytes | None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = new_figure(WIDTH, HEIGHT, dpi=DPI)
     if not draw(figure, record):
         return None
     for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-    figure.axes[0].set_title(record.environment["device"], fontsize=7, color=GREY, loc="left")
-    out = io.BytesIO()
-    figure.savefig(out, dpi=DPI, format="png", metadata={"Software": "blip3o-fast"})
-    return out.getvalue()
+        style_axes(axes)
+    device = record.environment["device"]
+    figure.axes[0].set_title(device, fontsize=7, color=LIGHT.grey, loc="left")
+    return png(figure)
 
 
 def _draw_evaluation(figure: "Figure", record: Record) -> bool:
@@ -101,14 +103,14 @@ def _draw_contenders(figure: "Figure", points: list[Point], label: str, title: s
 
 def _draw_bars(axes: "Axes", points: list[Point], label: str) -> None:
     heights = [point.value for point in points]
-    colours = [COLOURS[0] if point.m.ours else GREY for point in points]
+    colours = [LIGHT.series[0] if point.m.ours else LIGHT.grey for point in points]
     bars = axes.barh([point.line for point in points], heights, color=colours, height=0.6)
     axes.bar_label(bars, [number(height) for height in heights], fontsize=8, padding=3)
     limits = [(i, point.limit) for i, point in enumerate(points) if point.limit is not None]
     for i, limit in limits:
-        axes.plot([limit, limit], [i - 0.38, i + 0.38], color=INK, linewidth=1.6)
+        axes.plot([limit, limit], [i - 0.38, i + 0.38], color=LIGHT.text, linewidth=1.6)
     if limits:
-        axes.plot([], [], color=INK, linewidth=1.6, label="limit")
+        axes.plot([], [], color=LIGHT.text, linewidth=1.6, label="limit")
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
@@ -123,14 +125,14 @@ def _draw_lines(axes: "Axes", points: list[Point], batches: list[int], label: st
         lines.setdefault(point.line, []).append((point.m.batch, point.value))
     for i, (name, values) in enumerate(lines.items()):
         style = "-" if len(values) == len(batches) else "none"
-        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        colour, mark = LIGHT.series[i % len(LIGHT.series)], MARKS[i % len(MARKS)]
         xs, ys = zip(*sorted(values), strict=True)
         marks = {"color": colour, "marker": mark, "markersize": 5}
         axes.plot(xs, ys, linestyle=style, label=name, **marks)
     limits = {(point.m.dtype, point.m.batch, point.limit) for point in points if point.limit}
     for dtype in sorted({dtype for dtype, _, _ in limits}):
         xs, ys = zip(*sorted((b, limit) for kind, b, limit in limits if kind == dtype), strict=True)
-        axes.plot(xs, ys, "--", color=INK, label=f"limit, {dtype}")
+        axes.plot(xs, ys, "--", color=LIGHT.text, label=f"limit, {dtype}")
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel=label)
     decimal_axis(axes.yaxis)
     axes.set_xticks(batches, [str(batch) for batch in batches])

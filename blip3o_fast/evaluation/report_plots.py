@@ -1,55 +1,30 @@
-"""The report's pictures, drawn with matplotlib (the ``plots`` extra) on its own canvases.
+"""The report's pictures, drawn with matplotlib (the ``plots`` extra).
 
-Figures are 5 inches wide with 10-point type, so that they can be read at the width of a phone. Each
-is drawn in two sets of colours, because a page cannot recolour a picture when the reader's screen
-is dark.
+Figures are 5 inches wide with 10-point type, so that they can be read at the width of a phone.
 """
 
 import io
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip3o_fast.evaluation.report import Photo, Report, Result, token_map
+from blip3o_fast.report.charts import smoothed
+from blip3o_fast.report.style import METADATA, Theme, new_figure, png, require_plots, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-class Theme(NamedTuple):
-    """Colours of one rendering."""
-
-    page: str
-    text: str
-    faint: str
-    dit: str
-    ridge: str
-    mean: str
-
-
-LIGHT = Theme("#ffffff", "#1f2430", "#d9dde5", "#1d5fd1", "#c2570c", "#6b7280")
-DARK = Theme("#1a1e26", "#dfe3ea", "#39404d", "#7db0ff", "#ff9f5a", "#a2abba")
+DIT, RIDGE = 0, 1
+"""Places of the methods among the colours of a theme; the mean predictor is grey."""
 
 COLOUR_MAP = "viridis"
 
-_DPI = 200
 _WIDTH = 5.0
 _LARGEST = 256  # pixels of a picture's short side; it is shown at half of that
-_METADATA = {"Software": "blip3o-fast"}  # without a version, so that equal reports are equal bytes
 _TICKS = (1, 2, 5, 10, 20, 50, 100)
-
-
-def require_plots() -> None:
-    """Raise ``ImportError`` if matplotlib is missing; for before long work that ends in plots."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "plots: expected matplotlib, which is not installed; pip install blip3o-fast[plots], "
-            "or turn plots off"
-        ) from error
 
 
 def draw_plots(report: Report, theme: Theme) -> dict[str, bytes]:
@@ -77,7 +52,7 @@ def encode_image(pixels: NDArray[np.uint8]) -> bytes:
         )
         pixels = np.rint(blocks.mean((1, 3))).astype(np.uint8)
     out = io.BytesIO()
-    imsave(out, pixels, format="png", metadata=_METADATA)
+    imsave(out, pixels, format="png", metadata=METADATA)
     return out.getvalue()
 
 
@@ -86,15 +61,7 @@ def encode_map(cosines: NDArray[Any], lowest: float) -> bytes:
     from matplotlib.image import imsave
 
     out = io.BytesIO()
-    imsave(
-        out,
-        cosines,
-        vmin=lowest,
-        vmax=1.0,
-        cmap=COLOUR_MAP,
-        format="png",
-        metadata=_METADATA,
-    )
+    imsave(out, cosines, vmin=lowest, vmax=1.0, cmap=COLOUR_MAP, format="png", metadata=METADATA)
     return out.getvalue()
 
 
@@ -116,31 +83,9 @@ def mean_map(report: Report) -> NDArray[Any]:
     return token_map(np.array(report.best.metrics.position_cosine), report.grid)
 
 
-def _figure(theme: Theme, height: float, width: float = _WIDTH) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor=theme.page, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: "Figure") -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata=_METADATA)
-    return out.getvalue()
-
-
-def _style(axes: "Axes", theme: Theme, x: str, y: str) -> None:
-    axes.set_facecolor(theme.page)
-    axes.set_xlabel(x, color=theme.text)
-    axes.set_ylabel(y, color=theme.text)
-    axes.tick_params(colors=theme.text, which="both", length=3)
-    axes.grid(True, color=theme.faint, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.faint)
+def _labelled(axes: "Axes", theme: Theme, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    style_axes(axes, theme)
 
 
 def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
@@ -151,14 +96,14 @@ def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
 
 
 def _draw_similarity(report: Report, theme: Theme) -> bytes:
-    figure = _figure(theme, 5.6)
+    figure = new_figure(_WIDTH, 5.6, theme)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_curve(upper, report, theme, "token_cosine")
     _draw_curve(lower, report, theme, "image_cosine")
-    _style(upper, theme, "", "token cosine")
-    _style(lower, theme, "network evaluations a sample", "image cosine")
+    _labelled(upper, theme, "", "token cosine")
+    _labelled(lower, theme, "network evaluations a sample", "image cosine")
     _legend(figure, upper, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_curve(axes: "Axes", report: Report, theme: Theme, name: str) -> None:
@@ -167,13 +112,14 @@ def _draw_curve(axes: "Axes", report: Report, theme: Theme, name: str) -> None:
     counts = [_evaluations(result) for result in report.dit]
     estimates = [getattr(result.metrics, name) for result in report.dit]
     values = [estimate.value for estimate in estimates]
-    axes.plot(counts, values, "o-", color=theme.dit, label="DiT", linewidth=2, markersize=4.5)
+    colour = theme.series[DIT]
+    axes.plot(counts, values, "o-", color=colour, label="DiT", linewidth=2, markersize=4.5)
     if all(estimate.low is not None for estimate in estimates):
         lows, highs = [e.low for e in estimates], [e.high for e in estimates]
-        axes.fill_between(counts, lows, highs, color=theme.dit, alpha=0.18, linewidth=0)
+        axes.fill_between(counts, lows, highs, color=colour, alpha=0.18, linewidth=0)
     for result, colour, label, dash in (
-        (report.ridge, theme.ridge, "ridge", (0, (5, 2))),
-        (report.mean, theme.mean, "mean predictor", (0, (1.5, 1.5))),
+        (report.ridge, theme.series[RIDGE], "ridge", (0, (5, 2))),
+        (report.mean, theme.grey, "mean predictor", (0, (1.5, 1.5))),
     ):
         value = getattr(result.metrics, name).value
         axes.axhline(value, color=colour, label=label, linewidth=1.8, linestyle=dash)
@@ -185,41 +131,34 @@ def _draw_curve(axes: "Axes", report: Report, theme: Theme, name: str) -> None:
 
 
 def _draw_histogram(report: Report, theme: Theme) -> bytes:
-    figure = _figure(theme, 3.6)
+    figure = new_figure(_WIDTH, 3.6, theme)
     axes = figure.subplots()
     best = report.best
     shown = (
-        (report.mean, theme.mean, "mean predictor", 0.25),
-        (report.ridge, theme.ridge, "ridge", 0.25),
-        (best, theme.dit, f"DiT, best ({best.evaluations})", 0.45),
+        (report.mean, theme.grey, "mean predictor", 0.25),
+        (report.ridge, theme.series[RIDGE], "ridge", 0.25),
+        (best, theme.series[DIT], f"DiT, best ({best.evaluations})", 0.45),
     )
     values = [result.scores.token_cosine for result, *_ in shown]
     edges = np.histogram_bin_edges(np.concatenate(values), bins=40).tolist()
     for scores, (_, colour, label, alpha) in zip(values, shown, strict=True):
         axes.hist(scores, edges, color=colour, alpha=alpha)
         axes.hist(scores, edges, color=colour, histtype="step", linewidth=1.6, label=label)
-    _style(axes, theme, "token cosine of a sample", "samples")
+    _labelled(axes, theme, "token cosine of a sample", "samples")
     _legend(figure, axes, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_loss(report: Report, theme: Theme) -> bytes:
-    figure = _figure(theme, 3.2)
+    figure = new_figure(_WIDTH, 3.2, theme)
     axes = figure.subplots()
-    steps, losses = np.array(report.history, dtype=float).T
-    axes.plot(steps, losses, color=theme.dit, alpha=0.35, linewidth=0.8)
-    axes.plot(steps, _moving_median(losses), color=theme.dit, linewidth=2, label="moving median")
-    _style(axes, theme, "training step", "training loss")
+    colour = theme.series[DIT]
+    axes.plot(*zip(*report.history, strict=True), color=colour, alpha=0.35, linewidth=0.8)
+    medians = zip(*smoothed(report.history), strict=True)
+    axes.plot(*medians, color=colour, linewidth=2, label="moving median")
+    _labelled(axes, theme, "training step", "training loss")
     _legend(figure, axes, theme)
-    return _png(figure)
-
-
-def _moving_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median over a window of a twentieth of the run, which an odd batch cannot move."""
-    reach = max(1, len(values) // 40)
-    return np.array(
-        [np.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-    )
+    return png(figure)
 
 
 def _draw_maps(report: Report, theme: Theme) -> bytes:
@@ -229,7 +168,7 @@ def _draw_maps(report: Report, theme: Theme) -> bytes:
     ]
     panels += [(_title(photo), photo.image, photo.cosines) for photo in report.photos]
     rows = (len(panels) + 1) // 2
-    figure = _figure(theme, 2.3 * rows + 0.5, 8.0)
+    figure = new_figure(8.0, 2.3 * rows + 0.5, theme)
     grid = figure.subplots(rows, 4, squeeze=False)
     lowest = lowest_colour(report)
     shown = None
@@ -245,7 +184,7 @@ def _draw_maps(report: Report, theme: Theme) -> bytes:
     bar = figure.colorbar(shown, ax=grid, location="bottom", shrink=0.4, aspect=40)
     bar.set_label("token cosine", color=theme.text)
     bar.ax.tick_params(colors=theme.text)
-    return _png(figure)
+    return png(figure)
 
 
 def _title(photo: Photo) -> str:
