@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.pickles import Builder, Extent, Global, Machine
+from blip3o_fast.data.pickles import Builder, Extent, Global, Stretch, load_data
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES = {
@@ -133,11 +133,11 @@ def read_pickle(path: Path) -> Any:
         PickleError: a ``ValueError``, if the file is truncated or malformed, or names anything but
             the parts of tensors and arrays; nothing of it is ever run.
     """
-    with path.open("rb") as file:
-        return Machine(path, file, 0, path.stat().st_size, _GLOBALS).run()
+    with Stretch(path, 0, path.stat().st_size) as stretch:
+        return load_data(stretch, _GLOBALS)
 
 
-def _torch_storage(m: Machine, identifier: tuple[Any, ...]) -> Storage:
+def _torch_storage(m: Stretch, identifier: tuple[Any, ...]) -> Storage:
     """("storage", type, key, location, elements, view): its place is known only later."""
     tag, kind, _, _, elements, *view = identifier
     if tag != "storage" or any(part is not None for part in view) or type(elements) is not int:
@@ -145,29 +145,28 @@ def _torch_storage(m: Machine, identifier: tuple[Any, ...]) -> Storage:
     return Storage(0, elements, _STORAGES[kind.name])
 
 
-def _storage(m: Machine, arguments: tuple[Any, ...]) -> Storage:
+def _storage(m: Stretch, arguments: tuple[Any, ...]) -> Storage:
     """``torch.storage._load_from_bytes``: find the elements in the file within the file."""
     (extent,) = arguments
     if not isinstance(extent, Extent):
         raise m.refusal("a storage that is not made of bytes")
     known: dict[Global, Builder | None] = {Global("torch", name): None for name in _STORAGES}
-    end = extent.offset + extent.length
-    inner = Machine(m.path, m.file, extent.offset, end, known, _torch_storage)
-    magic, _, system, storage, keys = (inner.run() for _ in range(5))
-    if magic != _TORCH_MAGIC or not isinstance(storage, Storage) or len(keys) != 1:
-        raise m.refusal("a storage in an unknown layout")
-    if system.get("little_endian") is not True:
-        raise m.error("expected little-endian storages")
-    elements = inner.number("q")
-    itemsize = DiskArray(m.path, storage.dtype).itemsize
-    if elements != storage.elements or elements < 0:
-        raise m.error(f"storage: expected {storage.elements} elements, got {elements}")
-    data = inner.skip(elements * itemsize)
-    m.file.seek(m.position)
+    with Stretch(m.path, extent.offset, extent.offset + extent.length) as inner:
+        magic, _, system, storage, keys = (
+            load_data(inner, known, _torch_storage) for _ in range(5)
+        )
+        if magic != _TORCH_MAGIC or not isinstance(storage, Storage) or len(keys) != 1:
+            raise m.refusal("a storage in an unknown layout")
+        if system.get("little_endian") is not True:
+            raise m.error("expected little-endian storages")
+        elements = inner.number("q")
+        if elements != storage.elements or elements < 0:
+            raise m.error(f"storage: expected {storage.elements} elements, got {elements}")
+        data = inner.skip(elements * DiskArray(m.path, storage.dtype).itemsize)
     return Storage(data.offset, elements, storage.dtype)
 
 
-def _tensor(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
+def _tensor(m: Stretch, arguments: tuple[Any, ...]) -> DiskArray:
     """``torch._utils._rebuild_tensor_v2``(storage, offset, size, stride, ...)."""
     storage, offset, size, stride = arguments[:4]
     if not isinstance(storage, Storage):
@@ -188,7 +187,7 @@ def _tensor(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
     return array
 
 
-def _dtype(m: Machine, arguments: tuple[Any, ...]) -> DType:
+def _dtype(m: Stretch, arguments: tuple[Any, ...]) -> DType:
     """``numpy.dtype``(code, align, copy): integers, floats, booleans and text; no objects."""
     code = arguments[0]
     if not isinstance(code, str) or code[:1] not in "iufbU" or not code[1:].isdigit():
@@ -196,14 +195,14 @@ def _dtype(m: Machine, arguments: tuple[Any, ...]) -> DType:
     return DType("<" + code)
 
 
-def _empty_array(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
+def _empty_array(m: Stretch, arguments: tuple[Any, ...]) -> DiskArray:
     """``numpy._core.multiarray._reconstruct``(ndarray, (0,), b"b"): its state follows."""
     if arguments[0] != Global("numpy", "ndarray"):
         raise m.refusal(f"an array of type {reprlib.repr(arguments[0])}")
     return DiskArray(m.path)
 
 
-def _array_from_buffer(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
+def _array_from_buffer(m: Stretch, arguments: tuple[Any, ...]) -> DiskArray:
     """``numpy._core.numeric._frombuffer``(buffer, dtype, shape, order)."""
     data, dtype, shape, order = arguments[:4]
     if len(arguments) > 4 and arguments[4] is not None:
@@ -213,20 +212,17 @@ def _array_from_buffer(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
     return array
 
 
-def _scalar(m: Machine, arguments: tuple[Any, ...]) -> Any:
+def _scalar(m: Stretch, arguments: tuple[Any, ...]) -> Any:
     """``numpy._core.multiarray.scalar``(dtype, bytes)."""
     dtype, data = arguments
     if not isinstance(dtype, DType) or not isinstance(data, Extent):
         raise m.refusal("a numpy scalar that is not a number")
     if data.length != np.dtype(dtype.code).itemsize:
         raise m.error(f"malformed numpy scalar {dtype.code} of {data.length} bytes")
-    m.file.seek(data.offset)
-    raw = m.file.read(data.length)
-    m.file.seek(m.position)
-    return np.frombuffer(raw, dtype.code)[0].item()
+    return np.fromfile(m.path, dtype.code, 1, offset=data.offset)[0].item()
 
 
-def _ordered_dict(m: Machine, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+def _ordered_dict(m: Stretch, arguments: tuple[Any, ...]) -> dict[Any, Any]:
     """``collections.OrderedDict``(): the items follow."""
     if arguments:
         raise m.refusal("an OrderedDict with arguments")
