@@ -25,7 +25,7 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import write_shards
 from blip3o_fast.config import PRESETS
 from blip3o_fast.training import TrainingOptions, train
-from blip3o_fast.training.records import StepRecord
+from blip3o_fast.training.step_records import StepRecord
 
 KIND = "blip3o-fast long training"
 FORMAT = 1

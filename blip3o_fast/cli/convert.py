@@ -20,7 +20,7 @@ from blip3o_fast.data.conversion import (
     verify_conversion,
     write_planned,
 )
-from blip3o_fast.data.planning import Plan, Wishes, open_sources, plan_conversion
+from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_sources, plan_conversion
 from blip3o_fast.errors import OptionError
 
 _GIB = 1 << 30
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(plan: Plan, samples_per_shard: int) -> None:
+def _describe(plan: ConversionPlan, samples_per_shard: int) -> None:
     facts = plan.facts
     print(
         f"{len(plan.sources)} files, {plan.count} samples of {facts.tokens} tokens "

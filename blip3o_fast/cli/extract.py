@@ -26,12 +26,12 @@ from blip3o_fast.extraction.encoders import (
 )
 from blip3o_fast.extraction.extract import (
     SKIPPED_FILE,
-    ExtractionReport,
-    Settings,
+    Extracted,
+    ExtractionSettings,
     Stopped,
     extract,
 )
-from blip3o_fast.extraction.sources import (
+from blip3o_fast.extraction.image_sources import (
     ImageRef,
     coco_images,
     folder_images,
@@ -108,9 +108,9 @@ class ExtractOptions:
         if self.mirror and not self.crops:
             raise OptionError("mirror: expected crops of 1 or more beside it, got 0")
 
-    def settings(self) -> Settings:
+    def settings(self) -> ExtractionSettings:
         """How images become samples."""
-        return Settings(
+        return ExtractionSettings(
             include_cls=self.include_cls,
             dtype=self.store_dtype,
             samples_per_shard=self.samples_per_shard,
@@ -184,7 +184,7 @@ def _towers(options: ExtractOptions) -> TowerPair:
     )
 
 
-def _tell(report: ExtractionReport, folder: Path) -> None:
+def _tell(report: Extracted, folder: Path) -> None:
     print(f"{report.samples} samples in {folder}, {report.added} of them new")
     for item in report.skipped[:_SHOWN]:
         print(f"skipped {item.key}: {item.reason}", file=sys.stderr)

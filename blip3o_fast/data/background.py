@@ -8,8 +8,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.shards import ShardWriter
+from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.devices import DTYPES
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_sources, plan_conversion
+from blip3o_fast.data.conversion_sources import Source
 from blip3o_fast.data.dataset import prepend_token_mean
 from blip3o_fast.data.manifest import Manifest, entry_path
-from blip3o_fast.data.planning import Plan, Wishes, open_sources, plan_conversion
 from blip3o_fast.data.reader import TOWERS, Shard
-from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.shards import ShardWriter
-from blip3o_fast.data.sources import Source
+from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tensorfile import bits, is_finite
 from blip3o_fast.devices import DTYPES
 
@@ -56,7 +56,7 @@ def convert(
 
 
 def write_planned(
-    plan: Plan,
+    plan: ConversionPlan,
     folder: Path,
     *,
     samples_per_shard: int = 256,
@@ -103,7 +103,7 @@ def write_planned(
     return outcome
 
 
-def verify_conversion(plan: Plan, folder: Path, rows: int = 64) -> list[str]:
+def verify_conversion(plan: ConversionPlan, folder: Path, rows: int = 64) -> list[str]:
     """Check every shard's SHA-256, and ``rows`` samples bit by bit against the source.
 
     Returns:
@@ -197,7 +197,7 @@ def read_rows(
     return eva, clip
 
 
-def fp16_is_exact(plan: Plan) -> bool:
+def fp16_is_exact(plan: ConversionPlan) -> bool:
     """Whether fp16 would keep a few rows of every source bit for bit.
 
     The published extraction computes in fp16 and stores fp32, so half of its bytes are zeros.

@@ -12,17 +12,17 @@ from torch import Tensor
 from blip3o_fast.data.index import SampleIndex, Side, build_index, photo_is_heldout
 from blip3o_fast.data.manifest import Manifest, ShardEntry, Split
 from blip3o_fast.data.reader import Layout, Shard
-from blip3o_fast.data.records import SampleRecord
+from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tensorfile import bits, empty
 from blip3o_fast.devices import DTYPES
 
-__all__ = ["Batch", "EmbeddingDataset", "Records", "Side", "photo_is_heldout"]
+__all__ = ["Batch", "EmbeddingDataset", "BatchRecords", "Side", "photo_is_heldout"]
 
 _OPEN_SHARDS = 256  # a quarter of the 1024 files that a process may usually open
 _MOST_OPEN_SHARDS = 4096  # an open file takes memory too, and a node has many processes
 
 
-class Records:
+class BatchRecords:
     """The records of some samples, read when they are first asked for."""
 
     def __init__(self, index: SampleIndex, indices: Sequence[int] | np.ndarray) -> None:
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
     eva: Tensor
     clip: Tensor
-    records: Records
+    records: BatchRecords
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ class EmbeddingDataset:
         if lead:
             prepend_token_mean(eva)
             prepend_token_mean(clip)
-        return Batch(eva, clip, Records(self._index, indices))
+        return Batch(eva, clip, BatchRecords(self._index, indices))
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[SampleRecord]:
         """Key, caption and source of some samples."""

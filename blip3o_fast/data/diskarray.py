@@ -28,6 +28,7 @@ _STORAGES = {
     "DoubleStorage": "<f8",
     "BFloat16Storage": "bf16",
 }
+_FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "bf16": torch.bfloat16}
 
 
 class Storage(NamedTuple):
@@ -74,6 +75,18 @@ class DiskArray:
     def itemsize(self) -> int:
         """Bytes of an element."""
         return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The element type of ``rows``.
+
+        Raises:
+            ValueError: unless it is a floating-point type.
+        """
+        code = self.dtype.lstrip("<>")
+        if code not in _FLOATS:
+            raise ValueError(f"{self.path.name}: expected floating point, got {self.dtype}")
+        return _FLOATS[code]
 
     def set_state(self, state: Any) -> None:
         """Complete ``numpy._core.multiarray._reconstruct``."""

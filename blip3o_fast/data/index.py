@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from blip3o_fast.data.manifest import ShardEntry, Split
-from blip3o_fast.data.records import MARK_EVERY, RecordFile, SampleRecord, read_records
+from blip3o_fast.data.sidecar import MARK_EVERY, RecordFile, SampleRecord, read_records
 
 Side = Literal["train", "heldout", "all"]
 

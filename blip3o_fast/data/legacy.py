@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 
+from blip3o_fast.data.conversion_sources import Source, StackedRows, TensorRows, TokenRows
 from blip3o_fast.data.diskarray import DiskArray, read_pickle
 from blip3o_fast.data.manifest import Encoder
-from blip3o_fast.data.records import SampleRecord
-from blip3o_fast.data.sources import ArrayRows, Rows, Source, StackedRows, TensorRows, float_dtype
+from blip3o_fast.data.sidecar import SampleRecord
 
 TrainingMode = Literal["patch_only", "cls_patch"]
 
@@ -153,8 +153,8 @@ def _source(
     path: Path,
     content: dict[Any, Any],
     records: list[SampleRecord],
-    eva: Rows,
-    clip: Rows,
+    eva: TokenRows,
+    clip: TokenRows,
     remarks: list[str],
     *,
     same_key_same_image: bool = False,
@@ -185,18 +185,16 @@ def _encoder(name: Any, published: str) -> Encoder:
     return Encoder(name if isinstance(name, str) else published, "", _LAYER, _PREPROCESSING)
 
 
-def _rows(path: Path, key: str, value: Any, samples: int) -> Rows:
+def _rows(path: Path, key: str, value: Any, samples: int) -> TokenRows:
     """Embeddings of any published kind; two-dimensional ones are cut into ``samples``."""
     where = f"{path.name}: {key}"
     if isinstance(value, DiskArray):
-        float_dtype(value)
         if len(value.shape) == 2:
             value = value.grouped(_samples(where, value.shape[0], samples))
-        return ArrayRows(value)
+        return value
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{where}: expected embeddings, got {reprlib.repr(value)}")
     if all(isinstance(item, DiskArray) for item in value):
-        float_dtype(value[0])
         return StackedRows(value)
     try:
         return TensorRows(torch.tensor(value, dtype=torch.float32))

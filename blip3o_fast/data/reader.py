@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip3o_fast.data.access import RandomAccessFile
 from blip3o_fast.data.manifest import ShardEntry
-from blip3o_fast.data.records import RecordFile
+from blip3o_fast.data.sidecar import RecordFile
 from blip3o_fast.data.tensorfile import (
     CHECK_ELEMENTS,
     bits,

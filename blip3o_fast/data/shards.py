@@ -18,7 +18,7 @@ from torch import Tensor
 from blip3o_fast.atomic import remove_leftovers, write_atomically
 from blip3o_fast.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, entry_path
 from blip3o_fast.data.reader import TOWERS, Shard
-from blip3o_fast.data.records import RecordFile, SampleRecord, check_record, encode_records
+from blip3o_fast.data.sidecar import RecordFile, SampleRecord, check_record, encode_records
 from blip3o_fast.data.tensorfile import RowWriter, bits, file_sha256, is_finite
 from blip3o_fast.devices import DTYPES
 

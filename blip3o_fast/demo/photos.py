@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from blip3o_fast.extraction.image_sources import EXTENSIONS, ImageRef, folder_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, pillow
-from blip3o_fast.extraction.sources import EXTENSIONS, ImageRef, folder_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image

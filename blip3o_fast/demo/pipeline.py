@@ -20,8 +20,8 @@ from blip3o_fast.evaluation import Report
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
 from blip3o_fast.extraction.encoders import load_towers
 from blip3o_fast.extraction.extract import extract
-from blip3o_fast.extraction.sources import ImageRef
-from blip3o_fast.extraction.views import Settings, open_view
+from blip3o_fast.extraction.image_sources import ImageRef
+from blip3o_fast.extraction.views import ExtractionSettings, open_view
 from blip3o_fast.pretrained import load_trained_model
 from blip3o_fast.training import TrainingOptions, train
 
@@ -106,10 +106,12 @@ def extract_tokens(
     return len(EmbeddingDataset(shards)), EmbeddingDataset(shards, split="heldout").photos
 
 
-def extraction_settings(refs: list[ImageRef]) -> Settings:
+def extraction_settings(refs: list[ImageRef]) -> ExtractionSettings:
     """What the crops depend on, for extraction and for finding a crop again."""
     heldout = heldout_scenes(refs, HELDOUT_FRACTION)
-    return Settings(seed=SEED, mirror=True, split=Split(HELDOUT_FRACTION, heldout_sources=heldout))
+    return ExtractionSettings(
+        seed=SEED, mirror=True, split=Split(HELDOUT_FRACTION, heldout_sources=heldout)
+    )
 
 
 def train_model(

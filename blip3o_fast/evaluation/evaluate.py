@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from blip3o_fast.checked import Count, Index, check
 from blip3o_fast.data import Batch, EmbeddingDataset, SampleRecord
 from blip3o_fast.evaluation.accumulator import MetricAccumulator
 from blip3o_fast.evaluation.baselines import Baselines
@@ -42,22 +43,21 @@ class EvaluationSettings:
         bootstrap: resamples of the photos for the intervals.
     """
 
-    evaluations: tuple[int, ...] = (1, 2, 4, 10, 25, 50, 100)
+    evaluations: tuple[Count, ...] = (1, 2, 4, 10, 25, 50, 100)
     solver: SolverName = "heun"
     guidance_scale: float = 1.0
     time_grid: GridName | None = None
-    batch_size: int = 64
+    batch_size: Count = 64
     seed: int = 0
-    max_samples: int | None = None
-    max_training_samples: int | None = None
-    photos: int = 5
-    bootstrap: int = 2000
+    max_samples: Count | None = None
+    max_training_samples: Count | None = None
+    photos: Index = 5
+    bootstrap: Index = 2000
 
     def __post_init__(self) -> None:
-        if not self.evaluations or min(self.evaluations) < 1:
-            raise ValueError(f"evaluations: expected numbers >= 1, got {self.evaluations}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        check(self)
+        if not self.evaluations:
+            raise ValueError("evaluations: expected at least one number, got none")
 
     def method(self, evaluations: int) -> tuple[SolverName, int]:
         """Solver and steps that spend ``evaluations``."""

@@ -22,7 +22,7 @@ from blip3o_fast.evaluation.report_plots import (
 )
 from blip3o_fast.report.page import render
 
-Rows = list[tuple[str, Sequence[str]]]
+TableRows = list[tuple[str, Sequence[str]]]
 
 
 def render_page(
@@ -81,7 +81,7 @@ def _photo(photo: Photo, report: Report, lowest: float) -> dict[str, Any]:
     }
 
 
-def _details(report: Report) -> list[tuple[str, tuple[str, ...], Rows]]:
+def _details(report: Report) -> list[tuple[str, tuple[str, ...], TableRows]]:
     """Titles, headers and rows of the tables behind a click."""
     best = report.best
     methods = {
@@ -96,11 +96,11 @@ def _details(report: Report) -> list[tuple[str, tuple[str, ...], Rows]]:
     ]
     if best.metrics.cls is not None:
         details.append(("CLS token", header, _cls_rows(columns)))
-    curve: Rows = [(f"DiT, {r.evaluations}", metric_cells(r.metrics)) for r in report.dit]
+    curve: TableRows = [(f"DiT, {r.evaluations}", metric_cells(r.metrics)) for r in report.dit]
     return [*details, ("Every number of evaluations", HEADER, curve)]
 
 
-def _further_rows(columns: Sequence[Metrics]) -> Rows:
+def _further_rows(columns: Sequence[Metrics]) -> TableRows:
     def row(name: str, estimates: Sequence[Estimate], digits: int = 3) -> tuple[str, list[str]]:
         return name, [with_interval(estimate, digits) for estimate in estimates]
 
@@ -129,7 +129,7 @@ def _further_rows(columns: Sequence[Metrics]) -> Rows:
     ]
 
 
-def _quantile_rows(columns: Sequence[Metrics]) -> Rows:
+def _quantile_rows(columns: Sequence[Metrics]) -> TableRows:
     return [
         (f"{title}, {level:.0%}", [f"{m.quantiles[name][level]:.3f}" for m in columns])
         for name, title in (("token_cosine", "Token cosine"), ("image_cosine", "Image cosine"))
@@ -137,7 +137,7 @@ def _quantile_rows(columns: Sequence[Metrics]) -> Rows:
     ]
 
 
-def _cls_rows(columns: Sequence[Metrics]) -> Rows:
+def _cls_rows(columns: Sequence[Metrics]) -> TableRows:
     cls = [metrics.cls for metrics in columns if metrics.cls is not None]
     return [
         ("Cosine", [with_interval(c.cosine) for c in cls]),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.extraction.weights import find_weights, read_shards
+from blip3o_fast.extraction.published_weights import find_weights, read_shards
 
 PREFIX = "vision_model."
 """Where the published checkpoints keep the vision tower."""

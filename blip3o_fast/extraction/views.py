@@ -7,12 +7,14 @@ again.
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from blip3o_fast.checked import Count, check
 from blip3o_fast.data.manifest import Split
 from blip3o_fast.devices import DtypeName
+from blip3o_fast.extraction.image_sources import ImageRef
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, pillow
-from blip3o_fast.extraction.sources import ImageRef
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +24,8 @@ CROP_SHARE = 0.35
 CROP_PIXELS = 192
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True)
+class ExtractionSettings:
     """How images become samples.
 
     Attributes:
@@ -35,20 +38,26 @@ class Settings(NamedTuple):
         seed: of the random crops.
         mirror: take each random crop mirrored as well.
         split: what the manifest holds out of training.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
     """
 
     include_cls: bool = False
     dtype: DtypeName = "fp16"
-    samples_per_shard: int = 256
-    batch_size: int = 16
-    workers: int = 2
-    max_samples: int | None = None
+    samples_per_shard: Count = 256
+    batch_size: Count = 16
+    workers: Count = 2
+    max_samples: Count | None = None
     seed: int = 0
     mirror: bool = False
-    split: Split = Split()
+    split: Split = field(default_factory=Split)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
-def view_keys(ref: ImageRef, settings: Settings) -> list[str]:
+def view_keys(ref: ImageRef, settings: ExtractionSettings) -> list[str]:
     """Keys of the samples of an image, in the order of ``open_views``."""
     if ref.crops == 0:
         return [ref.key]
@@ -56,7 +65,7 @@ def view_keys(ref: ImageRef, settings: Settings) -> list[str]:
     return [f"{ref.key}#{settings.seed}.{n}{side}" for n in range(ref.crops) for side in sides]
 
 
-def open_views(ref: ImageRef, settings: Settings) -> Iterator[tuple[str, "Image"]]:
+def open_views(ref: ImageRef, settings: ExtractionSettings) -> Iterator[tuple[str, "Image"]]:
     """Decode an image and yield its samples as (key, RGB image).
 
     Raises:
@@ -73,7 +82,7 @@ def open_views(ref: ImageRef, settings: Settings) -> Iterator[tuple[str, "Image"
     yield from zip(view_keys(ref, settings), views, strict=True)
 
 
-def open_view(ref: ImageRef, key: str, settings: Settings) -> "Image":
+def open_view(ref: ImageRef, key: str, settings: ExtractionSettings) -> "Image":
     """The RGB image of one sample of ``ref``.
 
     Raises:

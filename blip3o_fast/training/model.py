@@ -4,11 +4,11 @@ import torch
 
 from blip3o_fast.checkpoint import check_tensors
 from blip3o_fast.pretrained import BLIP3oDiT
-from blip3o_fast.training.plan import Plan
 from blip3o_fast.training.randomness import seed_everything
+from blip3o_fast.training.run_plan import TrainingPlan
 
 
-def build_model(plan: Plan) -> BLIP3oDiT:
+def build_model(plan: TrainingPlan) -> BLIP3oDiT:
     """The plan's model in fp32 on its device, in training mode.
 
     Initial weights depend on the seed alone: they are drawn on the CPU, the same in every process.

@@ -15,9 +15,9 @@ from blip3o_fast.errors import OptionError
 from blip3o_fast.processes import World, join_world
 from blip3o_fast.training.checkpoints import BEST, LATEST, damaged_checkpoints
 from blip3o_fast.training.options import TrainingOptions
-from blip3o_fast.training.plan import Plan, make_plan
 from blip3o_fast.training.randomness import determinism
 from blip3o_fast.training.run_page import REPORT_NAME, render_page
+from blip3o_fast.training.run_plan import TrainingPlan, make_plan
 from blip3o_fast.training.summary import summarise
 from blip3o_fast.training.tracking import METRICS_NAME, read_metrics, require_trackers
 from blip3o_fast.training.trainer import OnStep, Trainer
@@ -48,7 +48,7 @@ class TrainingResult:
     seconds: float
 
 
-def prepare(options: TrainingOptions, world: World) -> Plan:
+def prepare(options: TrainingOptions, world: World) -> TrainingPlan:
     """Check everything that can be checked before the first step, without writing anything.
 
     Raises:
@@ -106,7 +106,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         )
 
 
-def check_folder(plan: Plan) -> None:
+def check_folder(plan: TrainingPlan) -> None:
     """Check that the run's folder is free, or holds this very run.
 
     Raises:
@@ -142,7 +142,7 @@ def check_folder(plan: Plan) -> None:
 
 
 @contextmanager
-def claimed(plan: Plan) -> Iterator[None]:
+def claimed(plan: TrainingPlan) -> Iterator[None]:
     """Make the run's folder, say in it what the run is, and keep other processes out meanwhile.
 
     Raises:
@@ -183,7 +183,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _describe(plan: Plan, folder: Path) -> None:
+def _describe(plan: TrainingPlan, folder: Path) -> None:
     for name in (OPTIONS_NAME, METRICS_NAME, SUMMARY_NAME, REPORT_NAME, LATEST, BEST):
         remove_leftovers(folder, name)
     content = {
@@ -199,7 +199,7 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(f".{OPTIONS_NAME}.") and path.suffix == TEMPORARY_SUFFIX
 
 
-def write_summary(plan: Plan, trainer: Trainer) -> None:
+def write_summary(plan: TrainingPlan, trainer: Trainer) -> None:
     """Write ``summary.json`` and, unless that is off, ``report.html``."""
     folder = Path(plan.options.output_dir)
     records = read_metrics(folder)

@@ -23,11 +23,11 @@ from blip3o_fast.training.distributed import spread
 from blip3o_fast.training.ema import WeightAverage
 from blip3o_fast.training.model import build_model
 from blip3o_fast.training.optimizer import make_optimizer
-from blip3o_fast.training.plan import Plan
 from blip3o_fast.training.progress import ProgressDisplay
-from blip3o_fast.training.records import Pending, Recorder, StepRecord
+from blip3o_fast.training.run_plan import TrainingPlan
 from blip3o_fast.training.state import Progress, TrainingState
 from blip3o_fast.training.step import OptimizerStep
+from blip3o_fast.training.step_records import Pending, Recorder, StepRecord
 from blip3o_fast.training.tracking import MetricsFile, numbers, open_trackers
 from blip3o_fast.training.validation import Validator
 
@@ -63,7 +63,7 @@ class Trainer:
         on_step: called on the main process with every step's record, in order.
     """
 
-    def __init__(self, plan: Plan, world: World, on_step: OnStep | None = None) -> None:
+    def __init__(self, plan: TrainingPlan, world: World, on_step: OnStep | None = None) -> None:
         options = plan.options
         self.plan, self.world, self.on_step = plan, world, on_step
         self.folder = Path(options.output_dir)

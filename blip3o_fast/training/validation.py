@@ -22,7 +22,7 @@ from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.processes import World
 from blip3o_fast.sampling import forget
 from blip3o_fast.seeds import stream_seed
-from blip3o_fast.training.plan import Plan
+from blip3o_fast.training.run_plan import TrainingPlan
 
 THRESHOLDS = (0.7, 0.8, 0.9)
 
@@ -70,7 +70,7 @@ class Validator:
         world: the processes that share the work.
     """
 
-    def __init__(self, plan: Plan, world: World) -> None:
+    def __init__(self, plan: TrainingPlan, world: World) -> None:
         self.plan, self.world = plan, world
         self.indices = heldout_sample(plan.heldout, plan.options.eval_num_samples)
         share = plan.options.batch_size // world.size

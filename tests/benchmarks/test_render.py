@@ -51,7 +51,7 @@ def root(tmp_path):
 def made(kind, **values):
     """A record's dataclass with zeros for what a test does not care about."""
     names = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    return kind(**{**dict.fromkeys(names, 0.0), **values})
+    return kind(**{**dict.fromkeys(names, 0), **values})
 
 
 def measurement(contender, median, ours, **values):
@@ -301,7 +301,7 @@ def test_fp8_stands_beside_bf16_and_fp32(root):
         ("[]", "expected a result of"),
         ('{"kind": "x"}', "expected a result of"),
         ('{"benchmark": "published_cpu"}', "difference, environment"),
-        ('{"kind": "blip3o-fast benchmarks", "format": 1}', "expected the fields of a record"),
+        ('{"kind": "blip3o-fast benchmarks", "format": 1}', "record: missing settings"),
     ],
 )
 def test_a_file_that_is_no_result_is_named(root, capsys, content, said):

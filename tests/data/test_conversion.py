@@ -21,7 +21,7 @@ from published_files import (
 from blip3o_fast.data import EmbeddingDataset, Manifest, Wishes, convert
 from blip3o_fast.data import conversion as conversion_module
 from blip3o_fast.data.conversion import fp16_is_exact, verify_conversion, write_planned
-from blip3o_fast.data.planning import open_sources, plan_conversion
+from blip3o_fast.data.conversion_plan import open_sources, plan_conversion
 from blip3o_fast.data.tensorfile import file_sha256
 
 

@@ -17,7 +17,7 @@ from blip3o_fast.demo.photos import (
     heldout_scenes,
     is_photo,
 )
-from blip3o_fast.extraction.sources import ImageRef
+from blip3o_fast.extraction.image_sources import ImageRef
 
 
 def noise(size, seed=0):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_fast.flow import interpolate
 from blip3o_fast.processes import World
-from blip3o_fast.training.plan import make_plan
+from blip3o_fast.training.run_plan import make_plan
 from blip3o_fast.training.trainer import Trainer
 
 HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)

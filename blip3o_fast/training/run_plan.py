@@ -36,7 +36,7 @@ _MODEL_CHOICES = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A run that can start.
 
     Attributes:
@@ -99,7 +99,7 @@ class Plan:
         }
 
 
-def make_plan(options: TrainingOptions, world: World) -> Plan:
+def make_plan(options: TrainingOptions, world: World) -> TrainingPlan:
     """Check the options against each other and against the data.
 
     Raises:
@@ -115,7 +115,7 @@ def make_plan(options: TrainingOptions, world: World) -> Plan:
     schedule = _schedule(options, per_epoch)
     initial = _initial(options)
     config = resolve_config(options, train, None if initial is None else initial.config)
-    return Plan(
+    return TrainingPlan(
         options=options,
         config=config,
         train=train,

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from blip3o_fast.data.conversion_sources import Source, npy_source
 from blip3o_fast.data.legacy import TrainingMode, published_files, read_published
 from blip3o_fast.data.manifest import Encoder, Manifest, Split
-from blip3o_fast.data.records import SampleRecord
-from blip3o_fast.data.sources import Source, npy_source
+from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tars import tar_source
 from blip3o_fast.devices import DTYPES, DtypeName
 
@@ -38,7 +38,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What a conversion will write.
 
     Attributes:
@@ -80,7 +80,7 @@ def open_sources(
     return [read_published(file) for file in published_files(path, mode)[:max_shards]]
 
 
-def plan_conversion(sources: Sequence[Source], wishes: Wishes) -> Plan:
+def plan_conversion(sources: Sequence[Source], wishes: Wishes) -> ConversionPlan:
     """Decide what will be written, and under which keys.
 
     Raises:
@@ -123,7 +123,7 @@ def plan_conversion(sources: Sequence[Source], wishes: Wishes) -> Plan:
         notes=notes,
     )
     samples = _name_samples(sources, remarks)
-    return Plan(tuple(sources), facts, samples, tuple(remarks))
+    return ConversionPlan(tuple(sources), facts, samples, tuple(remarks))
 
 
 def _widths(source: Source) -> tuple[int, int]:
@@ -165,7 +165,7 @@ def _square(patches: int) -> tuple[int, int, int]:
 
 def _dtype(sources: Sequence[Source]) -> DtypeName:
     """The narrowest of our types that holds what every source holds; fp32 for fp64."""
-    found = {rows.torch_dtype for s in sources for rows in (s.eva, s.clip) if rows is not None}
+    found = set().union(*(source.dtypes for source in sources))
     names = [name for name in get_args(DtypeName) if found == {DTYPES[name]}]
     return names[0] if names else "fp32"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_fast.extraction import sources
+from blip3o_fast.extraction import image_sources
+from blip3o_fast.extraction.image_sources import coco_images, folder_images, webdataset_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb
-from blip3o_fast.extraction.sources import coco_images, folder_images, webdataset_images
 
 
 def png(colour):
@@ -98,7 +98,7 @@ def test_a_tar_that_breaks_off_says_so_after_what_is_whole(tmp_path, cut):
 
 
 def test_an_oversized_member_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 200)
+    monkeypatch.setattr(image_sources, "MAX_FILE_BYTES", 200)
     path = write_tar(tmp_path / "x.tar", [("big.png", bytes(300)), ("small.png", png("red"))])
     big, small = webdataset_images(str(path))
     assert isinstance(big.data, UnreadableImage)

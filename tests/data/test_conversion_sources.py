@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_fast.data.records import SampleRecord
-from blip3o_fast.data.sources import Source, TensorRows, npy_source
+from blip3o_fast.data.conversion_sources import Source, TensorRows, npy_source
+from blip3o_fast.data.sidecar import SampleRecord
 
 
 def features(samples=5, tokens=4, width=3, dtype=np.float32):

@@ -12,8 +12,8 @@ from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.errors import OptionError
 from blip3o_fast.processes import World
 from blip3o_fast.training import train
-from blip3o_fast.training.plan import make_plan
 from blip3o_fast.training.run import locked
+from blip3o_fast.training.run_plan import make_plan
 
 
 def manifest_edit(**changes):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blip3o_fast.processes import World
-from blip3o_fast.training.records import NonFiniteGradients, Pending, Recorder
+from blip3o_fast.training.step_records import NonFiniteGradients, Pending, Recorder
 
 
 def pending(step, *, norm=1.0, scale=1.0, keys=("a", "b")):

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from blip3o_fast.data.diskarray import DiskArray
 from blip3o_fast.data.manifest import Encoder
-from blip3o_fast.data.records import SampleRecord, decode_record
-
-_FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "bf16": torch.bfloat16}
+from blip3o_fast.data.sidecar import SampleRecord, decode_record
 
 
-class Rows(Protocol):
-    """Embeddings ``[n, T, width]`` that can be read some rows at a time."""
+class TokenRows(Protocol):
+    """Embeddings ``[n, T, width]`` that can be read some rows at a time; a ``DiskArray`` can."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,8 +49,8 @@ class Source:
 
     name: str
     records: Sequence[SampleRecord]
-    eva: Rows | None
-    clip: Rows | None
+    eva: TokenRows | None
+    clip: TokenRows | None
     has_cls: bool | None = None
     eva_encoder: Encoder | None = None
     clip_encoder: Encoder | None = None
@@ -73,6 +71,16 @@ class Source:
                 f"{self.name}: expected samples, one record each, got {list(shapes[0])} and "
                 f"{len(self.records)} records"
             )
+        assert self.dtypes  # finding them refuses what is not floating point
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Element types of the towers.
+
+        Raises:
+            ValueError: unless they are floating-point types.
+        """
+        return {rows.torch_dtype for rows in (self.eva, self.clip) if rows is not None}
 
     @property
     def tokens(self) -> int:
@@ -80,27 +88,6 @@ class Source:
         rows = self.eva or self.clip
         assert rows is not None
         return rows.shape[1]
-
-
-@dataclass(frozen=True)
-class ArrayRows:
-    """A three-dimensional array on disk."""
-
-    array: DiskArray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes (n, T, width)."""
-        return self.array.shape
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Element type."""
-        return float_dtype(self.array)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop``, read from disk."""
-        return self.array.rows(start, stop)
 
 
 @dataclass(frozen=True)
@@ -126,7 +113,7 @@ class StackedRows:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Element type."""
-        return float_dtype(self.arrays[0])
+        return self.arrays[0].torch_dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``, read from disk."""
@@ -155,18 +142,6 @@ class TensorRows:
         return self.tensor[start:stop]
 
 
-def float_dtype(array: DiskArray) -> torch.dtype:
-    """The torch type of an array on disk.
-
-    Raises:
-        ValueError: unless it is a floating-point type.
-    """
-    code = array.dtype.lstrip("<>")
-    if code not in _FLOATS:
-        raise ValueError(f"{array.path.name}: expected floating point, got {array.dtype}")
-    return _FLOATS[code]
-
-
 def npy_source(folder: Path) -> Source:
     """``eva.npy`` and ``clip.npy`` of a folder, either alone or both, ``[n, T, width]`` each.
 
@@ -183,7 +158,7 @@ def npy_source(folder: Path) -> Source:
     return Source(folder.name, records, rows["eva"], rows["clip"])
 
 
-def _npy_rows(path: Path) -> Rows | None:
+def _npy_rows(path: Path) -> TokenRows | None:
     if not path.is_file():
         return None
     try:
@@ -194,6 +169,4 @@ def _npy_rows(path: Path) -> Rows | None:
         raise ValueError(f"{path.name}: expected an array [n, T, width], got {mapped.shape}")
     strides = tuple(step // mapped.itemsize for step in mapped.strides)
     # The map is used for its facts only: reading through it would keep the file in memory.
-    array = DiskArray(path, mapped.dtype.str, mapped.shape, strides, mapped.offset)
-    float_dtype(array)
-    return ArrayRows(array)
+    return DiskArray(path, mapped.dtype.str, mapped.shape, strides, mapped.offset)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.dataset import Records
+from blip3o_fast.data.dataset import BatchRecords
 from blip3o_fast.processes import World
 
 LOSS_TERMS = ("loss", "velocity_loss", "semantic_loss", "cosine_loss", "consistency_loss")
@@ -79,7 +79,7 @@ class Pending(NamedTuple):
     learning_rate: float
     data_wait: float
     numbers: Tensor
-    records: Records
+    records: BatchRecords
 
 
 class Recorder:
