@@ -217,8 +217,6 @@ _WORDS = {
     str: "text",
     types.NoneType: "none",
 }
-_PLURALS = {int: "integers", float: "numbers", str: "texts"}
-_COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 def _word(member: Any) -> str:
@@ -227,9 +225,8 @@ def _word(member: Any) -> str:
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is tuple:
-        many = "a list of" if arguments[-1] is Ellipsis else _COUNTS[len(arguments)]
-        inner = _base(arguments[0])
-        return f"{many} {_PLURALS.get(inner, inner.__name__)}"
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"a list of {count}{_base(arguments[0]).__name__}"
     return _WORDS.get(base) or str((origin or base).__name__)
 
 

@@ -1,9 +1,9 @@
-"""A folder of EVA shards becomes a folder of CLIP shards.
+"""Translation of a folder of EVA shards to a folder of CLIP shards.
 
-A sample's noise depends on its key and the seed alone, so neither the batch size nor the number of
-processes nor an interruption changes what is drawn for it. Called again, the translation goes on
-where an interrupted one stopped. Under torchrun every process translates its share, one GPU each.
-Threads read the next batches and write the last ones while the device computes.
+A sample's noise depends only on its key and the seed, not on the batch size, the number of
+processes or interruptions. Called again, an interrupted translation continues where it stopped.
+Under torchrun every process translates its share, one GPU each. Threads read the next batches and
+write the last ones while the device computes.
 """
 
 from collections.abc import Iterator, Set
@@ -27,7 +27,7 @@ from blip3o_fast.data import (
     merge_parts,
     read_ahead,
 )
-from blip3o_fast.devices import DTYPES, DeviceName, find_device
+from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flow.schedule import GridName
 from blip3o_fast.flow.solvers import SolverName
@@ -49,20 +49,20 @@ class TranslationOptions:
         embeddings_dir: folder of shards with EVA embeddings.
         output_dir: folder for the CLIP shards; continued if unfinished.
         split: side to translate.
-        num_inference_steps: solver steps; 1 with euler: the mean.
-        solver: heun and midpoint take two evaluations a step.
-        guidance_scale: 1 is no guidance.
-        time_grid: of the sampler; None: the model's conventions.
-        seed: with a sample's key, decides its noise.
-        batch_size: samples translated at once, a process.
+        num_inference_steps: solver steps; a single euler step gives the conditional mean.
+        solver: solver of the ODE; heun and midpoint call the network twice per step.
+        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
+        time_grid: times of the solver's steps; None: those of the model's conventions.
+        seed: decides the noise of a sample together with its key.
+        batch_size: samples that a process translates at once.
         samples_per_shard: rows of a full shard.
-        dtype: of weights and activations; fp8: of most products, on GPUs that have it, less exact;
-            None: as stored.
-        store_dtype: of the shards.
-        num_attention_heads, num_key_value_heads: for a .pt file without its configuration.
-        device: device.
-        graph: replay steps as CUDA graphs; None: on CUDA.
-        compile: torch.compile an evaluation.
+        dtype: element type of weights and activations; fp8: most matrix products in e4m3, less
+            exact, on GPUs that have it; None: as stored.
+        store_dtype: element type of the shards.
+        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
+        device: device to run on; auto: cuda if there is a GPU.
+        graph: replay steps as CUDA graphs; None: only on CUDA.
+        compile: apply torch.compile to each call of the network.
         progress: show a bar with samples/s and time left.
 
     Raises:
@@ -81,7 +81,7 @@ class TranslationOptions:
     batch_size: Count = 64
     samples_per_shard: Count = 256
     dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
-    store_dtype: Literal["fp32", "bf16", "fp16"] = "fp16"
+    store_dtype: DtypeName = "fp16"
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     device: DeviceName = "auto"

@@ -80,10 +80,10 @@ HERE = Path("here")
         ("rate", "slow", "rate: expected a number or auto, got 'slow'"),
         ("kind", "c", "kind: expected a, b, got 'c'"),
         ("even", 1, "even: expected true or false, got 1"),
-        ("grid", (1, 2), "grid: expected three integers or none, got (1, 2)"),
-        ("grid", [1, 2, 3], "grid: expected three integers or none, got [1, 2, 3]"),
+        ("grid", (1, 2), "grid: expected a list of 3 int or none, got (1, 2)"),
+        ("grid", [1, 2, 3], "grid: expected a list of 3 int or none, got [1, 2, 3]"),
         ("counts", (1, 0), "counts: expected at least 1, got (1, 0)"),
-        ("counts", (1, "x"), "counts: expected a list of integers, got (1, 'x')"),
+        ("counts", (1, "x"), "counts: expected a list of int, got (1, 'x')"),
         ("more", (1,), "more: expected a list of Inner, got (1,)"),
         ("inner", {}, "inner: expected Inner or none, got {}"),
     ],
@@ -268,5 +268,5 @@ def test_switch(argv, value):
 
 def test_types_in_words():
     assert describe(int | str | None) == "an integer or text or none"
-    assert describe(tuple[float, float]) == "two numbers"
+    assert describe(tuple[float, float]) == "a list of 2 float"
     assert describe(Count) == "an integer"

@@ -65,9 +65,9 @@ class Record:
     Attributes:
         settings: what was asked for.
         environment: as ``describe_environment`` gives it.
-        bandwidth: bytes a second of a copy, measured in this run.
-        rates: flops a second of a matrix product, by dtype, measured in this run.
-        transfer: bytes a second that the host delivers to the device, measured in this run.
+        bandwidth: bytes per second of a copy, measured in this run.
+        rates: flops per second of a matrix product, by dtype, measured in this run.
+        transfer: bytes per second that the host delivers to the device, measured in this run.
         peers: every peer: its version, or ``absent: `` and the reason.
         measurements: in the order in which they were made.
         left_out: what was not measured, and why.

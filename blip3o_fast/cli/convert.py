@@ -1,8 +1,8 @@
 """``blip3o-fast convert``: published pickles and other formats to shards, once and for all.
 
-Pickles are interpreted by a reader that knows data only; nothing in them is run. A conversion that
-was interrupted goes on when the same command is given again. At the end every shard's checksum is
-verified and sampled rows are compared bit by bit with the source.
+Pickles go through a restricted parser; no code in them runs. An interrupted conversion continues
+when the same command is given again. At the end every shard's checksum is verified, and some rows
+are compared bit by bit with the source.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from blip3o_fast.data.conversion import (
     write_planned,
 )
 from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_sources, plan_conversion
+from blip3o_fast.devices import DtypeName
 from blip3o_fast.errors import OptionError
 
 _GIB = 1 << 30
@@ -38,9 +39,9 @@ class ConvertOptions:
         dry_run: show what would be written, and stop.
         dtype: element type of the shards; None: the source's, so that nothing is lost.
         samples_per_shard: rows of a full shard.
-        tokens: tokens a sample: one less than the source's drops CLS, one more puts the mean of the
-            tokens in its place; None: as they are.
-        grid: patches along each axis; None: a square.
+        tokens: tokens per sample; one less than the source's drops the CLS token, one more puts the
+            mean of the tokens in its place; None: as they are.
+        grid: patches along each axis; None: assume a square.
         training_mode: which of a folder's published shards to take; None: those that are there.
         max_shards: take the first so many files; None: all.
         heldout_fraction: share of the photos, 0 to 1, that the manifest holds out of training.
@@ -56,7 +57,7 @@ class ConvertOptions:
     source: Annotated[Path, Flag(positional=True)]
     dest: Annotated[Path, Flag(positional=True)]
     dry_run: bool = False
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    dtype: DtypeName | None = None
     samples_per_shard: Count = 256
     tokens: Count | None = None
     grid: Annotated[tuple[int, int, int] | None, Flag(("DEPTH", "HEIGHT", "WIDTH"))] = None

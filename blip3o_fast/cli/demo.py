@@ -2,7 +2,7 @@
 
 Photos -> tokens of two small pretrained encoders -> shards -> a small DiT learns to translate one
 encoder's tokens into the other's -> held-out photos are translated -> the result stands beside the
-mean predictor and a tuned ridge regression. Every stage goes on where an interrupted run stopped.
+mean predictor and a tuned ridge regression. Every stage continues where an interrupted run stopped.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """``blip3o-fast evaluate``: a model beside its baselines, on shards or on a published COCO file.
 
 Ends with one table, and ``report.json``, ``samples.csv``, plots and ``report.html`` in the output
-folder. The baselines are fitted on training shards (``--chunked_embeddings_dir``), or, where those
-are not at hand, on photos of the evaluated file that are not evaluated.
+folder. The baselines are fitted on training shards (``--chunked_embeddings_dir``). Without those,
+some photos of the evaluated data are used to fit them and are not evaluated.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from blip3o_fast.checked import Count, Flag, add_flags, check, given
 from blip3o_fast.data import EmbeddingDataset, Wishes, convert
 from blip3o_fast.data.manifest import MANIFEST_NAME
-from blip3o_fast.devices import DTYPES, DeviceName, find_device
+from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
@@ -29,25 +29,25 @@ class EvaluateOptions:
 
     Attributes:
         model_path: checkpoint folder, training run, .pt file or owner/name.
-        coco_embeddings_file: published COCO pickle, converted once.
+        coco_embeddings_file: published COCO pickle, converted to shards on first use.
         embeddings_dir: folder of paired shards to evaluate on.
         chunked_embeddings_dir: training shards, which the baselines are fitted on.
         output_dir: folder for the report.
         max_samples: evaluate at most so many samples; None: all.
         batch_size: samples translated at once.
-        num_inference_steps: most solver steps.
-        use_heun: Heun's method; off: Euler's.
-        evaluations: numbers of network evaluations; None: 1 2 4 10 25 and those of
+        num_inference_steps: largest number of solver steps.
+        use_heun: solve with Heun's method; off: Euler's.
+        evaluations: numbers of calls of the network to measure with; None: 1 2 4 10 25 and those of
             num_inference_steps.
         training_mode: expected token layout; None: the model's.
-        guidance_scale: 1 is no guidance.
-        time_grid: of the sampler; None: the model's conventions.
+        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
+        time_grid: times of the solver's steps; None: those of the model's conventions.
         heldout_fraction: share of photos evaluated; None: the manifest's.
-        max_training_samples: that the baselines are fitted on.
-        num_attention_heads, num_key_value_heads: for a .pt file without its configuration.
-        seed: with a sample's key, decides its noise.
-        dtype: of the model; None: as stored.
-        device: device.
+        max_training_samples: most training samples that the baselines are fitted on.
+        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
+        seed: decides the noise of a sample together with its key.
+        dtype: element type of the model; None: as stored.
+        device: device to run on; auto: cuda if there is a GPU.
         plots: draw the pictures (needs matplotlib).
 
     Raises:
@@ -72,7 +72,7 @@ class EvaluateOptions:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     seed: int = 0
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    dtype: DtypeName | None = None
     device: DeviceName = "auto"
     plots: bool = True
 

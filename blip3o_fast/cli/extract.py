@@ -1,7 +1,7 @@
 """``blip3o-fast extract``: images to shards of paired embeddings.
 
-Run again with the same options, it goes on where it stopped. Images that cannot be read are listed
-in ``skipped.jsonl`` beside the shards.
+Run again with the same options, it continues where it stopped. Images that cannot be read are
+listed in ``skipped.jsonl`` beside the shards.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 from blip3o_fast.checked import Count, Flag, Index, Share, add_flags, check, given
 from blip3o_fast.data.manifest import Split
-from blip3o_fast.devices import find_device
+from blip3o_fast.devices import DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.extraction.encoders import (
     CLIP_REPOSITORY,
@@ -48,7 +48,7 @@ class ExtractOptions:
 
     Attributes:
         images: image files below a folder; x.txt is x.jpg's caption.
-        webdataset: tars: a path, a glob or {00000..00031}.tar.
+        webdataset: tars of images, as a path, a glob or {00000..00031}.tar.
         coco: MS-COCO: annotations/captions_SPLIT.json and its images.
         coco_split: part of COCO.
         output_dir: folder for the shards.
@@ -57,20 +57,21 @@ class ExtractOptions:
         clip_path: folder or hub id of CLIP (clip+eva).
         eva_revision: commit, tag or branch of eva_path; None: a pinned commit.
         clip_revision: commit, tag or branch of clip_path; None: a pinned commit.
-        device: of both towers: auto, cpu, cuda or cuda:N.
-        clip_device: of the CLIP side; None: as device.
-        dtype: the towers compute in; auto: float16 on a GPU for clip+eva, else float32.
+        device: device of both towers: auto, cpu, cuda or cuda:N.
+        clip_device: device of the CLIP tower; None: as device.
+        dtype: element type that the towers compute in; auto: float16 on a GPU for clip+eva, else
+            float32.
         include_cls: keep token 0, the CLS token: 257 tokens.
         store_dtype: element type of the shards.
         samples_per_shard: rows of a full shard.
         max_samples: stop when the folder holds so many samples; None: all.
-        crops: random square crops an image; 0: the whole image.
+        crops: random square crops per image; 0: the whole image.
         mirror: take each random crop mirrored as well.
-        seed: of the random crops.
+        seed: decides the random crops.
         heldout_fraction: share of the photos, 0 to 1, that the manifest holds out of training.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         num_workers: threads that decode images.
-        resume: go on in a folder that holds such shards.
+        resume: continue a folder that holds shards of the same settings.
         progress: show a bar of images.
 
     Raises:
@@ -91,7 +92,7 @@ class ExtractOptions:
     clip_device: str | None = None
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     include_cls: bool = False
-    store_dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
+    store_dtype: DtypeName = "fp16"
     samples_per_shard: Count = 256
     max_samples: Count | None = None
     crops: Index = 0
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"blip3o-fast extract: {stopped}; run again to go on", file=sys.stderr)
         return STOPPED
     _tell(report, Path(options.output_dir))
-    # Asked during the last batch, all is done; what called this should still not go on.
+    # A signal during the last batch still tells the caller to stop.
     return STOPPED if signals.asked() else 0
 
 

@@ -1,7 +1,7 @@
 """``blip3o-fast train``: one flag for every field of ``TrainingOptions``.
 
 Values come from the defaults, then ``--config FILE`` (JSON or TOML), then the flags that were
-typed. A run that was stopped goes on when the same command is given again.
+typed. A stopped run continues when the same command is given again.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The plan of a conversion: what is there, what will be written, and under which keys.
 
-Only headers are read, so a plan of terabytes takes seconds and shows what is about to happen.
+Only headers are read, so planning a conversion of terabytes takes seconds.
 """
 
 import math
@@ -19,14 +19,14 @@ from blip3o_fast.devices import DTYPES, DtypeName
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asks of a conversion; None leaves it to the source.
+    """What the user asks of a conversion; None follows the source.
 
     Attributes:
         dtype: ``bf16``, ``fp16`` or ``fp32``; None keeps the source's (fp32 for fp64).
         tokens: 256 from 257 drops the CLS token, 257 from 256 puts the token mean in its place.
-        grid: (depth, height, width) of the patches; None takes them as a square.
+        grid: (depth, height, width) of the patches; None assumes a square.
         heldout_fraction: share of the photos to hold out of training.
-        eva_encoder, clip_encoder: names, where the source does not know them.
+        eva_encoder, clip_encoder: names of the towers, if the source does not say.
     """
 
     dtype: DtypeName | None = None
@@ -43,7 +43,7 @@ class ConversionPlan:
 
     Attributes:
         sources: in order.
-        facts: manifest without shards.
+        facts: the manifest, still without shards.
         samples: for each source, the rows to write and their records.
         remarks: what is odd about the sources, one line each.
     """
@@ -132,7 +132,7 @@ def _widths(source: Source) -> tuple[int, int]:
 
 
 def _has_cls(source: Source, wishes: Wishes) -> bool:
-    """As the source says; else whether the tokens are a grid and one more."""
+    """What the source says; if it does not, whether the tokens are a grid and one more."""
     if source.has_cls is not None:
         return source.has_cls
     if wishes.grid is not None:
@@ -188,7 +188,7 @@ def _name_samples(
                 repeated += 1
                 if source.same_key_same_image:
                     continue
-                # The photo stays the old key: should the two be one image, they share a side.
+                # The photo keeps the old key, so that equal images stay on one side of the split.
                 name = f"{record.key}@{Path(source.name).stem}"
                 name = f"{name}#{row}" if name in seen else name
                 record = SampleRecord(name, record.caption, record.photo)

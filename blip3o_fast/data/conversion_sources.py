@@ -42,8 +42,8 @@ class Source:
         eva, clip: embeddings, at least one of the two; n rows of the same number of tokens.
         has_cls: whether token 0 is a CLS token; None where the file does not say.
         eva_encoder, clip_encoder: origin, where it is known.
-        same_key_same_image: a key seen before is the same image again, to be left out; otherwise
-            it is another image whose key needs another name.
+        same_key_same_image: a repeated key means the same image, which is skipped. Otherwise it
+            means another image, which gets another key.
         remarks: what is odd about the file, one line each.
     """
 
@@ -123,7 +123,7 @@ class StackedRows:
 
 @dataclass(frozen=True)
 class TensorRows:
-    """A tensor in memory, for values that a pickle spells out as nested lists of numbers."""
+    """A tensor in memory, for embeddings that a pickle stores as nested lists of numbers."""
 
     tensor: Tensor
 
@@ -145,7 +145,8 @@ class TensorRows:
 def npy_source(folder: Path) -> Source:
     """``eva.npy`` and ``clip.npy`` of a folder, either alone or both, ``[n, T, width]`` each.
 
-    An optional ``records.jsonl`` has a line ``{"key": ..., "caption": ..., "source": ...}`` a row.
+    An optional ``records.jsonl`` has one line per row, ``{"key": ..., "caption": ...,
+    "source": ...}``.
     """
     rows = {name: _npy_rows(folder / f"{name}.npy") for name in ("eva", "clip")}
     present = next(r for r in rows.values() if r is not None)
@@ -168,5 +169,5 @@ def _npy_rows(path: Path) -> TokenRows | None:
     if mapped.ndim != 3:
         raise ValueError(f"{path.name}: expected an array [n, T, width], got {mapped.shape}")
     strides = tuple(step // mapped.itemsize for step in mapped.strides)
-    # The map is used for its facts only: reading through it would keep the file in memory.
+    # The map only tells shape and offset. Reading through it would keep the file in memory.
     return DiskArray(path, mapped.dtype.str, mapped.shape, strides, mapped.offset)

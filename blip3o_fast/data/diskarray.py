@@ -1,8 +1,8 @@
-"""Tensors and arrays in a pickle, left on disk until their rows are asked for.
+"""Tensors and arrays in a pickle, which stay on disk until their rows are read.
 
-These are the eleven names that a pickle of tensors, numpy arrays and plain data needs (under the
-module names of numpy 1 and of numpy 2), and what each stands for here: a note of where the elements
-lie, their type, shape and strides, checked against the file.
+A pickle of tensors, numpy arrays and plain data needs eleven names (counting those of numpy 1 and
+of numpy 2). Here each stands for a function that records where the elements are, with their type,
+shape and strides, and checks this against the file.
 
 A tensor's storage is a file within the file, in the layout that ``torch.save`` wrote before its zip
 format: five pickles (magic number, version, system, storage, keys), the number of elements as an
@@ -32,7 +32,7 @@ _FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "bf16"
 
 
 class Storage(NamedTuple):
-    """The elements behind a tensor: where they lie, how many, and their type."""
+    """The elements behind a tensor: their place in the file, number and type."""
 
     offset: int
     elements: int
@@ -96,7 +96,7 @@ class DiskArray:
         self.place(data, dtype, shape, "F" if fortran else "C")
 
     def place(self, data: Any, dtype: Any, shape: Any, order: Any) -> None:
-        """Let the array be the elements in ``data``, laid out in ``order`` C or F."""
+        """Use the elements in ``data``, in C or Fortran order."""
         if not isinstance(data, Extent) or not isinstance(dtype, DType):
             raise ValueError(f"expected an array of numbers, got {type(data).__name__}")
         if any(type(n) is not int or n < 0 for n in shape) or order not in ("C", "F"):
@@ -123,7 +123,7 @@ class DiskArray:
         begin = self.offset + start * self.strides[0] * self.itemsize
         if span == math.prod(shape):
             flat = np.fromfile(self.path, code, span, offset=begin)
-        else:  # other data lies in between, perhaps the whole file: let the system page it
+        else:  # other data lies in between, perhaps most of the file: let the system page it
             flat = np.memmap(self.path, code, "r", begin, (span,))
         steps = [step * self.itemsize for step in self.strides]
         rows = np.lib.stride_tricks.as_strided(flat, shape, steps)
@@ -144,14 +144,14 @@ def read_pickle(path: Path) -> Any:
 
     Raises:
         PickleError: a ``ValueError``, if the file is truncated or malformed, or names anything but
-            the parts of tensors and arrays; nothing of it is ever run.
+            the parts of tensors and arrays. No code in it ever runs.
     """
     with Stretch(path, 0, path.stat().st_size) as stretch:
         return load_data(stretch, _GLOBALS)
 
 
 def _torch_storage(m: Stretch, identifier: tuple[Any, ...]) -> Storage:
-    """("storage", type, key, location, elements, view): its place is known only later."""
+    """("storage", type, key, location, elements, view): its place is known later."""
     tag, kind, _, _, elements, *view = identifier
     if tag != "storage" or any(part is not None for part in view) or type(elements) is not int:
         raise m.refusal(f"the persistent object {reprlib.repr(tag)}")
@@ -242,7 +242,7 @@ def _ordered_dict(m: Stretch, arguments: tuple[Any, ...]) -> dict[Any, Any]:
     return {}
 
 
-# None: a name that may stand as an argument but not be called.
+# None: a name that is allowed as an argument but not called.
 _GLOBALS: dict[Global, Builder | None] = {
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch.storage", "_load_from_bytes"): _storage,

@@ -5,7 +5,7 @@ Training shards: a pickled dict with ``eva_blip3o_embeddings [n, T, 4096]``,
 COCO files: ``eva_embeddings``, ``clip_embeddings`` and ``metadata``, a list of dicts.
 
 T is 256, or 257 with the CLS token first. Embeddings are tensors, numpy arrays or lists, and may be
-two-dimensional, ``[n * T, width]``. What is odd about a file is told in its source's remarks.
+two-dimensional, ``[n * T, width]``. ``Source.remarks`` says what is odd about a file.
 """
 
 import reprlib
@@ -33,8 +33,8 @@ _PREPROCESSING = "CLIPImageProcessor of openai/clip-vit-large-patch14, 224 px"
 def published_files(folder: Path, mode: TrainingMode | None = None) -> list[Path]:
     """The pickles of a folder that belong together, in the published order.
 
-    Of COCO files, the consolidated one if it is there. Of shards, those of one mode: names that end
-    in ``_patch_only`` or ``_cls_patch``, else ``embeddings_shard_*``, else all.
+    For COCO, the consolidated file if there is one. For shards, those of one mode, whose names end
+    in ``_patch_only`` or ``_cls_patch``; otherwise ``embeddings_shard_*``, otherwise all.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -107,8 +107,8 @@ def _coco(path: Path, content: dict[Any, Any]) -> Source:
     distinct = _distinct(metadata)
     eva, clip = (_rows(path, key, content[key], len(distinct)) for key in _COCO_KEYS)
     samples = eva.shape[0]
-    # A shorter list is only meant when the long one does not fit: a consolidated file can repeat
-    # (batch, sample) pairs in its metadata and its embeddings alike.
+    # Repeated entries are dropped only if the full list does not fit: a consolidated file can
+    # repeat (batch, sample) pairs in its metadata and in its embeddings.
     if len(metadata) != samples and len(distinct) < len(metadata):
         remarks.append(
             f"metadata repeats itself: {len(metadata)} entries, {len(distinct)} distinct"
@@ -237,5 +237,5 @@ def _digits(path: Path) -> tuple[int, str]:
 
 
 def _coco_order(path: Path) -> tuple[bool, int, str]:
-    """Batches by number, whatever else (the final one) after them."""
+    """Numbered batches first, then other files, such as the final one."""
     return "batch" not in path.stem, *_digits(path)

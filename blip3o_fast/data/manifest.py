@@ -1,13 +1,13 @@
 """The manifest: what a folder of embedding shards holds, and where each fact comes from.
 
-A folder holds ``manifest.json``, one safetensors file a shard and one JSONL sidecar beside each::
+A folder holds ``manifest.json`` and, per shard, a safetensors file and a JSONL sidecar::
 
     manifest.json
     shard_00000.safetensors     eva [n, T, E] and clip [n, T, C]; a tower that is absent has width 0
     shard_00000.jsonl           n lines {"key": ..., "caption": ..., "source": ...}
 
-The manifest is written last, so a folder without one is not a data set yet. Nothing it says is
-believed about the world outside: its entries cannot leave the folder, and its counts must agree.
+The manifest is written last, so a folder without one is not a data set yet. A manifest is not
+trusted: its entries must stay inside the folder, and its counts must agree.
 """
 
 import json
@@ -83,7 +83,7 @@ class Manifest:
     """Facts about a folder of shards.
 
     Attributes:
-        format_version: of this layout; 1.
+        format_version: version of this layout; 1.
         tokens: tokens T of a sample, CLS included.
         has_cls: whether token 0 is a CLS token.
         grid: (depth, height, width) of the patches, in row-major order.
@@ -170,7 +170,7 @@ class Manifest:
         """Read ``folder/manifest.json``.
 
         Raises:
-            FileNotFoundError: if it is not there: the folder is no data set, or not finished.
+            FileNotFoundError: if there is none: the folder is no data set, or is unfinished.
             ValueError: if it is malformed, of another version, contradicts itself, names an unknown
                 key, points outside the folder or lists no samples.
         """
@@ -210,7 +210,7 @@ class Manifest:
         values = json_object("manifest", values)
         samples = values.pop("samples", None)
         if values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            # The keys of another version are not ours to judge.
+            # Unknown keys are errors in our version only; the version is refused below.
             values = {name: values[name] for name in values if name in cls.__dataclass_fields__}
         manifest = from_json(cls, values, "manifest")
         if samples != manifest.samples:
@@ -259,7 +259,7 @@ def entry_path(folder: Path, entry: ShardEntry) -> Path:
         )
     path = folder / name
     for file in (path, path.with_suffix(".jsonl")):
-        # What no link leads to lies where its name says; resolving each of 100,000 takes seconds.
+        # Only links can lead elsewhere. Resolving 100,000 paths would take seconds.
         steps = (file, *file.parents[: len(parts) - 1])
         linked = any(step.is_symlink() for step in steps)
         if linked and not file.resolve().is_relative_to(folder.resolve()):

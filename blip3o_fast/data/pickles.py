@@ -1,13 +1,13 @@
 """Pickles from outside, interpreted and never executed.
 
-A pickle is a program for a stack machine. The machine here is the standard library's, cut down to
-the opcodes that build plain data. It imports nothing: a name that a pickle refers to is looked up
-in an exact table, and stands there for a function of this package that notes where data lies.
-Whatever else a file names or asks for, at any depth, is refused.
+A pickle is a program for a stack machine. The standard library's machine is restricted here to the
+opcodes that build plain data. It imports nothing: every name in a pickle is looked up in a table,
+where it stands for a function of this package that records where data is. Other names and other
+opcodes are refused, at any depth.
 
 Bytes are not read: they become an ``Extent`` of the file, so a pickle of any size takes little
-memory. Therefore the machine is the one in Python, which lets its opcodes be replaced, and not the
-one in C, which reads all bytes into memory.
+memory. This is why the machine is the one written in Python, whose opcodes can be replaced; the one
+written in C would read all bytes.
 """
 
 import pickle
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 
 
 class PickleError(ValueError):
-    """A pickle that is truncated, malformed, or wants more than to hold data."""
+    """A pickle that is truncated, malformed, or asks for more than data."""
 
 
 class Extent(NamedTuple):
@@ -31,7 +31,7 @@ class Extent(NamedTuple):
 
 
 class Global(NamedTuple):
-    """A name that a pickle refers to; only a name."""
+    """A name that a pickle refers to."""
 
     module: str
     name: str
@@ -84,7 +84,7 @@ class Stretch:
         return PickleError(f"{self.path.name}: {text}")
 
     def refusal(self, what: str) -> PickleError:
-        """The error for a pickle that wants more than to hold data."""
+        """The error for a pickle that asks for more than data."""
         return self.error(
             f"refused: expected a pickle of tensors and plain data, got {what}; nothing of it ran"
         )
@@ -98,7 +98,7 @@ class Stretch:
 Builder = Callable[[Stretch, tuple[Any, ...]], Any]
 """Makes a value from the arguments that a pickle gives."""
 
-# What opcodes that do not fit together raise.
+# What a malformed sequence of opcodes raises.
 _MISFITS = (
     *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
     *(RecursionError, EOFError, struct.error, pickle.UnpicklingError),
@@ -128,7 +128,7 @@ def load_data(
 
 
 class _Opcodes(dict[int, Callable[[Any], None]]):
-    """What each opcode does; one that is not here is refused."""
+    """What each opcode does; others are refused."""
 
     def __missing__(self, code: int) -> Callable[[Any], None]:
         def refuse(machine: "_DataMachine") -> None:
@@ -147,11 +147,11 @@ _PLAIN = (
     *(pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL),
     *(pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.APPEND, pickle.APPENDS),
 )
-"""Opcodes that build numbers, text and containers, or go through a method that is replaced."""
+"""Opcodes that build numbers, text and containers, or call a method that is overridden here."""
 
 
 class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
-    """The standard library's machine without its ways to run anything."""
+    """The standard library's machine without the opcodes that run code."""
 
     stack: list[Any]
     append: Callable[[Any], None]
@@ -203,7 +203,7 @@ class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessI
         if not isinstance(self.stack[-1], dict):
             raise self.stretch.refusal(f"items for {type(self.stack[-1]).__name__}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Hashing a tuple of tuples that share their parts can take for ever.
+            # Hashing a tuple of tuples with shared parts can take exponential time.
             if not isinstance(key, (str, int, float, NoneType)):
                 raise self.stretch.refusal(f"a {type(key).__name__} as a key of a dict")
             self.stack[-1][key] = value

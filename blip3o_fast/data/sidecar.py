@@ -1,8 +1,8 @@
-"""The sidecar of a shard: one JSON line a sample.
+"""The sidecar of a shard: one JSON line per sample.
 
 Each line is ``{"key": "coco_139", "caption": "A woman ...", "source": "000000000139.jpg"}``. The
-source names the photo that the sample was cut from; the held-out split goes by it, so crops of one
-photo never fall on both sides.
+source names the photo that the sample was cut from. The held-out split is made by source, so crops
+of one photo never fall on both sides.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from blip3o_fast.checked import json_object
 
 MARK_EVERY = 64
-"""Lines between two places in a sidecar that are kept in memory."""
+"""The start of every line with this distance is kept in memory."""
 
 _NEWLINE = 10
 
@@ -35,7 +35,7 @@ class SampleRecord(NamedTuple):
 
     @property
     def photo(self) -> str:
-        """The name that the held-out split goes by."""
+        """The name that decides the side of the held-out split."""
         return self.source or self.key
 
 
@@ -43,7 +43,7 @@ _FIELDS = frozenset(SampleRecord._fields)
 
 
 def encode_records(records: Iterable[SampleRecord]) -> bytes:
-    """The sidecar's bytes, in ASCII: lone surrogates of damaged captions survive as escapes."""
+    """The sidecar in ASCII, so that lone surrogates of damaged captions survive as escapes."""
     return b"".join(json.dumps(record._asdict()).encode() + b"\n" for record in records)
 
 
@@ -76,11 +76,11 @@ def read_records(path: Path, rows: Iterable[int], marks: np.ndarray) -> Iterator
 
     Args:
         path: the ``.jsonl`` file.
-        rows: ascending ones need the fewest reads.
+        rows: in ascending order for the fewest reads.
         marks: byte at which every ``MARK_EVERY``-th line begins.
     """
     with path.open("rb") as file:
-        at = len(marks) * MARK_EVERY  # the row whose line is next; none yet
+        at = len(marks) * MARK_EVERY  # the row whose line comes next; beyond the last: none yet
         for row in rows:
             if not at <= row < at + MARK_EVERY:
                 at = row - row % MARK_EVERY
@@ -92,7 +92,7 @@ def read_records(path: Path, rows: Iterable[int], marks: np.ndarray) -> Iterator
 
 
 class RecordFile:
-    """A sidecar, read whole; lines are parsed when they are asked for.
+    """A sidecar in memory; lines are parsed on use.
 
     Args:
         path: the ``.jsonl`` file.
@@ -131,8 +131,8 @@ class RecordFile:
     def photos(self) -> list[str]:
         """The photo of every row; every line is parsed and checked."""
         try:
-            # One call for all lines is three times as fast as one for each. A line break cannot
-            # stand inside a JSON string.
+            # One call for all lines is three times as fast as one call per line. JSON strings
+            # contain no line breaks.
             values = json.loads(b"[" + self._data[:-1].replace(b"\n", b",") + b"]")
         except (ValueError, RecursionError):
             values = []

@@ -2,7 +2,7 @@
 
 ``photo_17.eva.npy`` and ``photo_17.clip.npy`` hold ``[T, width]`` each, ``photo_17.txt`` (or
 ``.caption``, ``.text``) its caption. Members are read in place from the uncompressed tar; nothing
-is unpacked, so their names can do no harm.
+is unpacked, so member names cannot write outside a folder.
 """
 
 import tarfile

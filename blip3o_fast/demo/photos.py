@@ -2,7 +2,7 @@
 
 A file counts as a photo when its short side has at least 100 pixels and its 64 x 64 thumbnail at
 least 1000 distinct colours. Photos are cut into random squares; the record of each names the scene
-that it shows, and photos of one scene (stereo pairs, a series, one shoot) share a name, so that a
+that it shows. Photos of one scene (stereo pairs, a series, one shoot) share its name, so that a
 split by source keeps them together.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MIN_SIDE = 100
 MIN_COLOURS = 1000
-# One crop for each square of this many pixels a side, within these bounds.
+# One crop per square with sides of this many pixels, within these bounds.
 CROP_EVERY = 160
 CROPS_PER_PHOTO = (6, 32)
 
@@ -76,7 +76,7 @@ PACKAGES = (
 
 
 def demo_photos(*, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO) -> list[ImageRef]:
-    """Photos of the installed packages, each with the number of crops that its area is worth.
+    """Photos of the installed packages, with a number of crops that grows with their area.
 
     Args:
         crops_per_photo: fewest and most crops of one photo.
@@ -97,7 +97,7 @@ def demo_photos(*, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO) -> list[I
 def folder_photos(
     folder: str | Path, *, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO
 ) -> list[ImageRef]:
-    """Photos of a folder, cut as those of ``demo_photos``; each file is a scene of its own.
+    """Photos of a folder, like those of ``demo_photos``; each file is a scene of its own.
 
     Raises:
         FileNotFoundError: when the folder is missing or holds no image file.
@@ -165,7 +165,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _photos(candidates: list[ImageRef], crops_per_photo: tuple[int, int]) -> list[ImageRef]:
-    """The candidates that are photos, with the number of crops that their area is worth."""
+    """The candidates that are photos, with a number of crops that grows with their area."""
     low, high = crops_per_photo
     if not 1 <= low <= high:
         raise ValueError(f"crops_per_photo: expected 1 <= fewest <= most, got {crops_per_photo}")

@@ -1,6 +1,6 @@
 """The stages of the demo: photos to shards, shards to a model, the model to a report.
 
-Every stage goes on where an interrupted run stopped.
+Every stage continues where an interrupted run stopped.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ MODEL = {
     "initializer_range": 0.02,
     "rope_theta": 100.0,
 }
-"""Small enough for two cores. Sixteen positions an axis want short rotary periods."""
+"""Small enough for two cores. With 16 positions per axis, rotary periods should be short."""
 
 VALIDATE_EVERY = 100  # steps
 TRAINING = {
@@ -67,8 +67,8 @@ class DemoOptions:
         max_images: use at most so many images; None: all.
         steps: optimizer steps of 16 samples.
         max_samples: held-out crops that are translated.
-        evaluations: numbers of network evaluations to sample with.
-        device: device.
+        evaluations: numbers of calls of the network to sample with.
+        device: device to run on; auto: cuda if there is a GPU.
         progress: show bars.
 
     Raises:
@@ -107,7 +107,7 @@ def extract_tokens(
 
 
 def extraction_settings(refs: list[ImageRef]) -> ExtractionSettings:
-    """What the crops depend on, for extraction and for finding a crop again."""
+    """Settings that decide the crops, used to extract them and to find one again."""
     heldout = heldout_scenes(refs, HELDOUT_FRACTION)
     return ExtractionSettings(
         seed=SEED, mirror=True, split=Split(HELDOUT_FRACTION, heldout_sources=heldout)
@@ -136,7 +136,7 @@ def train_model(
 def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 itself; where it does not, fp32 is faster.
 
-    A torch that cannot tell counts as no.
+    No if torch cannot tell.
     """
     tell = getattr(torch.cpu, "get_capabilities", dict)
     return bool(tell().get("avx512_bf16", False))

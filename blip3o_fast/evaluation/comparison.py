@@ -9,7 +9,7 @@ from blip3o_fast.evaluation.report import Report
 from blip3o_fast.report.columns import align
 
 MOST_ROWS = 8
-"""Of the DiT: as many numbers of evaluations are all shown, of more the usual ones."""
+"""Up to so many rows of the DiT are all shown; of more, only the usual numbers of evaluations."""
 USUAL_EVALUATIONS = (1, 2, 4, 10, 25, 50, 100)
 HEADER = ("method", "token cosine", "image", "centred", "MSE", "R2", "R@1", "CKA")
 
@@ -42,7 +42,7 @@ def comparison_rows(report: Report) -> tuple[Row, ...]:
 
 
 def terminal_table(report: Report) -> str:
-    """The table, the verdict and what the numbers rest on: plain text, usually 80 columns wide."""
+    """The table, the verdict and the basis of the numbers: plain text, usually 80 columns wide."""
     rows = comparison_rows(report)
     body = align([HEADER, *((row.method, *row.cells) for row in rows)])
     rule = "-" * max(map(len, body))
@@ -54,7 +54,7 @@ def terminal_table(report: Report) -> str:
 
 
 def basis(report: Report) -> str:
-    """What the numbers rest on, in a sentence or two."""
+    """What the numbers are computed from, in a few sentences."""
     metrics = report.best.metrics
     photos = "photo" if metrics.sources == 1 else "photos"
     return (

@@ -1,4 +1,4 @@
-"""One evaluation from a model and two sides of a data set to a ``Report``."""
+"""The evaluation of a model on two sides of a data set, as a ``Report``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.seeds import sample_seed
 
 ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
-"""The crop that a sample was encoded from, ``[height, width, 3]``, or None if it is not at hand."""
+"""The crop that a sample was encoded from, ``[height, width, 3]``; None if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class EvaluationSettings:
     """How to measure.
 
     Attributes:
-        evaluations: numbers of network evaluations to sample with, each at least 1.
-        solver: used where it fits: a two-evaluation solver takes half as many steps, and an odd
-            number of evaluations is Euler's.
-        guidance_scale: 1 is none.
+        evaluations: numbers of calls of the network to sample with, each at least 1.
+        solver: solver that spends them. One that calls the network twice per step takes half as
+            many steps; Euler's method takes over where the number does not divide.
+        guidance_scale: 1 is no guidance.
         time_grid: None follows the model's conventions.
         batch_size: samples generated at once.
-        seed: with a sample's key, decides its noise, whatever its batch.
+        seed: decides the noise of a sample together with its key, whatever its batch.
         max_samples: held-out samples to use, evenly spread; None is all.
         max_training_samples: training samples that the baselines see, evenly spread; None is all.
         photos: samples to show with their token maps.
@@ -60,7 +60,7 @@ class EvaluationSettings:
             raise ValueError("evaluations: expected at least one number, got none")
 
     def method(self, evaluations: int) -> tuple[SolverName, int]:
-        """Solver and steps that spend ``evaluations``."""
+        """Solver and number of steps that call the network ``evaluations`` times."""
         stages = len(find_solver(self.solver).fractions)
         if evaluations % stages:
             return "euler", evaluations
@@ -174,7 +174,7 @@ def read_batches(
 def translate(
     model: BLIP3oDiT, batch: Batch, settings: EvaluationSettings, evaluations: int
 ) -> Tensor:
-    """CLIP tokens ``[b, N, C]`` sampled with so many network evaluations."""
+    """CLIP tokens ``[b, N, C]`` sampled with so many calls of the network."""
     solver, steps = settings.method(evaluations)
     return model.generate(
         batch.eva.to(model.input_proj.weight.dtype),
@@ -194,7 +194,7 @@ def shown(
     settings: EvaluationSettings,
     image_of: ImageOf | None,
 ) -> tuple[Photo, ...]:
-    """Samples from worst to best with their token maps, and their crops where they are at hand."""
+    """Samples from worst to best with their token maps, and their crops if these are known."""
     picks = indices[list(spread_samples(best.scores, settings.photos))]
     if len(picks) == 0:
         return ()

@@ -1,15 +1,15 @@
 """The files that a report becomes.
 
-Everything is rendered in memory, then each file is moved into place, so that a failure to render
-leaves the folder as it was:
+Everything is rendered in memory before any file is written, so an error while rendering leaves the
+folder as it was:
 
     report.html       one self-contained page
     report.json       every number, ``format_version`` first
-    samples.csv       a row a sample, a column a method and value
+    samples.csv       one row per sample, one column per method and value
     similarity.png    similarity against the number of evaluations, baselines as lines
     histogram.png     per-sample token cosine
-    token_maps.png    cosine on the patch grid, beside the photos where there are any
-    loss.png          training loss, where a history is given
+    token_maps.png    cosine on the patch grid, beside the photos if there are any
+    loss.png          training loss, if there is a history
 """
 
 import csv

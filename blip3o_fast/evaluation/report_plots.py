@@ -57,7 +57,7 @@ def encode_image(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def encode_map(cosines: NDArray[Any], lowest: float) -> bytes:
-    """PNG of a token map ``[h, w]``, a pixel a patch, coloured from ``lowest`` to 1."""
+    """PNG of a token map ``[h, w]``, one pixel per patch, coloured from ``lowest`` to 1."""
     from matplotlib.image import imsave
 
     out = io.BytesIO()
@@ -101,7 +101,7 @@ def _draw_similarity(report: Report, theme: Theme) -> bytes:
     _draw_curve(upper, report, theme, "token_cosine")
     _draw_curve(lower, report, theme, "image_cosine")
     _labelled(upper, theme, "", "token cosine")
-    _labelled(lower, theme, "network evaluations a sample", "image cosine")
+    _labelled(lower, theme, "network evaluations per sample", "image cosine")
     _legend(figure, upper, theme)
     return png(figure)
 
@@ -162,7 +162,7 @@ def _draw_loss(report: Report, theme: Theme) -> bytes:
 
 
 def _draw_maps(report: Report, theme: Theme) -> bytes:
-    """The mean map, then each photo beside its map, two photos a row."""
+    """The mean map, then each photo beside its map, two photos per row."""
     panels: list[tuple[str, NDArray[Any] | None, NDArray[Any]]] = [
         ("mean of all samples", None, mean_map(report))
     ]

@@ -2,11 +2,11 @@
 
     references -> threads: decode, crop, resize -> batches -> threads: both towers -> ShardWriter
 
-Everything runs ahead of the writer, in order. On a CPU each batch has one thread and no operator is
-split among threads: on a shared machine that is several times faster. A sample's key says which
-image and which crop it is, so an interrupted extraction goes on by the keys that the finished
-shards hold. What cannot be read is listed in ``skipped.jsonl``, one ``{"key": ..., "reason": ...}``
-a line, and tried again by the next run.
+Everything runs ahead of the writer, in order. On a CPU each batch runs on one thread, which is
+several times faster on a shared machine than splitting each operator among threads. A sample's key
+names its image and crop, so an interrupted extraction skips the keys that finished shards hold.
+Images that cannot be read are listed in ``skipped.jsonl``, one ``{"key": ..., "reason": ...}`` per
+line, and tried again by the next run.
 """
 
 import json
@@ -43,7 +43,7 @@ class Skipped(NamedTuple):
 
 
 class Extracted(NamedTuple):
-    """What an extraction did: samples in the folder, those of this run, and the images left out."""
+    """Result of an extraction: samples in the folder, those of this run, and skipped images."""
 
     samples: int
     added: int
@@ -87,7 +87,7 @@ def extract(
         towers: the pair.
         folder: of the shards; created if need be.
         settings: see ``ExtractionSettings``.
-        resume: go on in a folder that holds shards of the same towers and layout.
+        resume: continue a folder that holds shards of the same towers and layout.
         progress: show a bar of images.
         stop: asked after every batch; when true, the shard in progress is finished and ``Stopped``
             raised.
@@ -172,7 +172,7 @@ def _wanted(
     earlier: frozenset[str],
     skipped: list[Skipped],
 ) -> Iterator[ImageRef]:
-    """Leave out what an earlier run finished; list repeated keys and what the source gave up on."""
+    """Leave out what an earlier run finished; list repeated keys and unreadable images."""
     seen: set[str] = set()
     for ref in images:
         if isinstance(ref.data, UnreadableImage):

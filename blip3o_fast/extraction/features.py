@@ -35,10 +35,10 @@ def extract_eva_features(
             raw pixels 0 to 255, floating point for pixels that CLIP's processor has normalised.
         tower: a loaded tower, for more than one call. None loads ``path`` at every call.
         path, revision: of EVA-CLIP-8B, a folder or a hub id; without ``tower`` only.
-        device: None is the GPU where there is one; without ``tower`` only.
+        device: None is the GPU if there is one; without ``tower`` only.
         dtype: None is fp16 on a GPU and fp32 on a CPU; without ``tower`` only.
         include_cls: keep token 0, the CLS token.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
 
     Returns:
         fp32 ``[B, 257, 4096]``, or ``[B, 256, 4096]`` without CLS, on the tower's device: last

@@ -70,8 +70,8 @@ def webdataset_images(pattern: str) -> Iterator[ImageRef]:
     """Images of webdataset tars, with the caption that follows or precedes each.
 
     Members that share a name up to the first dot of their last part belong to one sample; the
-    sample's key is that name after the tar's. A tar that breaks off yields a reference that carries
-    the reason, after the samples before the break.
+    sample's key is the tar's name and that name. A truncated tar yields the samples before the
+    break and then a reference that holds the reason.
 
     Args:
         pattern: a path, a glob (``shards/*.tar``) or a brace range (``{00000..00031}.tar``).

@@ -61,7 +61,7 @@ def spread(
     if world.control is None:
         return Parallel("single", forward, lambda _: nullcontext())
     device = model.input_proj.weight.device
-    # The buffers are constants. torch 2.13 gave the option that leaves them alone a new name.
+    # The buffers are constants. torch 2.13 renamed the option that leaves them alone.
     known = inspect.signature(DistributedDataParallel).parameters
     unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     replicas = DistributedDataParallel(
@@ -89,7 +89,7 @@ def shard(model: BLIP3oDiT, world: World, precision: Precision) -> None:
     mesh = init_device_mesh(model.input_proj.weight.device.type, (world.size,))
 
     def group(modules: Any) -> None:
-        # Resharding the root too means that no copy can be stale after an update or an exchange.
+        # The root is resharded too, so that no gathered copy is stale after an update or exchange.
         fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
     group(model.eva_adapter)

@@ -14,11 +14,11 @@ from blip3o_fast.flow.schedule import TimeDistribution
 from blip3o_fast.seeds import stream_seed
 
 GROUP = 16
-"""Rows whose noise comes from one generator: few launches, and little drawn in vain."""
+"""Rows that share a generator: fewer launches, at the price of some unused draws."""
 
 
 class Draws(NamedTuple):
-    """Of b rows: times ``[b]``, noise ``[b, N, C]`` fp32, which conditions are kept ``[b]``."""
+    """Times ``[b]``, noise ``[b, N, C]`` fp32 and kept conditions ``[b]`` of b rows."""
 
     t: Tensor
     noise: Tensor

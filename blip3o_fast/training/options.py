@@ -50,14 +50,14 @@ class TrainingOptions:
         max_shards: use the first so many shards only; None: all.
         heldout_fraction: share of source photos kept from training for validation; None: the
             manifest's.
-        simple_scale_factor: targets are multiplied by this, generate divides by it; auto: 1 / their
-            deviation.
+        simple_scale_factor: training multiplies the targets by this and generate divides by it;
+            auto: 1 / their standard deviation.
         num_workers: threads that read ahead; 0 counts as 1.
         prefetch: batches read ahead, in device memory.
         model_size: preset of sizes.
         training_mode: patch tokens alone, or a CLS token first.
         conventions: time axis, signs and rotary layout; published reproduces the published code.
-        init_from: start from the weights of this checkpoint, which also brings all model options.
+        init_from: checkpoint to start from; its configuration replaces all model options.
         hidden_size: width of the model; None: the preset's.
         num_hidden_layers: blocks; None: the preset's.
         num_attention_heads: query heads; None: the preset's.
@@ -66,67 +66,70 @@ class TrainingOptions:
         eva_embedding_size: width of the condition; None: the data's.
         clip_embedding_size: width of the targets; None: the data's.
         grid: patches as depth height width; None: the data's.
-        use_3d_rope: rotary positions on the grid; off: 1-D and a learned table.
+        use_3d_rope: rotary positions on the 3-D grid of patches; off: 1-D rotary positions and a
+            learned table.
         rope_theta: longest rotary period over 2 pi, in positions.
-        use_sandwich_norm: norm each branch's output as well as its input.
-        use_eva_adapter: gated MLP adapter of the condition; off: one linear map.
+        use_sandwich_norm: normalise the output of each branch as well as its input.
+        use_eva_adapter: gated MLP as adapter of the condition; off: one linear map.
         eva_adapter_layers: layers of the adapter's MLP.
-        eva_adapter_dropout: probability, in the adapter.
-        dropout_prob: probability, on the output of each MLP.
-        attention_dropout: probability, on attention weights.
-        layer_scale_init_value: initial layer scale; 0: no layer scales.
-        initializer_range: deviation of initial weights; None: the preset's.
+        eva_adapter_dropout: dropout probability in the adapter.
+        dropout_prob: dropout probability on the output of each MLP.
+        attention_dropout: dropout probability on attention weights.
+        layer_scale_init_value: initial value of the layer scales; 0: no layer scales.
+        initializer_range: standard deviation of initial weights; None: the preset's.
         velocity_weight: weight of the velocity term.
         semantic_weight: weight of the squared error of the clean estimate.
         cosine_weight: weight of the token-wise cosine of the clean estimate.
         consistency_weight: weight of the image-wise cosine of the clean estimate.
-        use_timestep_weighting: semantic and consistency terms over t > 0.5 only; None: if
-            conventions=published.
+        use_timestep_weighting: compute the semantic and consistency terms for t > 0.5 only; None:
+            only with conventions=published.
         time_distribution: distribution of training times; beta is Beta(1/2, 1/2).
-        condition_dropout: probability of an all-zero condition; guidance needs some.
-        batch_size: samples an optimizer step, over all processes and micro-batches.
+        condition_dropout: probability of replacing the condition by zeros; guidance needs more than
+            0.
+        batch_size: samples per optimizer step, over all processes and micro-batches.
         num_epochs: passes over the training samples.
         max_steps: optimizer steps, instead of num_epochs.
         learning_rate: peak rate of AdamW.
-        warmup_steps: steps from 0.1 of the rate to all of it; None: a tenth of the run, at most
-            100.
-        weight_decay: on matrices; norms, biases, scales, positions have none.
+        warmup_steps: steps of warm-up, from a tenth of the learning rate to all of it; None: a
+            tenth of the run, at most 100.
+        weight_decay: decay of matrices; norms, biases, layer scales and positions have none.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
-        adam_epsilon: added to the root of the second moment.
-        max_grad_norm: bound on the global gradient norm; 0: no clipping.
-        adaptive_grad_clipping: halve the bound while the last ten norms average more than twice it.
-        ema_decay: of an average of the weights, used to validate and save; 0: off.
+        adam_epsilon: number added to the root of the second moment.
+        max_grad_norm: larger gradients are scaled down to this global norm; 0: no clipping.
+        adaptive_grad_clipping: halve max_grad_norm while the mean of the last ten norms is more
+            than twice as large.
+        ema_decay: decay of the moving average of the weights, which is validated and saved; 0: off.
         gradient_accumulation_steps: micro-batches that a step's samples are cut into; batch_size
             does not change.
         optimizer: AdamW: fused on CUDA and foreach on CPU (auto), or NVIDIA apex FusedAdam.
-        max_nonfinite_steps: consecutive steps skipped for NaN or Inf gradients before the run
-            stops.
-        seed: of initial weights, order of samples, times and noise.
-        device: auto: cuda where there is one.
-        precision: of autocast; auto: bf16 on CUDA, fp32 on CPU.
-        fp16: the published flag for precision=fp16.
+        max_nonfinite_steps: consecutive steps that may be skipped for NaN or Inf gradients.
+        seed: decides initial weights, order of samples, times and noise.
+        device: device to train on; auto: cuda if there is a GPU.
+        precision: dtype of autocast; auto: bf16 on CUDA, fp32 on CPU.
+        fp16: same as precision=fp16, under its published name.
         gradient_checkpointing: recompute each block in the backward pass to save memory.
-        compile: torch.compile the model.
-        compile_mode: of torch.compile; reduce-overhead replays CUDA graphs.
-        parallel: under torchrun: replicas (auto, ddp) or sharded parameters (fsdp).
-        deterministic: refuse operations that vary from run to run.
+        compile: apply torch.compile to the model.
+        compile_mode: mode of torch.compile; reduce-overhead replays CUDA graphs.
+        parallel: how the processes of torchrun hold the model: replicas (auto, ddp) or sharded
+            parameters (fsdp).
+        deterministic: fail at operations that vary from run to run.
         eval_every_n_steps: steps between validations.
-        eval_num_samples: held-out samples of a validation, at most.
+        eval_num_samples: most held-out samples per validation.
         eval_inference_steps: sampler steps of a validation.
         use_heun_inference: validate with Heun's method; off: Euler's.
-        eval_batch_size: samples at once; None: as in training.
-        best_metric: what the best checkpoint is best in.
+        eval_batch_size: samples per batch of a validation; None: as in training.
+        best_metric: metric that decides which checkpoint is best.
         save_every_n_steps: steps between periodic checkpoints.
-        keep_last: newest checkpoints kept, beside the best.
-        resume: go on from the newest checkpoint in output_dir.
-        log_every_n_steps: steps between records on CUDA, between lines.
-        progress: progress bar, or plain lines when not on a terminal.
+        keep_last: number of newest checkpoints to keep, beside the best.
+        resume: continue from the newest checkpoint in output_dir.
+        log_every_n_steps: steps between printed lines, and on CUDA between records.
+        progress: show a progress bar, or plain lines when not on a terminal.
         report: write report.html when training ends or stops.
         use_tensorboard: also log to TensorBoard, in output_dir.
         use_wandb: also log to Weights & Biases.
-        wandb_project: project of Weights & Biases.
-        wandb_run_name: run name of Weights & Biases; None: theirs.
+        wandb_project: project on Weights & Biases.
+        wandb_run_name: name of the run on Weights & Biases; None: theirs.
 
     Raises:
         OptionError: naming the option, what was expected and what came.
@@ -235,7 +238,7 @@ class TrainingOptions:
 
     @property
     def loss_weights(self) -> tuple[float, float, float, float]:
-        """Of the velocity, semantic, cosine and consistency terms."""
+        """Weights of the velocity, semantic, cosine and consistency terms."""
         return (
             self.velocity_weight,
             self.semantic_weight,

@@ -17,7 +17,7 @@ PrecisionName = Literal["bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of autocast on a kind of device; fp32 is no autocast."""
+    """The dtype of autocast on a type of device; fp32 means no autocast."""
 
     name: PrecisionName
     device_type: str
@@ -32,12 +32,12 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, enabled=self.name != "fp32")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A loss scaler, from 65536; without effect unless the precision is fp16."""
+        """A loss scaler that starts at 65536; it does nothing unless the precision is fp16."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
 def choose_precision(name: str, fp16: bool, device: torch.device) -> Precision:
-    """Settle ``auto``: bf16 on CUDA, fp32 on a CPU, unless the flag ``fp16`` is given."""
+    """Resolve ``auto``: bf16 on CUDA, fp32 on a CPU, unless the flag ``fp16`` is given."""
     if fp16:
         name = "fp16"
     if name == "auto":

@@ -37,7 +37,7 @@ class TrainingResult:
         best: the best validation, None if there was none.
         losses: (step, loss) of every step, from the run's beginning.
         validations: every validation as recorded.
-        seconds: of training, over all processes that continued one another.
+        seconds: of training, including earlier processes of the same run.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         determinism(options.deterministic),
     ):
         plan = prepare(options, world)
-        world.barrier()  # nobody looks at the folder after it has been claimed
+        world.barrier()  # every process checks the folder before it is claimed
         with claimed(plan) if world.is_main else nullcontext():
             world.barrier()
             trainer = Trainer(plan, world, on_step)
@@ -87,7 +87,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
                 trainer.run()
             except BaseException:
                 if world.is_main:
-                    with suppress(OSError):  # whatever stopped the run says more
+                    with suppress(OSError):  # the error that stopped the run says more
                         write_summary(plan, trainer)
                 raise
             if world.is_main:
@@ -143,7 +143,7 @@ def check_folder(plan: TrainingPlan) -> None:
 
 @contextmanager
 def claimed(plan: TrainingPlan) -> Iterator[None]:
-    """Make the run's folder, say in it what the run is, and keep other processes out meanwhile.
+    """Make the run's folder, record the options in it, and lock it inside the block.
 
     Raises:
         OptionError: if another process is training in it, as after a job was queued twice.
@@ -157,9 +157,9 @@ def claimed(plan: TrainingPlan) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process however it ends.
+    """Hold the folder's lock, which the system releases when the process ends.
 
-    File systems that know no locks (some network ones), and Windows, let everybody in.
+    Without effect on Windows and on file systems without locks, such as some network ones.
     """
     try:
         import fcntl
@@ -195,7 +195,7 @@ def _describe(plan: TrainingPlan, folder: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a killed writer of ours left behind."""
+    """Whether a file is one that a killed process left behind."""
     return path.name.startswith(f".{OPTIONS_NAME}.") and path.suffix == TEMPORARY_SUFFIX
 
 

@@ -32,7 +32,7 @@ def render_page(
         records: of ``metrics.jsonl``.
         summary: of ``summarise``, with ``best``.
         options: as given, JSON-ready.
-        plan: what they were settled to.
+        plan: what the options were resolved to.
     """
     steps = [record for record in records if record["kind"] == "step"]
     validations = [record for record in records if record["kind"] == "validation"]
@@ -102,7 +102,7 @@ def _charts(
             log=True,
         ),
         line_chart(
-            "Seconds a step",
+            "Seconds per step",
             [
                 curve("step", "seconds", 0, noisy=True),
                 curve("of that, waiting for data", "data_wait", 1),

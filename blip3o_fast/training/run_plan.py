@@ -1,4 +1,4 @@
-"""Everything a run decides before its first step; whatever cannot work is refused here, by name."""
+"""Everything that a run decides before its first step, with errors that name the option."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ _MODEL_OPTIONS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "initializer_range"),
 )
-"""Options whose None means the preset's value; the rest of the model's options have values."""
+"""Model options whose None means the preset's value."""
 _MODEL_CHOICES = (
     *("conventions", "use_3d_rope", "rope_theta", "use_sandwich_norm", "use_eva_adapter"),
     *("eva_adapter_layers", "eva_adapter_dropout", "dropout_prob", "attention_dropout"),
@@ -41,11 +41,11 @@ class TrainingPlan:
 
     Attributes:
         options: as given.
-        config: of the model, sizes and scale settled.
+        config: of the model, with all sizes and the scale decided.
         train, heldout: the two sides of the data; no photo is on both.
         data_digest: names the data and its split.
         device: of this process.
-        precision, optimizer: settled.
+        precision, optimizer: as decided for this device.
         schedule: of the learning rate, over all steps.
         steps_per_epoch: optimizer steps of one pass.
         initial: weights to start from, or None.
@@ -157,7 +157,7 @@ def open_data(options: TrainingOptions) -> tuple[EmbeddingDataset, EmbeddingData
 
 
 def data_digest(options: TrainingOptions, manifest: Manifest) -> str:
-    """A name for the samples and their split: the same data in another place has the same."""
+    """A hash of the samples and their split; a copy of the data has the same."""
     shards = [entry.sha256 for entry in manifest.shards[: options.max_shards]]
     split = manifest.to_dict()["split"] if options.heldout_fraction is None else None
     return hashlib.sha256(json.dumps([shards, split], sort_keys=True).encode()).hexdigest()
@@ -258,7 +258,7 @@ def _schedule(options: TrainingOptions, per_epoch: int) -> Schedule:
 
 
 def _scale_factor(options: TrainingOptions, data: EmbeddingDataset) -> float:
-    """The factor as given, or the one that gives a sample of the targets unit deviation."""
+    """The factor as given; ``auto``: 1 over the standard deviation of some targets."""
     if options.simple_scale_factor != "auto":
         return float(options.simple_scale_factor)
     chosen = epoch_order(len(data), options.seed, 0)[:_SCALE_SAMPLES]

@@ -1,8 +1,8 @@
 """Everything that an exact resume needs, and nothing twice.
 
-``model.safetensors`` holds the weights that one would use: the averages where there are any. Then
-``trainer.pt`` also holds the raw weights. With FSDP both, and the optimizer's moments, are in
-``sharded/`` instead, a shard a process, in the format of ``torch.distributed.checkpoint``, which
+``model.safetensors`` holds the weights for use: the averages if the run keeps any, and then
+``trainer.pt`` holds the raw weights. With FSDP, raw weights, averages and the optimizer's moments
+are in ``sharded/``, one shard per process, in the format of ``torch.distributed.checkpoint``, which
 any number of processes can read.
 """
 
@@ -141,7 +141,7 @@ class TrainingState:
         for mine, theirs in zip(
             self.optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True
         ):
-            # How the update runs depends on the device at hand, not on the one it was saved from.
+            # The kind of update depends on the device of this run, not on that of the saved one.
             theirs.update({name: mine[name] for name in ("fused", "foreach") if name in mine})
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:

@@ -1,4 +1,4 @@
-"""One optimizer step on a global batch. The host never waits for the device in here."""
+"""One optimizer step on a global batch. The host does not wait for the device in it."""
 
 from dataclasses import replace
 

@@ -1,7 +1,7 @@
-"""What is known of each step, brought to the host a few steps at a time.
+"""Records of steps, copied to the host for several steps at a time.
 
-A step leaves its nine numbers in one small tensor on the device. ``Recorder.flush`` fetches those
-of all steps since the last flush in one copy, the only moment when the host waits for the device.
+A step leaves nine numbers in a small tensor on the device. ``Recorder.flush`` copies those of all
+steps since the last flush at once. Only then does the host wait for the device.
 """
 
 import time
@@ -71,7 +71,7 @@ class Pending(NamedTuple):
     """A step whose numbers are still on the device.
 
     ``numbers`` are the five loss terms, norm, bound, finite and loss scale, ``[9]`` fp32.
-    ``records`` are read only if the batch has to be named.
+    ``records`` are read only if an error names the batch.
     """
 
     step: int
@@ -88,7 +88,7 @@ class Recorder:
     Args:
         world: the processes whose loss terms are averaged.
         max_nonfinite: consecutive steps that may be skipped.
-        scaled: whether a loss scaler is at work, whose overflows are ordinary events.
+        scaled: whether there is a loss scaler; its overflows are normal.
     """
 
     def __init__(self, world: World, *, max_nonfinite: int, scaled: bool) -> None:
@@ -100,7 +100,7 @@ class Recorder:
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last flush out of the next steps' durations."""
+        """Exclude the time since the last flush from the durations of the next steps."""
         self._since = time.perf_counter()
 
     def flush(self) -> list[StepRecord]:

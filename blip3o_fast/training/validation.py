@@ -1,8 +1,9 @@
 """How well the model does on samples that it never trains on.
 
-Every validation sees the same samples from the same noise at the same times, so two of them differ
-by the weights alone. Sampling goes through ``model.generate``. Samples are dealt to the processes
-in turn; every process makes the same number of forward passes: sharded ones are collective.
+Every validation uses the same samples, noise and times, so two validations differ by the weights
+only. Sampling goes through ``model.generate``. Samples are distributed over the processes in turn.
+Every process makes the same number of forward passes, because those of a sharded model are
+collective.
 """
 
 import time
@@ -82,13 +83,12 @@ class Validator:
     def run(
         self, model: BLIP3oDiT, step: int, stop: Callable[[], bool] = lambda: False
     ) -> Validation | None:
-        """Validate ``model``, or return None once ``stop()``, which all processes agree on."""
+        """Validate ``model``; None if ``stop()``, on which all processes agree, became true."""
         try:
             return self._run(model, step, stop)
         finally:
-            forget(
-                model
-            )  # packed weights and graphs would only take memory: the next step ends them
+            # The next step makes packed weights and graphs stale; until then they only take memory.
+            forget(model)
 
     def _run(self, model: BLIP3oDiT, step: int, stop: Callable[[], bool]) -> Validation | None:
         started = time.perf_counter()

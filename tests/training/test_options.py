@@ -64,7 +64,7 @@ def test_every_option_has_help_and_survives_json(field, options):
         ("heldout_fraction", 1.0, "below 1"),
         ("seed", -1, "at least 0"),
         ("model_size", "huge", "tiny, small, base, large"),
-        ("grid", (1, 2), "three integers or none"),
+        ("grid", (1, 2), "a list of 3 int or none"),
         ("fp16", 1, "true or false"),
         ("precision", "bf16", "fp16"),
     ],

@@ -96,7 +96,7 @@ def test_a_finished_run_has_a_page_and_a_summary(options):
         "samples/s",
     ):
         assert words in text
-    for title in ("Loss", "Similarity", "Gradient norm", "Seconds a step", "Learning rate"):
+    for title in ("Loss", "Similarity", "Gradient norm", "Seconds per step", "Learning rate"):
         assert any(title in piece for piece in checker.text)
     assert page.count("<svg") == 6 and "http" not in page
     assert f"{result.best.token_cosine:.4f}" in text
