@@ -6,9 +6,10 @@ the old file or the new one and never a part.
 """
 
 import contextlib
+import json
 import os
 from pathlib import Path
-from typing import BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, cast
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -71,6 +72,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``, whole or not at all."""
     with PendingFile(path) as pending:
         pending.write(data)
+
+
+def write_json(path: Path, content: Any, *, indent: int = 1) -> None:
+    """Replace ``path`` by ``content`` as JSON, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
 def temporary_path(path: Path) -> Path:

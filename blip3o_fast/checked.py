@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import re
 import types
@@ -105,6 +106,27 @@ def from_json(
     if missing:
         raise error(f"{what}: missing {', '.join(missing)}")
     return cls(**converted)
+
+
+def read_json(path: Path, largest: int = 1 << 28) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: the file.
+        largest: bytes beyond which nothing is read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is larger or holds no JSON object.
+    """
+    size = path.stat().st_size
+    if size > largest:
+        raise ValueError(f"{path}: expected at most {largest} bytes of JSON, got {size}")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON ({error})") from None
+    return json_object(str(path), values)
 
 
 def json_object(what: str, values: Any, error: type[ValueError] = ValueError) -> dict[str, Any]:

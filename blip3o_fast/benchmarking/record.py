@@ -1,13 +1,12 @@
 """A run of the benchmarks as data: what was measured where, and what was left out and why."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.atomic import write_atomically
-from blip3o_fast.checked import check, from_json
+from blip3o_fast.atomic import write_json
+from blip3o_fast.checked import check, from_json, read_json
 
 FORMAT = 1
 KIND = "blip3o-fast benchmarks"
@@ -82,15 +81,10 @@ class Record:
     measurements: tuple[Measurement, ...]
     left_out: dict[str, str]
 
-    def to_json(self) -> str:
-        """The file's text."""
-        content = {"kind": KIND, "format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(content, indent=1) + "\n"
-
     def write(self, path: Path) -> None:
         """Write the file whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, self.to_json().encode())
+        write_json(path, {"kind": KIND, "format": FORMAT, **dataclasses.asdict(self)})
 
 
 def read_record(path: str | Path) -> Record:
@@ -100,11 +94,8 @@ def read_record(path: str | Path) -> Record:
         ValueError: naming the file and what is wrong with it.
         OSError: if it cannot be read.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON record of benchmarks, got {error}") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND:
+    content = read_json(Path(path))
+    if content.get("kind") != KIND:
         raise ValueError(f"{path}: expected the kind {KIND!r}, as blip3o-fast bench writes it")
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {content.get('format')!r}")

@@ -10,15 +10,14 @@ The manifest is written last, so a folder without one is not a data set yet. A m
 trusted: its entries must stay inside the folder, and its counts must agree.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.atomic import write_atomically
-from blip3o_fast.checked import Count, Share, check, check_names, from_json, json_object
+from blip3o_fast.atomic import write_json
+from blip3o_fast.checked import Count, Share, check, check_names, from_json, json_object, read_json
 from blip3o_fast.devices import DTYPES, DtypeName
 
 MANIFEST_NAME = "manifest.json"
@@ -191,17 +190,15 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Read one manifest file, finished or not; errors name the file."""
-        size = path.stat().st_size
-        if size > _LARGEST_MANIFEST:
-            raise ValueError(f"{path}: expected at most {_LARGEST_MANIFEST} bytes, got {size}")
+        values = read_json(path, _LARGEST_MANIFEST)
         try:
-            return cls.from_dict(json.loads(path.read_bytes()))
-        except (ValueError, RecursionError) as error:
+            return cls.from_dict(values)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def write(self, path: Path) -> Path:
         """Write one manifest file, whole or not at all."""
-        write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        write_json(path, self.to_dict())
         return path
 
     @classmethod

@@ -11,7 +11,6 @@ A ``.bin`` is a pickle: it is read with ``weights_only=True``, which refuses eve
 """
 
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -23,10 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from blip3o_fast.checked import read_json
+
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
-_LARGEST_JSON = 1 << 27  # bytes, checked before a JSON file is read
 
 
 class PublishedFolder(NamedTuple):
@@ -55,7 +55,7 @@ def find_weights(path_or_hub_id: str | Path, revision: str | None = None) -> Pub
         folder = _download(str(path_or_hub_id), revision)
         commit = folder.name
     shards = _shards(folder)
-    return PublishedFolder(folder, _read_json(folder / CONFIG), shards, commit or digest(folder))
+    return PublishedFolder(folder, read_json(folder / CONFIG), shards, commit or digest(folder))
 
 
 def read_shards(folder: PublishedFolder, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +95,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
 
 
 def _indexed(folder: Path, index: Path) -> tuple[Path, ...]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected a weight_map of keys to files")
     shards = []
@@ -132,18 +132,6 @@ def _read_bin(shard: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
         tensor = tensors.pop(key)
         if isinstance(key, str) and key.startswith(prefix) and isinstance(tensor, Tensor):
             yield key, tensor
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path}: expected at most {_LARGEST_JSON} bytes of JSON")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from blip3o_fast.atomic import sync_folder, write_atomically
+from blip3o_fast.atomic import sync_folder, write_atomically, write_json
 from blip3o_fast.processes import World
 
 MARKER = "COMPLETE"
@@ -103,7 +103,7 @@ def _settle(pending: Path, final: Path, step: int) -> None:
     for folder in {path.parent for path in pending.rglob("*")}:
         sync_folder(folder)
     marker = {"format_version": 1, "step": step, "files": files}
-    write_atomically(pending / MARKER, (json.dumps(marker, indent=1) + "\n").encode())
+    write_json(pending / MARKER, marker)
     if final.exists():  # incomplete: a complete one would have been kept
         shutil.rmtree(final)
     pending.rename(final)

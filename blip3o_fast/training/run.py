@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically
+from blip3o_fast.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically, write_json
 from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.processes import World, join_world
@@ -191,7 +191,7 @@ def _describe(plan: TrainingPlan, folder: Path) -> None:
         "data": plan.data_digest,
         "plan": plan.describe(),
     }
-    write_atomically(folder / OPTIONS_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / OPTIONS_NAME, content)
 
 
 def is_leftover(path: Path) -> bool:
@@ -211,7 +211,7 @@ def write_summary(plan: TrainingPlan, trainer: Trainer) -> None:
         seconds=progress.seconds,
     )
     summary["best"] = None if progress.best is None else progress.best.to_dict()
-    write_atomically(folder / SUMMARY_NAME, (json.dumps(summary, indent=1) + "\n").encode())
+    write_json(folder / SUMMARY_NAME, summary)
     if plan.options.report:
         options, described = plan.options.to_dict(), plan.describe()
         page = render_page(f"Training run {folder.name}", records, summary, options, described)

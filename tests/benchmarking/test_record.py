@@ -14,7 +14,8 @@ def path(tmp_path):
 
 
 def changed(path, change):
-    content = json.loads(record(measurement()).to_json())
+    record(measurement()).write(path)
+    content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
     return path
@@ -36,14 +37,14 @@ def test_fraction_of_the_limit():
 
 def test_not_json(path):
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"bench\.json: expected a JSON record of benchmarks, got"):
+    with pytest.raises(ValueError, match=r"bench\.json: expected JSON"):
         read_record(path)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "other"}'])
 def test_another_kind_of_file(path, content):
     path.write_text(content)
-    with pytest.raises(ValueError, match="expected the kind 'blip3o-fast benchmarks'"):
+    with pytest.raises(ValueError, match="expected the kind 'blip3o-fast benchmarks'|JSON object"):
         read_record(path)
 
 
