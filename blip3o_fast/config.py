@@ -90,7 +90,7 @@ class DiTConfig:
     condition_dropout: float = 0.0
 
     def __setattr__(self, name: str, value: object) -> None:
-        # transformers.Trainer sets ``use_cache`` on the configuration of every model that it trains.
+        # transformers.Trainer sets ``use_cache`` on the configuration of any model it trains.
         if name != "use_cache" and (name in vars(self) or name not in self.__dataclass_fields__):
             raise FrozenInstanceError(f"{name}: a configuration is fixed; use replace({name}=...)")
         super().__setattr__(name, value)

@@ -50,7 +50,7 @@ class PlanOptions(TypedDict, total=False):
 def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """``function`` run as it is where somebody compiles the code that calls it.
 
-    Locks, caches and checks on the host are no graph. With ``fullgraph=True`` the break is an error.
+    Locks, caches and checks on the host are no graph; with ``fullgraph=True`` this is an error.
     """
 
     @wraps(function)

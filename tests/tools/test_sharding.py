@@ -47,5 +47,9 @@ def test_two_processes_equal_one(together, alone, recipe):
     assert seen.keys() == alone.keys()
     for name, expected in alone.items():
         torch.testing.assert_close(
-            seen[name], expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            seen[name],
+            expected,
+            rtol=1e-5,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
