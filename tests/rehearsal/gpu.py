@@ -4,8 +4,8 @@ Inside ``FakeGpu`` tensors on the CPU are real and tensors on ``cuda`` are torch
 those are counted, not computed. Whatever the host asks of the device it is told at once (numbers
 are 0, answers yes), and it is written down that a real device would have been waited for.
 
-It takes a process of its own, which ``start`` starts: where torch is built without CUDA,
-``guard.cpp`` has to be loaded before it, and what ``torch.cuda`` says is changed for good.
+It takes a process of its own, which ``start`` starts: ``guard.cpp`` has to be loaded before torch,
+and what ``torch.cuda`` says is changed for good.
 """
 
 import os
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,10 +71,9 @@ def start(module: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": "1",
     }
+    command = [sys.executable, "-m", module]
     with TemporaryDirectory(prefix="blip3o-rehearsal-") as folder:
-        if torch.version.cuda is None:
-            environment["LD_PRELOAD"] = str(compile_guard(Path(folder)))
-        command = [sys.executable, "-m", module]
+        environment["LD_PRELOAD"] = str(compile_guard(Path(folder)))
         return subprocess.run(
             command, env=environment, cwd=root, capture_output=True, text=True, check=False
         )
@@ -277,6 +277,7 @@ def install(gpu: FakeGpu) -> None:
     # Lists of fakes go through one op, as lists of tensors do.
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     torch.backends.cuda.is_flash_attention_available = lambda: True
+    fake_tensor.init_gpu_context = lambda device: None
     torch.Generator = Generator
     Tensor.record_stream = lambda self, stream: None
     FakeTensor.new_tensor = lambda self, data: torch.tensor(
