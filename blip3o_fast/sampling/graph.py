@@ -85,8 +85,6 @@ class GraphStore:
         ``make`` gives its stepper, with buffers of the bucket, over a table like ``table``.
         """
         if key not in self.steps:
-            while len(self.steps) >= GRAPHS:
-                self.steps.popitem(last=False)
             self.steps[key] = self._captured(table, make)
         self.steps.move_to_end(key)
         return self.steps[key]
@@ -95,6 +93,8 @@ class GraphStore:
         assert self.stream is not None
         current = torch.cuda.current_stream(table.modulations.device)
         self.stream.wait_stream(current)
+        while len(self.steps) >= GRAPHS:
+            self.steps.popitem(last=False)
         # One block around all that is made and run on that stream: where a capture fails,
         # torch.cuda.graph leaves the thread on it.
         with torch.cuda.stream(self.stream):
@@ -103,12 +103,14 @@ class GraphStore:
             if window is None:
                 window = self.windows[form] = WindowBuffers(table)
             stepper = make(window.buffers)
-            # A pool serves no second capture after one that failed, nor after its last graph went.
-            pool, self.pool = self.pool or torch.cuda.graph_pool_handle(), None
-            captured = CapturedStep(stepper, window, _capture(stepper, pool, self.stream))
-            self.pool = pool
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            try:
+                graph = _capture(stepper, self.pool, self.stream)
+            except RuntimeError:
+                self.clear()  # torch goes on recording to the pool of a capture that failed
+                raise
         current.wait_stream(self.stream)
-        return captured
+        return CapturedStep(stepper, window, graph)
 
     def clear(self) -> None:
         """Free every graph and the pool's memory."""

@@ -65,10 +65,10 @@ def compile_guard(folder: Path) -> Path:
 def start(module: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module``, which may make a ``FakeGpu``, to its end."""
     root = HERE.parents[1]
-    paths = [str(root), str(root / "kernels"), str(root / "tests"), os.environ.get("PYTHONPATH")]
+    paths = [str(root / folder) for folder in ("", "kernels", "tests", "benchmarks")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", module]

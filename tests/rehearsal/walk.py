@@ -5,10 +5,13 @@
 translations take ``STEPS`` steps: nothing but sizes and repetitions depends on either.
 """
 
+import importlib
+import io
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -43,6 +46,7 @@ def main() -> None:
             with gpu.recording() as record:
                 bait(torch.ones(3, device=GPU))
             say(walked="bait", name=name, waits=record.waits)
+        say(walked="script", name="every_op", lines=script("every_op"))
         for case in cases():
             for contender in case.contenders:
                 say(walked="contender", **walk(gpu, case, contender))
@@ -93,6 +97,14 @@ def walk(gpu: FakeGpu, case: Case, contender: Contender) -> dict[str, Any]:
         "call": facts(record),
         "captures": [facts(capture) for capture in gpu.captures],
     }
+
+
+def script(name: str) -> list[str]:
+    """What a script of ``benchmarks`` prints, which ends without a failure."""
+    with redirect_stdout(io.StringIO()) as printed:
+        status = importlib.import_module(name).main(["--device", "cuda"])
+    assert status == 0, printed.getvalue()
+    return printed.getvalue().splitlines()
 
 
 def facts(record: Record) -> dict[str, Any]:
