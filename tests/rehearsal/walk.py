@@ -37,11 +37,8 @@ def main() -> None:
         for name, make in MODELS.items():
             with GPU:
                 model = make()
-            say(
-                walked="module",
-                name=name,
-                devices=sorted({x.device.type for _, x in tensors_of(model)}),
-            )
+            devices = {x.device.type for _, x in tensors_of(model)}
+            say(walked="module", name=name, devices=sorted(devices))
         for name, bait in BAITS.items():
             with gpu.recording() as record:
                 bait(torch.ones(3, device=GPU))
@@ -139,6 +136,7 @@ BAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "nonzero": lambda x: x.nonzero(),
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
+    "indexed by the host": lambda x: x[torch.tensor([0, 2])],
     "copied to the host": lambda x: torch.empty(3).copy_(x),
     "copied to the device": lambda x: x.copy_(torch.ones(3)),
     "a list": lambda x: torch.tensor([1.0, 2.0], device=x.device),
