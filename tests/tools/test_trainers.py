@@ -170,7 +170,7 @@ def test_a_replaced_forward_is_never_ignored():
     model, (x, _, eva) = build(), inputs()
     forward = model.forward
     model.forward = lambda *arguments, **options: 2 * forward(*arguments, **options)
-    with pytest.raises(TypeError, match="at the model expected .* got a replaced forward"):
+    with pytest.raises(TypeError, match=r"at the model expected .* got a replaced forward"):
         model.generate(eva, 1, noise=x)
     model = build()
     mlp = model.blocks[0].mlp
