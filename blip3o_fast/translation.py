@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from blip3o_fast.checked import Count, check
 from blip3o_fast.config import DiTConfig
+from blip3o_fast.conventions import GridName
 from blip3o_fast.data import (
     BackgroundWriter,
     BatchReader,
@@ -29,7 +30,6 @@ from blip3o_fast.data import (
 )
 from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import OptionError
-from blip3o_fast.flow.schedule import GridName
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.processes import World, join_world

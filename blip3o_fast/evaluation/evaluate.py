@@ -17,6 +17,7 @@ from blip3o_fast.evaluation.baselines import Baselines
 from blip3o_fast.evaluation.metrics import token_cosines
 from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples, token_map
 from blip3o_fast.flow import find_solver
+from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.seeds import sample_seed
 
@@ -43,7 +44,7 @@ class EvaluationSettings:
     """
 
     evaluations: tuple[Count, ...] = (1, 2, 4, 10, 25, 50, 100)
-    solver: str = "heun"
+    solver: SolverName = "heun"
     guidance_scale: float = 1.0
     time_grid: GridName | None = None
     batch_size: Count = 64

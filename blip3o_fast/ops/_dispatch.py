@@ -118,7 +118,8 @@ def _aten_refusal(op: "Op", x: Tensor) -> str | None:
         return "it has no backward: expected torch.no_grad()"
     if torch.compiler.is_compiling():
         return "expected eager mode, the compiler fuses the reference itself"
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch._C._are_functorch_transforms_active():
         return "it writes in place, which torch.jit.trace and torch.func transforms cannot follow"
     return None
 

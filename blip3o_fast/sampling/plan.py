@@ -56,7 +56,8 @@ def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg="generate is no graph: pass compile=True to it instead")
+            reason = "generate is no graph: pass compile=True to it instead"
+            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportCallIssue]
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
