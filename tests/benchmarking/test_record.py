@@ -44,7 +44,7 @@ def test_not_json(path):
 @pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "other"}'])
 def test_another_kind_of_file(path, content):
     path.write_text(content)
-    with pytest.raises(ValueError, match="expected the kind 'blip3o-fast benchmarks'|JSON object"):
+    with pytest.raises(ValueError, match=r"expected the kind 'blip3o-fast benchmarks'|JSON object"):
         read_record(path)
 
 
