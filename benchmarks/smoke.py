@@ -29,6 +29,7 @@ import torch
 from every_op import ALLOWED, Unavailable
 
 from blip3o_fast import ops
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
 from blip3o_fast.benchmarking.environment import describe_commit
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
@@ -36,7 +37,6 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.suite import explain
 from blip3o_fast.benchmarking.training_cases import Training, prepare_step
 from blip3o_fast.config import PRESETS, Size
-from blip3o_fast.data.atomic import write_atomically
 from blip3o_fast.ops import Impl
 from blip3o_fast.reference import quantise_rows
 from blip3o_fast.sampling import SamplingPlan

@@ -1,18 +1,15 @@
-"""Dataclasses that are checked, read from JSON, and turned into command lines.
+"""Dataclasses whose fields are checked and that are read from JSON.
 
-A field's annotation says what it holds, in plain types, ``Literal`` words and the ranges below. The
-``Attributes`` of the docstring say what it means. Errors, JSON and ``--help`` follow from the two.
+A field's annotation says what it may hold, in plain types, ``Literal`` words and the ranges below.
+``flags`` makes command lines of the same dataclasses.
 """
 
-import argparse
 import dataclasses
 import difflib
-import inspect
 import json
 import math
-import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -42,20 +39,6 @@ Index = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open=True)]
-
-
-class Flag(NamedTuple):
-    """How the command line spells a field, where its name and type do not settle it.
-
-    Attributes:
-        metavar: what stands for the value in the help.
-        positional: the value is given without a flag.
-        one_of: exactly one of the fields with the same ``one_of`` is given.
-    """
-
-    metavar: str | tuple[str, ...] | None = None
-    positional: bool = False
-    one_of: str | None = None
 
 
 def check(record: Any, what: str = "", error: type[ValueError] = ValueError) -> None:
@@ -141,89 +124,9 @@ def is_required(field: "dataclasses.Field[Any]") -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
 
 
-def help_texts(cls: type) -> dict[str, str]:
-    """What each field means, from the ``Attributes`` of the docstring, without the full stop."""
-    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-    section, _, _ = section.partition("\n\n")
-    texts: dict[str, str] = {}
-    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):
-        for name in names.split(", "):
-            texts[name] = " ".join(text.split()).removesuffix(".")
-    return texts
-
-
-def add_flags(parser: argparse.ArgumentParser, cls: Any, *, partial: bool = False) -> None:
-    """Add a flag for every field of dataclass ``cls``; ``given`` finds what was typed.
-
-    Args:
-        parser: where to.
-        cls: its fields' names are the flags.
-        partial: no flag is required, for values that may come from elsewhere too.
-    """
-    texts = help_texts(cls)
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        flag = next((x for x in _extras(field.type) if isinstance(x, Flag)), Flag())
-        options = _reader(field.type)
-        text = texts.get(field.name, "").replace("%", "%%")
-        if not flag.positional and not (partial and is_required(field)):
-            text += f" (default: {_shown(field)})"
-        if flag.metavar is not None:
-            options["metavar"] = flag.metavar
-        names = [f"--{field.name}"]
-        if options.get("action") is Switch:
-            names.append(f"--no_{field.name}")
-        if flag.positional:
-            names = [field.name]
-        elif is_required(field) and not partial:
-            options["required"] = True
-        target: Any = parser
-        if flag.one_of is not None:
-            if flag.one_of not in groups:
-                groups[flag.one_of] = parser.add_mutually_exclusive_group(required=True)
-            target = groups[flag.one_of]
-        target.add_argument(*names, default=argparse.SUPPRESS, help=text, **options)
-
-
-def given(cls: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ``cls`` that were typed, by name."""
-    typed = {field.name: vars(args).get(field.name) for field in dataclasses.fields(cls)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in typed.items()
-        if name in vars(args)
-    }
-
-
-class Switch(argparse.Action):
-    """``--name`` is true, ``--no_name`` is false, in the published commands' underscore style."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **options)
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        """Store what the spelling says."""
-        del parser, values
-        assert option_string is not None
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
-
-
-def add_switch(
-    parser: argparse.ArgumentParser, name: str, *, default: bool | str | None, text: str
-) -> None:
-    """Add ``--name`` and ``--no_name``."""
-    parser.add_argument(f"--{name}", f"--no_{name}", action=Switch, default=default, help=text)
-
-
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """The members of a union, or the type alone."""
-    inner = _base(kind)
+    inner = base_type(kind)
     return get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (kind,)
 
 
@@ -242,22 +145,22 @@ _WORDS = {
 
 
 def _word(member: Any) -> str:
-    base = _base(member)
+    base = base_type(member)
     origin, arguments = get_origin(base), get_args(base)
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
-        return f"a list of {count}{_base(arguments[0]).__name__}"
+        return f"a list of {count}{base_type(arguments[0]).__name__}"
     return _WORDS.get(base) or str((origin or base).__name__)
 
 
-def _base(kind: Any) -> Any:
+def base_type(kind: Any) -> Any:
     """A type without its annotations."""
-    return _base(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
+    return base_type(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
 
 
-def _extras(kind: Any) -> tuple[Any, ...]:
+def annotations(kind: Any) -> tuple[Any, ...]:
     """The annotations of a type."""
     return get_args(kind)[1:] if get_origin(kind) is Annotated else ()
 
@@ -272,16 +175,16 @@ def _unmet(value: Any, kind: Any) -> str | None:
 
 
 def _out_of_range(value: Any, member: Any) -> str | None:
-    if get_origin(_base(member)) is tuple:
-        unmet = (_out_of_range(item, get_args(_base(member))[0]) for item in value)
+    if get_origin(base_type(member)) is tuple:
+        unmet = (_out_of_range(item, get_args(base_type(member))[0]) for item in value)
         return next((expected for expected in unmet if expected is not None), None)
-    ranges = (part for part in _extras(member) if isinstance(part, Range))
+    ranges = (part for part in annotations(member) if isinstance(part, Range))
     return next((str(part) for part in ranges if value not in part), None)
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a type; an integer is also a number, a boolean is neither."""
-    kind = _base(kind)
+    kind = base_type(kind)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in arguments
@@ -299,45 +202,9 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _from_json(value: Any, kind: Any, what: str, error: type[ValueError]) -> Any:
     """A JSON value as the type expects it; what does not fit is left for ``check``."""
-    for member in map(_base, alternatives(kind)):
+    for member in map(base_type, alternatives(kind)):
         if isinstance(value, dict) and dataclasses.is_dataclass(member):
             return from_json(member, value, what, error)  # pyright: ignore[reportArgumentType]
         if isinstance(value, list) and get_origin(member) is tuple:
             return tuple(_from_json(item, get_args(member)[0], what, error) for item in value)
     return value
-
-
-def _shown(field: "dataclasses.Field[Any]") -> Any:
-    """A default as the help shows it."""
-    if is_required(field):
-        return None
-    return list(field.default) if isinstance(field.default, tuple) else field.default
-
-
-def _reader(kind: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type."""
-    members = [_base(m) for m in alternatives(kind) if m is not types.NoneType]
-    words = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
-    if bool in members:
-        return {"action": Switch}
-    if words:
-        return {"choices": words} if len(members) == 1 else {"type": _number_or(words)}
-    if get_origin(members[0]) is tuple:
-        inner = get_args(members[0])
-        return {"type": _base(inner[0]), "nargs": "+" if inner[-1] is Ellipsis else len(inner)}
-    return {"type": Path if members[0] is Path else members[0]}
-
-
-def _number_or(words: Sequence[str]) -> Callable[[str], float | str]:
-    """A reader of a number or one of some words."""
-
-    def read(text: str) -> float | str:
-        if text in words:
-            return text
-        try:
-            return float(text)
-        except ValueError:
-            expected = " or ".join(["a number", *words])
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
-
-    return read

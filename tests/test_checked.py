@@ -10,19 +10,15 @@ import pytest
 
 from blip3o_fast.checked import (
     Count,
-    Flag,
     Positive,
     Range,
     Share,
-    add_flags,
-    add_switch,
     check,
     check_names,
     describe,
     from_json,
-    given,
-    help_texts,
 )
+from blip3o_fast.flags import Flag, add_flags, add_switch, given, help_texts
 
 
 @dataclass(frozen=True)

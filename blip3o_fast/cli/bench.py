@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blip3o_fast.checked import add_switch
 from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import add_switch
 
 if TYPE_CHECKING:
     from blip3o_fast.benchmarking.record import Record

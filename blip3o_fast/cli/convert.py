@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tqdm import tqdm
 
-from blip3o_fast.checked import Count, Flag, Share, add_flags, check, given
+from blip3o_fast.checked import Count, Share, check
 from blip3o_fast.data.conversion import (
     Outcome,
     fp16_is_exact,
@@ -23,6 +23,7 @@ from blip3o_fast.data.conversion import (
 from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_sources, plan_conversion
 from blip3o_fast.devices import DtypeName
 from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import Flag, add_flags, given
 
 _GIB = 1 << 30
 _REMARKS_SHOWN = 20

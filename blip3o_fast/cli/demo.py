@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from blip3o_fast.checked import add_flags, given
 from blip3o_fast.demo.pipeline import (
     DemoOptions,
     evaluate,
@@ -20,6 +19,7 @@ from blip3o_fast.demo.pipeline import (
 )
 from blip3o_fast.devices import find_device
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
+from blip3o_fast.flags import add_flags, given
 from blip3o_fast.training import TrainingInterrupted
 
 

@@ -12,13 +12,14 @@ from typing import Annotated, Literal
 
 import torch
 
-from blip3o_fast.checked import Count, Flag, add_flags, check, given
+from blip3o_fast.checked import Count, check
 from blip3o_fast.data import EmbeddingDataset, Wishes, convert
 from blip3o_fast.data.manifest import MANIFEST_NAME
 from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
+from blip3o_fast.flags import Flag, add_flags, given
 from blip3o_fast.flow.schedule import GridName
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 

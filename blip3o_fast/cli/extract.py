@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from blip3o_fast.checked import Count, Flag, Index, Share, add_flags, check, given
+from blip3o_fast.checked import Count, Index, Share, check
 from blip3o_fast.data.manifest import Split
 from blip3o_fast.devices import DtypeName, find_device
 from blip3o_fast.errors import OptionError
@@ -37,6 +37,7 @@ from blip3o_fast.extraction.image_sources import (
     folder_images,
     webdataset_images,
 )
+from blip3o_fast.flags import Flag, add_flags, given
 from blip3o_fast.signals import STOPPED, StopSignals
 
 _SHOWN = 5

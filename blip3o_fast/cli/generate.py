@@ -6,7 +6,7 @@ One flag for every field of ``TranslationOptions``.
 import argparse
 import sys
 
-from blip3o_fast.checked import add_flags, given
+from blip3o_fast.flags import add_flags, given
 from blip3o_fast.signals import STOPPED
 from blip3o_fast.translation import TranslationOptions, translate_folder
 

@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from blip3o_fast.checked import add_flags, given
+from blip3o_fast.flags import add_flags, given
 from blip3o_fast.processes import World
 from blip3o_fast.training import TrainingInterrupted, TrainingOptions, train
 from blip3o_fast.training.options import read_options_file

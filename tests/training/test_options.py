@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from blip3o_fast.checked import help_texts
 from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import help_texts
 from blip3o_fast.training.options import FREE, TrainingOptions, read_options_file
 
 PUBLISHED_DEFAULTS = {
