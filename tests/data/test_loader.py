@@ -1,13 +1,13 @@
 import json
 import threading
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from blip3o_fast.data.access import RandomAccessFile
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.data.manifest import Manifest
@@ -220,22 +220,24 @@ def test_reading_leaves_the_records_alone(dataset, monkeypatch):
 
 
 def test_waiting_is_measured(dataset, monkeypatch):
-    read, gate = dataset.read, threading.Event()
+    """By a clock that goes on while a batch is waited for, and while the caller is busy."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr("blip3o_fast.data.loader.time", clock)
+    with loader_of(dataset) as loader:
+        take = loader._reader.take
 
-    def gated(indices):
-        gate.wait()
-        return read(indices)
+        def waits(future, seconds):
+            clock.now += seconds
+            return take(future)
 
-    monkeypatch.setattr(dataset, "read", gated)
-    with loader_of(dataset, prefetch=2) as loader:
-        threading.Timer(0.2, gate.set).start()
-        next(loader)
-        assert 0.1 < loader.wait_seconds < 5
-        first = loader.wait_seconds
-        time.sleep(0.2)  # the second batch is ready by now
-        next(loader)
-        assert loader.wait_seconds < 0.1
-        assert loader.total_wait_seconds == pytest.approx(first + loader.wait_seconds)
+        total = 0.0
+        for seconds in (3.0, 0.0, 0.25):
+            monkeypatch.setattr(loader._reader, "take", partial(waits, seconds=seconds))
+            next(loader)
+            clock.now += 64.0
+            total += seconds
+            assert (loader.wait_seconds, loader.total_wait_seconds) == (seconds, total)
 
 
 def test_a_tower_that_is_absent_has_width_zero(tmp_path, facts, features):
@@ -254,25 +256,6 @@ def test_a_batch_belongs_to_its_consumer(dataset):
         for _ in range(6):
             next(loader)
         assert torch.equal(batch.eva, before)
-
-
-def test_every_byte_is_read_once_into_the_batch(dataset, monkeypatch):
-    """No copy but the one from the file: what is read lands in the memory of the tensors."""
-    read_into, pieces = RandomAccessFile.read_into, []
-
-    def watched(self, out, start):
-        pieces.append((out.__array_interface__["data"][0], out.nbytes))
-        read_into(self, out, start)
-
-    monkeypatch.setattr(RandomAccessFile, "read_into", watched)
-    batch = dataset.read([3, 17, 5])
-    expected = 0
-    for tower in (batch.eva, batch.clip):
-        begin, size = tower.data_ptr(), tower.numel() * tower.element_size()
-        inside = [n for at, n in pieces if begin <= at and at + n <= begin + size]
-        assert sum(inside) == size
-        expected += size
-    assert sum(size for _, size in pieces) == expected
 
 
 @pytest.mark.gpu

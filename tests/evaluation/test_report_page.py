@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from blip3o_fast.evaluation import MetricAccumulator, Photo, Result
-from blip3o_fast.evaluation.comparison import HEADER, comparison_rows
+from blip3o_fast.evaluation.comparison import comparison_rows
 from blip3o_fast.evaluation.report_page import render_page
 from blip3o_fast.report.style import DARK, LIGHT
 
@@ -89,10 +89,24 @@ def test_the_page_holds_the_numbers(report, html):
 
 
 def test_every_metric_is_explained(html):
-    """Every column of the table has its entry among the explanations."""
-    terms = re.sub(r"</?sup>", "", " ".join(re.findall(r"<dt>(.*?)</dt>", html))).lower()
-    for column in HEADER[1:]:
-        assert column.lower().replace("r@1", "r@k") in terms, column
+    """Each column of the comparison has an entry below it."""
+    columns = re.findall(r'<th scope="col">(.*?)</th>', html[: html.index("</thead>")])
+    entries = " ".join(re.findall(r"<dt>(.*?)</dt>", html)).lower().replace("r@k", "r@1")
+    assert columns[0] == "method" and len(columns) == 8
+    assert [name for name in columns[1:] if name.lower() not in entries] == []
+
+
+def test_the_curve_is_told_in_numbers(report, html):
+    _, text = check(html)
+    scores = {result.evaluations: result.metrics.token_cosine.value for result in report.dit}
+    first, last, best = min(scores), max(scores), max(scores, key=scores.get)
+
+    def told(evaluations):
+        count = "1 evaluation" if evaluations == 1 else f"{evaluations} evaluations"
+        return f"{scores[evaluations]:.3f} with {count}"
+
+    expected = f"token cosine {told(first)} and {told(last)}; the best was {told(best)}."
+    assert expected in text
 
 
 def test_photos_show_their_rank(report, html):
