@@ -14,16 +14,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
+
+from blip3o_fast.checkpoint import check_tensors
 from blip3o_fast.data.loader import Loader
+from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.processes import World
 from blip3o_fast.signals import STOPPED, StopSignals
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.clipping import AdaptiveClipper
 from blip3o_fast.training.distributed import spread
 from blip3o_fast.training.ema import WeightAverage
-from blip3o_fast.training.model import build_model
 from blip3o_fast.training.optimizer import make_optimizer
 from blip3o_fast.training.progress import ProgressDisplay
+from blip3o_fast.training.randomness import seed_everything
 from blip3o_fast.training.run_plan import TrainingPlan
 from blip3o_fast.training.state import Progress, TrainingState
 from blip3o_fast.training.step import OptimizerStep
@@ -268,3 +272,19 @@ class Trainer:
         if self.asked_to_stop():
             received = self.signals.received or signal.SIGTERM
             raise TrainingInterrupted(received, self.save() if self.state.progress.step else None)
+
+
+def build_model(plan: TrainingPlan) -> BLIP3oDiT:
+    """The plan's model in fp32 on its device, in training mode.
+
+    Initial weights depend on the seed alone: they are drawn on the CPU, the same in every process.
+    """
+    seed_everything(plan.options.seed)
+    model = BLIP3oDiT(plan.config)
+    # The published layout has learned positions even where rotary ones replace them. Processes that
+    # average gradients would wait for theirs.
+    model.pos_embed.requires_grad_(not plan.config.use_3d_rope)
+    if plan.initial is not None:
+        check_tensors(plan.config, model.state_dict(), plan.initial.tensors)
+        model.load_state_dict(plan.initial.tensors)
+    return model.to(device=plan.device, dtype=torch.float32).train()
