@@ -154,12 +154,12 @@ def test_a_stopped_run_has_written_what_it_measured(monkeypatch, tmp_path, name)
     def cases(settings):
         made = op_cases(Shape("tiny", 1, 16), "fp32", settings.device, compiled=False)
         by_name = {case.task.name: case for case in made}
-        first, second = by_name["solver_update"], by_name["swiglu"]
+        first, second = by_name["swiglu"], by_name["adapter_mix"]
         yield "ops", lambda: iter((first, Case(second.task, (Contender("killer", kill),))))
 
     def kill():
         (row,) = json.loads(path.read_text())["measurements"]
-        assert row["name"] == "solver_update"
+        assert row["name"] == "swiglu"
         os.kill(os.getpid(), getattr(signal, name))
 
     monkeypatch.setattr(selection, "cpu_sources", cases)
