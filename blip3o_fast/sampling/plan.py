@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypedDict, TypeVar
+from typing import ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -57,8 +57,9 @@ def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         if torch.compiler.is_compiling():
             reason = "generate is no graph: pass compile=True to it instead"
-            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportCallIssue]
-            return torch.compiler.disable(function)(*args, **kwargs)
+            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportPrivateUsage]
+            outside = cast("Callable[Parameters, Result]", torch.compiler.disable(function))
+            return outside(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
