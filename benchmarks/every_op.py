@@ -16,16 +16,16 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip3o_fast import ops
-from blip3o_fast.benchmarking.attention_cases import ROPE_ATTENTION
 from blip3o_fast.benchmarking.ceilings import DTYPES
-from blip3o_fast.benchmarking.op_cases import SPECS, OpSpec, op_call
+from blip3o_fast.benchmarking.op_cases import sizes_of
 from blip3o_fast.benchmarking.shapes import Shape
-from blip3o_fast.ops import Impl
+from blip3o_fast.ops import OPS, Impl, Op
 
 SHAPE = Shape("tiny", batch=3, tokens=49)
 CPU = torch.device("cpu")
@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     wrong = 0
-    for spec in specs():
+    for op in OPS.values():
         for dtype in args.dtype:
             for impl in map(Impl, args.impl or IMPLS[args.device]):
-                what = f"{spec.name}, {dtype}, {impl.value}"
+                what = f"{op.name}, {dtype}, {impl.value}"
                 try:
-                    distance = worst_distance(spec, dtype, device, impl)
+                    distance = worst_distance(op, dtype, device, impl)
                 except Unavailable as error:
                     print(f"{what}: not here: {error}")
                     continue
@@ -65,11 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{what}: {'good' if good else 'WRONG'}, {distance:.1e} of {ALLOWED[dtype]}")
                 wrong += not good
     return 1 if wrong else 0
-
-
-def specs() -> tuple[OpSpec, ...]:
-    """Every op, the one of a single kernel for rotation and attention among them."""
-    return (*SPECS, ROPE_ATTENTION)
 
 
 def current_stream(device: torch.device, dtype: str) -> AbstractContextManager[object]:
@@ -80,7 +75,7 @@ def current_stream(device: torch.device, dtype: str) -> AbstractContextManager[o
     return torch.cuda.stream(torch.cuda.default_stream() if default else torch.cuda.Stream())
 
 
-def worst_distance(spec: OpSpec, dtype: str, device: torch.device, impl: Impl) -> float:
+def worst_distance(op: Op, dtype: str, device: torch.device, impl: Impl) -> float:
     """Of an implementation's outputs and gradients from those of the reference in fp64.
 
     NaN anywhere is infinitely far.
@@ -88,44 +83,54 @@ def worst_distance(spec: OpSpec, dtype: str, device: torch.device, impl: Impl) -
     Raises:
         Unavailable: if it cannot run here.
     """
-    require(spec, dtype, device, impl)
+    require(op, dtype, device, impl)
     torch.manual_seed(0)
-    drawn = spec.tensors(SHAPE, DTYPES[dtype], CPU)
+    drawn = op.specimens(sizes_of(SHAPE, DTYPES[dtype], CPU))[0]
     with current_stream(device, dtype):
-        tensors = [x.to(device) for x in drawn]
-        outputs_and_gradients(spec, tensors, impl)  # compiled here, so that the next call is quick
-        results = [x.cpu() for x in outputs_and_gradients(spec, tensors, impl)]
-    expected = outputs_and_gradients(spec, [x.double() for x in drawn], Impl.REFERENCE)
-    distances = [
-        float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
-        for got, want in zip(results, expected[: len(results)], strict=True)
-    ]
-    return max(x if math.isfinite(x) else math.inf for x in distances)
+        arguments = moved(drawn, device)
+        outputs_and_gradients(op, arguments, impl)  # compiled here, so that the next call is quick
+        results = [x.cpu() for x in outputs_and_gradients(op, arguments, impl)]
+    expected = outputs_and_gradients(op, moved(drawn, torch.float64), Impl.REFERENCE)
+    return max(map(relative, results, expected))
 
 
-def require(spec: OpSpec, dtype: str, device: torch.device, impl: Impl) -> None:
+def relative(got: Tensor, want: Tensor) -> float:
+    """The distance of two tensors over the norm of the second, infinite where it is no number."""
+    distance = float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+    return distance if math.isfinite(distance) else math.inf
+
+
+def moved(arguments: tuple[Any, ...], to: torch.device | torch.dtype) -> list[Any]:
+    """Copies of the tensors on another device, or of another dtype where they hold numbers."""
+
+    def copy(x: Tensor) -> Tensor:
+        fits = isinstance(to, torch.device) or x.is_floating_point()
+        return x.to(to, copy=True) if fits else x.clone()
+
+    return [copy(x) if isinstance(x, Tensor) else x for x in arguments]
+
+
+def require(op: Op, dtype: str, device: torch.device, impl: Impl) -> None:
     """Raise ``Unavailable`` unless ``impl`` can run an op on ``device``."""
     sample = torch.empty(1, 1, SHAPE.config.hidden_size, dtype=DTYPES[dtype], device=device)
     try:
         with torch.set_grad_enabled(impl is not Impl.ATEN):
-            ops.resolve_impl(impl, sample, op=spec.name)
+            ops.resolve_impl(impl, sample, op=op.name)
     except ValueError as error:
         raise Unavailable(str(error)) from None
 
 
-def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> list[Tensor]:
-    """Of the sum of all outputs, weighed with random numbers that are the same in every dtype.
+def outputs_and_gradients(op: Op, arguments: list[Any], impl: Impl) -> list[Tensor]:
+    """The results, and gradients of their sum, weighed with numbers that are the same everywhere.
 
-    ``ATEN`` has no gradients: its outputs alone.
+    ``ATEN`` has no gradients: its results alone.
     """
-    count = 0 if impl is Impl.ATEN else spec.differentiable
+    count = 0 if impl is Impl.ATEN else op.differentiable
     # Written anew: some ops may overwrite their input.
-    late = written_late(tensors)
-    leaves = [x.requires_grad_() for x in late[:count]]
-    rest = late[count:]
+    arguments = written_late(arguments)
+    leaves = [x.requires_grad_() for x in arguments[:count]]
     with torch.set_grad_enabled(count > 0):
-        result = op_call(spec, SHAPE, impl)(*leaves, *rest)
-    outputs = [result] if isinstance(result, Tensor) else list(result)
+        outputs = list(op.function(impl)(*arguments))
     if not leaves:
         return outputs
     torch.manual_seed(1)
@@ -134,15 +139,21 @@ def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> li
     return [*(x.detach() for x in outputs), *gradients]
 
 
-def written_late(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies that hold NaN until the device, on the current stream, comes to write them."""
-    late = [torch.full_like(x, torch.nan) for x in tensors]
-    if tensors[0].is_cuda:
+def written_late(arguments: list[Any]) -> list[Any]:
+    """Copies of the tensors that hold NaN until the device, on the current stream, writes them."""
+    late = [torch.full_like(x, blank(x)) if isinstance(x, Tensor) else x for x in arguments]
+    if any(isinstance(x, Tensor) and x.is_cuda for x in late):
         torch.cuda.current_stream().synchronize()
         torch.cuda._sleep(DELAY_CYCLES)  # pyright: ignore[reportPrivateUsage]
-    for copy, x in zip(late, tensors, strict=True):
-        copy.copy_(x)
+    for copy, x in zip(late, arguments, strict=True):
+        if isinstance(x, Tensor):
+            copy.copy_(x)
     return late
+
+
+def blank(x: Tensor) -> float:
+    """What a tensor holds before it is written: a place that keeps nothing, or no number."""
+    return math.nan if x.is_floating_point() else -1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import Training, prepare_step, step_work
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import PRESETS, DiTConfig
+from blip3o_fast.ops import OPS, Sizes
 from blip3o_fast.report.columns import align
 
 KIND = "blip3o-fast profile"
@@ -40,23 +42,6 @@ WARM_UP = 3
 What = Literal["evaluation", "training"]
 SAMPLES: dict[What, int] = {"evaluation": 64, "training": 128}
 NAMES: dict[What, str] = {"evaluation": "one evaluation", "training": "one training step"}
-ELEMENTS_MOVED = {
-    "sandwich_norm": 2.0,
-    "sandwich_join": 4.0,
-    "rope": 2.0,
-    "rope_": 2.0,
-    "swiglu": 1.5,
-    "adapter_norm": 2.0,
-    "adapter_mix": 4.0,
-    "sandwich_norm_backward": 3.0,
-    "sandwich_join_backward": 6.0,
-    "rope_backward": 2.0,
-    "swiglu_backward": 5.0,
-    "adapter_norm_backward": 3.0,
-    "adapter_mix_backward": 7.0,
-}
-"""Elements that a row op reads and writes, by elements of its first input."""
-
 ATTENTIONS = ("flash_att", "efficient_attention", "cudnn_attention", "rope_attention")
 """Parts of the names of what does attention, and not of what chooses among them."""
 
@@ -199,12 +184,31 @@ def count_work(launch: Launch, config: DiTConfig, batch: int, size: int) -> work
         (rows, inner), (_, columns) = launch.shapes[-2:]
         elements = rows * inner + inner * columns + rows * columns
         return work.Work(2.0 * rows * inner * columns, elements * size)
-    if name in ELEMENTS_MOVED:
-        elements = torch.Size(launch.shapes[0]).numel()
-        return work.Work(0.0, ELEMENTS_MOVED[name] * elements * size)
+    rows = [torch.Size(shape).numel() for shape in launch.shapes if len(shape) > 2]
+    if rows and name in (moved := bytes_moved(size)):
+        return work.Work(0.0, moved[name] * rows[0])
     if any(word in launch.op for word in ATTENTIONS):
         return work.attention(config, batch, size, backward="backward" in launch.op)
     return None
+
+
+@cache
+def bytes_moved(size: int) -> dict[str, float]:
+    """By operator of ours: bytes that it reads and writes for an element of its first rows."""
+    dtype = next(dtype for dtype in DTYPES.values() if dtype.itemsize == size)
+    found: dict[str, float] = {}
+    for op in OPS.values():
+        arguments = op.specimens(Sizes(dtype=dtype, device="meta"))[0]
+        if op.flops(*arguments):
+            continue  # counted with other attentions
+        forward = op.work(*arguments)[1] / arguments[0].numel()
+        found |= {op.name: forward, f"{op.name}_": forward}
+        if op.backward is not None:
+            results = op.fake(*arguments)
+            gradients = results if isinstance(results, tuple) else (results,)
+            first = next(x for x in (*gradients, *arguments) if x.dim() > 2)
+            found[f"{op.name}_backward"] = op.work(*arguments, backward=True)[1] / first.numel()
+    return found
 
 
 def render(content: dict[str, Any], launches: list[Launch]) -> str:

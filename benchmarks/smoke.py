@@ -111,7 +111,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Options, Path | No
     args = parser.parse_args(arguments)
     if unknown := [word for word in args.what if word not in kinds]:
         parser.error(f"expected some of {', '.join(kinds)}, got {unknown[0]}")
-    found = tuple(spec.name for spec in every_op.specs())
+    found = tuple(ops.OPS)
     if unknown := [name for name in args.ops or () if name not in found]:
         parser.error(f"--ops: expected some of {', '.join(found)}, got {unknown[0]}")
     what, chosen = tuple(args.what or kinds), tuple(args.ops or found)
@@ -202,11 +202,10 @@ def checks(options: Options) -> dict[str, Check]:
     for impl in Impl:
         if impl.value not in options.what:
             continue
-        for spec in every_op.specs():
-            if spec.name in options.ops:
-                for dtype in ALLOWED:
-                    name = f"{spec.name}, {dtype}, {impl.value}"
-                    found[name] = partial(call, spec, dtype, device, impl)
+        for op in options.ops:
+            for dtype in ALLOWED:
+                name = f"{op}, {dtype}, {impl.value}"
+                found[name] = partial(call, ops.OPS[op], dtype, device, impl)
     return found
 
 
@@ -261,9 +260,9 @@ def multiply(device: torch.device) -> str:
     return "agrees with the emulation at inner widths 16 and 768"
 
 
-def call(spec: every_op.OpSpec, dtype: str, device: torch.device, impl: Impl) -> str:
+def call(op: ops.Op, dtype: str, device: torch.device, impl: Impl) -> str:
     """An op by one implementation, with its gradients."""
-    distance, allowed = every_op.worst_distance(spec, dtype, device, impl), ALLOWED[dtype]
+    distance, allowed = every_op.worst_distance(op, dtype, device, impl), ALLOWED[dtype]
     if distance > allowed:
         raise Disagreement(f"expected fp64 up to {allowed:g} (relative), got {distance:.2g}")
     return f"{distance:.1e} of {allowed:g}"

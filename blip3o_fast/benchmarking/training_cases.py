@@ -20,7 +20,7 @@ from blip3o_fast.config import DiTConfig
 from blip3o_fast.data import EmbeddingDataset, Manifest, SampleRecord, ShardWriter, Split
 from blip3o_fast.data.dataset import Batch
 from blip3o_fast.data.loader import Loader
-from blip3o_fast.ops import Impl
+from blip3o_fast.ops import OPS, Impl
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.processes import World
 from blip3o_fast.training import TrainingOptions
@@ -111,9 +111,11 @@ def training_cases(
         contenders.append(Contender("trainer, torch.compile", tuned))
     if device.type == "cuda":
         cuda = {
-            op: Impl.CUDA
-            for op in ("sandwich_norm", "sandwich_join", "rope", "swiglu")
-            if has_impl(Impl.CUDA, op, DTYPES[dtype], device, gradients=True)
+            name: Impl.CUDA
+            for name, op in OPS.items()
+            if op.cuda is not None
+            and op.backward is not None
+            and has_impl(Impl.CUDA, name, DTYPES[dtype], device, gradients=True)
         }
         if cuda:
             contenders.append(Contender("trainer, CUDA C++", partial(eager, **cuda)))

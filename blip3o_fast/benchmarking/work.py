@@ -3,6 +3,7 @@
 Flops count matrix products and attention, two a multiply-add, and nothing elementwise: those ops
 are bound by memory everywhere. Bytes count every input and every weight read once and every output
 written once, nothing between: an implementation that kept all else in registers would move these.
+Those of a fused op stand in its record, ``ops.Op.work``.
 """
 
 from itertools import pairwise
@@ -37,37 +38,6 @@ class Work(NamedTuple):
         return Work(*(a * factor for a in self))
 
     __rmul__ = __mul__
-
-
-def row_op(name: str, shape: Shape, size: int, *, backward: bool = False) -> Work:
-    """Bytes of a fused op at the widths of ``shape``; ``size`` bytes an element of activations.
-
-    Parameters and modulations are a few rows and are left out; the solver's state and slopes and
-    the tensors of the loss are fp32, their velocities are not.
-
-    Raises:
-        ValueError: if there is no such op.
-    """
-    config = shape.config
-    rows = shape.batch * config.num_tokens
-    D, inner, C = config.hidden_size, config.intermediate_size, config.clip_embedding_size
-    packed = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    padded = adapter_widths(config)[1]
-    if name == "solver_update":  # state, velocity and one earlier slope; the new state
-        return Work(0.0, rows * C * (3 * FP32 + size))
-    if name == "flow_loss":  # three fp32 tensors and the velocity; backward, its gradient
-        return Work(0.0, rows * C * (3 * FP32 + (2 if backward else 1) * size))
-    widths = {
-        "sandwich_norm": (2 * D, 3 * D),  # x, h; backward dh, x, dx
-        "sandwich_join": (4 * D, 6 * D),  # x, y, x', h; backward dx', dh, x', y, dx, dy
-        "rope": (2 * packed, 2 * packed),
-        "swiglu": (3 * inner, 5 * inner),
-        "adapter_norm": (2 * padded, 3 * padded),
-        "adapter_mix": (4 * D, 7 * D),  # gate, two paths, their mix; backward, all gradients too
-    }
-    if name not in widths:
-        raise ValueError(f"row_op: expected an op with a known cost, got {name!r}")
-    return Work(0.0, rows * widths[name][backward] * size)
 
 
 def attention(config: DiTConfig, batch: int, size: int, *, backward: bool = False) -> Work:

@@ -135,6 +135,14 @@ class Op:
         results = self.run(impl, *arguments)
         return arguments[-1] if results is None else results
 
+    def function(self, impl: Impl | None) -> Callable[..., Arguments]:
+        """The op by ``impl``: from arguments to a tuple of the results that have gradients.
+
+        Those of an op without a backward pass are all of its results.
+        """
+        kept = None if self.backward is None else self.backward.results
+        return lambda *arguments: as_tuple(self(*arguments, impl=impl))[:kept]
+
     def run(self, impl: Impl | None, *arguments: Any) -> Any:
         """The results of arguments that are checked already."""
         x = arguments[0]

@@ -1,7 +1,5 @@
 """Cases: what is run computes what it should, on tensors that rotate."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -19,10 +17,10 @@ from blip3o_fast.benchmarking.network_cases import (
     hoisted,
     plain,
 )
-from blip3o_fast.benchmarking.op_cases import SPECS, op_cases
+from blip3o_fast.benchmarking.op_cases import op_cases
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import CPU_ROTATION
-from blip3o_fast.ops import Impl
+from blip3o_fast.ops import OPS, Impl
 from blip3o_fast.sampling.hoisted import HoistedVelocity
 
 CPU = torch.device("cpu")
@@ -52,10 +50,13 @@ def test_the_coarser_dtype_allows_more():
 
 def test_every_op_has_its_directions():
     tasks = [case.task for case in op_cases(SHAPE, "fp32", CPU, compiled=False)]
-    names = [spec.name for spec in SPECS]
-    assert {*names, "rope_attention"} == set(ops.ImplTable.__dataclass_fields__)
-    backward = [f"{name} backward" for name in names if name != "solver_update"]
-    assert sorted(task.name for task in tasks) == sorted(names + backward)
+    expected = [
+        name
+        for op in OPS.values()
+        if op.triton
+        for name in (op.name, f"{op.name} backward")[: 1 + (op.backward is not None)]
+    ]
+    assert [task.name for task in tasks] == expected and "swiglu backward" in expected
     assert {(task.group, task.shape, task.dtype) for task in tasks} == {
         ("ops", "tiny-b1-n16", "fp32")
     }
@@ -66,7 +67,8 @@ def test_every_op_has_its_directions():
 def test_ops_are_ready_to_be_timed(dtype, monkeypatch):
     monkeypatch.setattr(op_module, "MOST_COPIES", 2)
     for case in op_cases(SHAPE, dtype, CPU, compiled=False):
-        inference = case.task.name in ("sandwich_norm", "sandwich_join", "rope", "solver_update")
+        op = OPS.get(case.task.name)
+        inference = op is not None and op.aten is not None
         names = ["reference", "aten"] if inference else ["reference"]
         assert [(c.name, c.ours) for c in case.contenders] == [(name, True) for name in names]
         for contender in case.contenders:
@@ -87,14 +89,13 @@ def test_calls_rotate_over_more_than_the_caches_hold():
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_contender_that_computes_something_else_is_refused(backward, monkeypatch):
-    spec = next(spec for spec in SPECS if spec.name == "swiglu")
-
-    def wrong(gate_up, *, impl=None):
-        result = spec.call(gate_up, impl=impl)
+    def wrong(gate_up):
+        result = OPS["swiglu"].reference(gate_up)
         # The value of swiglu with twice its gradient, or twice its value.
         return 2 * result - result.detach() if backward else 2 * result
 
-    names = [("theirs", partial(wrong, impl=Impl.REFERENCE), False)]
+    names = [("theirs", wrong, False)]
+    monkeypatch.setattr(op_module, "OPS", {"swiglu": OPS["swiglu"]})
     monkeypatch.setattr(op_module, "implementations", lambda *_, **__: names)
     cases = {case.task.name: case for case in op_cases(SHAPE, "fp32", CPU, compiled=False)}
     case = cases["swiglu backward" if backward else "swiglu"]

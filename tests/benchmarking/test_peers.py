@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from blip3o_fast.benchmarking import peers
 from blip3o_fast.benchmarking.cases import check_agreement
-from blip3o_fast.benchmarking.op_cases import SPECS, reference_call
+from blip3o_fast.benchmarking.op_cases import sizes_of
 from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.ops import OPS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = Shape("tiny", 2, 16)
@@ -93,13 +94,14 @@ def installed(install):
     ],
 )
 def test_what_is_written_with_them_is_the_op(installed, name, libraries):
-    spec = next(spec for spec in SPECS if spec.name == name)
-    tensors = spec.tensors(SHAPE, torch.float32, CPU)
+    op = OPS[name]
+    arguments = op.specimens(sizes_of(SHAPE, torch.float32, CPU))[0]
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     found = list(peers.op_peers(name, SHAPE))
     assert [library for library, _, _ in found] == libraries
     for library, call, ours in found:
         assert not ours
-        check_agreement(library, call(*tensors), reference_call(spec, SHAPE)(*tensors))
+        check_agreement(library, call(*tensors), op.reference(*arguments))
 
 
 def test_without_them_there_are_no_peers():

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from blip3o_fast import SamplingPlan
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.network_cases import Network
-from blip3o_fast.benchmarking.op_cases import SPECS, reference_call
+from blip3o_fast.benchmarking.op_cases import op_work, sizes_of
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.work import Work
+from blip3o_fast.ops import OPS, Impl
 from blip3o_fast.pretrained import BLIP3oDiT
 
 BASE = Shape("base", 2)
@@ -35,23 +36,26 @@ CPU = torch.device("cpu")
     ],
 )
 def test_bytes_of_row_ops(name, forward, backward):
-    assert work.row_op(name, BASE, 2) == Work(0.0, forward)
+    assert op_work(OPS[name], BASE, torch.bfloat16) == Work(0.0, forward)
     if backward is not None:
-        assert work.row_op(name, BASE, 2, backward=True) == Work(0.0, backward)
+        assert op_work(OPS[name], BASE, torch.bfloat16, backward=True) == Work(0.0, backward)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_bytes_are_those_of_the_tensors(spec):
-    tensors = spec.tensors(SMALL, torch.bfloat16, CPU)
-    result = reference_call(spec, SMALL)(*tensors)
-    results = [result] if isinstance(result, torch.Tensor) else list(result)
-    moved = sum(x.nbytes for x in (*tensors, *results) if x.ndim >= 3)
-    assert work.row_op(spec.name, SMALL, 2).bytes == moved
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_bytes_are_those_of_the_tensors(op):
+    arguments = op.specimens(sizes_of(SMALL, torch.bfloat16, CPU))[0]
+    results = op.function(Impl.REFERENCE)(*arguments)
+    tensors = [x for x in (*arguments, *results) if isinstance(x, torch.Tensor)]
+    moved = sum(x.nbytes for x in tensors if x.ndim >= 3)
+    if op.name == "solver_update":
+        moved -= results[0].nbytes  # the memory that the kernels write is an argument already
+    assert op_work(op, SMALL, torch.bfloat16).bytes == moved
 
 
-def test_unknown_op():
-    with pytest.raises(ValueError, match="expected an op with a known cost, got 'softmax'"):
-        work.row_op("softmax", BASE, 2)
+def test_rotation_and_attention_in_one_cost_what_attention_costs():
+    """It reads the same queries, keys and values, and writes the same rows."""
+    one = op_work(OPS["rope_attention"], BASE, torch.bfloat16)
+    assert one == work.attention(BASE.config, 2, 2)
 
 
 def test_attention():

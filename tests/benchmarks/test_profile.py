@@ -1,5 +1,6 @@
 """The profile of an evaluation, and the run of every op that the sanitizer watches."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import every_op
@@ -10,6 +11,7 @@ import torch
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig
+from blip3o_fast.ops import OPS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -64,6 +66,9 @@ def test_kernels_of_equal_operators_are_added_up():
             [[1, 256, 6, 64], [1, 256, 2, 64], [1, 256, 2, 64]],
             work.attention(DiTConfig.preset("tiny"), 1, 2),
         ),
+        ("blip3o_fast::swiglu_backward", [[1, 8, 1024]], work.Work(0.0, 5 * 8 * 1024 * 2)),
+        # The velocity and its gradient are 16-bit, what it is compared with is fp32.
+        ("blip3o_fast::flow_loss_backward", [[1, 8, 64]], work.Work(0.0, 8 * 64 * (2 * 2 + 3 * 4))),
         ("aten::mul", [[8]], None),
     ],
 )
@@ -76,26 +81,24 @@ def test_every_op_agrees_with_the_reference_in_fp64(capsys):
     """In both dtypes by the reference; three of them by ATen's passes, which have no gradients."""
     assert every_op.main(["--device", "cpu", "--impl", "reference", "aten"]) == 0
     out = capsys.readouterr().out
-    assert out.count("reference: good, ") == 2 * len(every_op.specs())
-    assert out.count("aten: good, ") == 2 * 3
+    assert out.count("reference: good, ") == 2 * len(OPS)
+    assert out.count("aten: good, ") == 2 * sum(op.aten is not None for op in OPS.values())
     assert "swiglu, bf16, aten: not here: " in out
 
 
 def test_triton_in_its_interpreter_is_compared_as_well(monkeypatch, capsys):
-    spec = next(spec for spec in every_op.SPECS if spec.name == "swiglu")
-    monkeypatch.setattr(every_op, "specs", lambda: (spec,))
+    monkeypatch.setattr(every_op, "OPS", {"swiglu": OPS["swiglu"]})
     assert every_op.main(["--device", "cpu", "--dtype", "fp32"]) == 0
     assert "swiglu, fp32, triton: good" in capsys.readouterr().out
 
 
 def test_an_op_that_is_wrong_in_its_gradient_alone_is_found(monkeypatch, capsys):
-    good = next(spec for spec in every_op.SPECS if spec.name == "swiglu")
+    good = OPS["swiglu"]
 
-    def wrong(x, *, impl=None):
-        out = good.call(x, impl=impl)
+    def wrong(x):
+        out = good.reference(x)
         return out if x.dtype is torch.float64 else out + (x - x.detach())[..., : out.shape[-1]]
 
-    broken = every_op.OpSpec("swiglu", wrong, good.sizes, good.differentiable)
-    monkeypatch.setattr(every_op, "SPECS", (broken,))
+    monkeypatch.setattr(every_op, "OPS", {"swiglu": replace(good, reference=wrong)})
     assert every_op.main(["--device", "cpu", "--impl", "reference"]) == 1
     assert "WRONG" in capsys.readouterr().out

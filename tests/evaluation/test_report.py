@@ -36,7 +36,7 @@ def test_token_map_is_row_major_and_averages_depth():
     values = np.arange(12.0)
     np.testing.assert_array_equal(token_map(values, (1, 3, 4)), values.reshape(3, 4))
     np.testing.assert_array_equal(token_map(values, (2, 2, 3)), [[3, 4, 5], [6, 7, 8]])
-    with pytest.raises(ValueError, match=r"one a patch of grid \(1, 4, 4\), got \[12\]"):
+    with pytest.raises(ValueError, match=r"one per patch of grid \(1, 4, 4\), got \[12\]"):
         token_map(values, (1, 4, 4))
 
 
