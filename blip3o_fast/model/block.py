@@ -83,11 +83,15 @@ class DiTBlock(nn.Module):
         context: Tensor,
         activated: Tensor,
         rotary: Rotary,
+        stays: bool = False,
     ) -> tuple[Tensor, Branch]:
-        """Stream ``[B, N, D]`` and open branch, adapted EVA tokens ``[B, M, D]``."""
+        """Stream ``[B, N, D]`` and open branch, adapted EVA tokens ``[B, M, D]``.
+
+        ``stays`` promises that the parameters stay in memory after this call. FSDP frees what it
+        has gathered, and may have wrapped the block or what wraps it.
+        """
         x, last = network.block(self, x, branch, context, rotary, self.sites(activated))
-        # FSDP frees the memory of a block's gathered parameters when its forward returns.
-        return x, _owned(last) if hasattr(self, "unshard") else last
+        return x, last if stays else _owned(last)
 
 
 def _owned(branch: Branch) -> Branch:

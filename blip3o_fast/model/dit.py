@@ -12,7 +12,7 @@ from blip3o_fast.axes import check_shape
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.model.adapter import EVAAdapter
 from blip3o_fast.model.block import DiTBlock
-from blip3o_fast.model.layers import AdaLN, RMSNorm, TimestepEmbedder
+from blip3o_fast.model.layers import AdaLN, RMSNorm, TimestepEmbedder, is_plain
 from blip3o_fast.model.network import BlockCall, Joining, LinearGuess, Rotary, network
 from blip3o_fast.model.positions import RotaryTables
 from blip3o_fast.ops import Impl, ImplTable
@@ -134,7 +134,8 @@ class DiT(nn.Module):
             run = block
             if self.gradient_checkpointing and self.training:
                 run = partial(checkpoint, block, use_reentrant=False)
-            return partial(run, context=context, activated=activated, rotary=rotary)
+            stays = is_plain(block, DiTBlock)
+            return partial(run, context=context, activated=activated, rotary=rotary, stays=stays)
 
         velocity, h = network(
             self,

@@ -19,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from blip3o_fast.checkpoint import published_names
 from blip3o_fast.model import DiTBlock
 from tests.tools.models import build, inputs
 
@@ -44,6 +45,12 @@ def by_block_with_torchs_recomputation(model):
     by_block(model)
 
 
+def by_compiled_block(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, backend="eager")
+    by_block(model)
+
+
 def by_projection(model):
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -55,6 +62,7 @@ RECIPES = (
     by_block,
     by_block_with_recomputation,
     by_block_with_torchs_recomputation,
+    by_compiled_block,
     by_projection,
 )
 
@@ -75,7 +83,7 @@ def train(prepare, rank=0, processes=1):
         velocity = model.eval()(x, t, eva, return_dict=False)
     sample = model.generate(eva, 2, noise=x)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return {"velocity": velocity, "sample": sample, **weights}
+    return {"velocity": velocity, "sample": sample, **published_names(weights)}
 
 
 def run_rank(rank, file):
