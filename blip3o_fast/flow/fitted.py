@@ -18,6 +18,7 @@ from blip3o_fast.flow.solvers import Evaluation
 
 SOLVER_NAME = "solver.json"
 FORMAT_VERSION = 1
+_ROWS = ("labels", "lengths", "states")
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,17 @@ class FittedSolver:
 
     def __post_init__(self) -> None:
         count = len(self.labels)
-        numbers = [*self.labels, *self.lengths, *self.states, *(c for row in self.slopes for c in row)]
+        numbers = [
+            *self.labels,
+            *self.lengths,
+            *self.states,
+            *(c for row in self.slopes for c in row),
+        ]
         shapes = (len(self.lengths), len(self.states), len(self.slopes))
         if not count or set(shapes) != {count} or not all(map(math.isfinite, numbers)):
             raise ValueError(
-                f"fitted solver: expected {count} finite lengths, states and rows of slopes, one for "
-                f"each label, got {shapes}"
+                f"fitted solver: expected {count} finite lengths, states and rows of slopes, one "
+                f"for each label, got {shapes}"
             )
         for n, row in enumerate(self.slopes):
             if len(row) != n + 1:
@@ -106,8 +112,8 @@ class FittedSolver:
             own = getattr(self, name)
             if own != value:
                 raise ValueError(
-                    f"solver: fitted for {name} {_shown(own)}, got a plan with {_shown(value)}; fit "
-                    "one for it with fit_solver, or use another solver"
+                    f"solver: fitted for {name} {_shown(own)}, got a plan with {_shown(value)}; "
+                    "fit one for it with fit_solver, or use another solver"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +136,10 @@ class FittedSolver:
         try:
             read = {
                 **fields,
-                **{name: tuple(map(float, fields[name])) for name in ("labels", "lengths", "states")},
+                **{
+                    name: tuple(map(float, fields[name]))
+                    for name in ("labels", "lengths", "states")
+                },
                 "slopes": tuple(tuple(map(float, row)) for row in fields["slopes"]),
                 "conditions": tuple(map(int, fields["conditions"])),
             }
@@ -159,8 +168,8 @@ def choose_fitted(solvers: dict[int, FittedSolver], evaluations: int) -> FittedS
     if evaluations not in solvers:
         known = ", ".join(map(str, sorted(solvers))) or "none"
         raise ValueError(
-            f"solver: expected a fitted solver of {evaluations} evaluations, the model has those of "
-            f"{known}; fit one with fit_solver or 'blip3o-fast fit-solver'"
+            f"solver: expected a fitted solver of {evaluations} evaluations, the model has those "
+            f"of {known}; fit one with fit_solver or 'blip3o-fast fit-solver'"
         )
     return solvers[evaluations]
 
@@ -169,7 +178,9 @@ def save_solvers(folder: str | Path, solvers: dict[int, FittedSolver]) -> None:
     """Write ``solver.json``, complete or not at all."""
     path = Path(folder) / SOLVER_NAME
     rows = [solvers[count].to_dict() for count in sorted(solvers)]
-    text = json.dumps({"format_version": FORMAT_VERSION, "solvers": rows}, indent=1, allow_nan=False)
+    text = json.dumps(
+        {"format_version": FORMAT_VERSION, "solvers": rows}, indent=1, allow_nan=False
+    )
     partial = path.with_name(f".{SOLVER_NAME}.partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
