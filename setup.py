@@ -102,10 +102,15 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
 
 
 def find_cmake() -> str:
-    """A CMake that is new enough, or ''. An isolated build sees scripts that do not run."""
-    found = shutil.which("cmake")
-    if found and version_printed_by(found, r"cmake version (\d+)\.(\d+)") >= OLDEST_CMAKE:
-        return found
+    """A CMake that is new enough, or ''.
+
+    One that pip installed lies beside Python, which need not be on the PATH. An isolated build sees
+    scripts that do not run.
+    """
+    for folders in (None, str(Path(sys.executable).parent)):
+        found = shutil.which("cmake", path=folders)
+        if found and version_printed_by(found, r"cmake version (\d+)\.(\d+)") >= OLDEST_CMAKE:
+            return found
     return ""
 
 

@@ -20,16 +20,16 @@ from typing import Any, Literal
 import torch
 
 from blip3o_fast import BLIP3oDiT, load_trained_model
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking.environment import describe_environment
-from blip3o_fast.cli.demo import MODEL, TRAINING
 from blip3o_fast.data import EmbeddingDataset
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.demo.pipeline import MODEL, TRAINING
 from blip3o_fast.evaluation import MetricAccumulator
 from blip3o_fast.evaluation.baselines import Baselines
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, read_batches, translate
 from blip3o_fast.flow import RectifiedFlowLoss
+from blip3o_fast.processes import World
 from blip3o_fast.training import TrainingOptions
-from blip3o_fast.training.distributed import World
 from blip3o_fast.training.run import claimed, prepare
 from blip3o_fast.training.tracking import METRICS_NAME
 from blip3o_fast.training.trainer import Trainer

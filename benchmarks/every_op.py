@@ -5,13 +5,17 @@
 Small enough to run under compute-sanitizer: 3 samples of 49 tokens at the widths of tiny, so that
 no tile is full; inputs are drawn and compared on the CPU, so that a GPU runs little but our
 kernels. Exits with 1 if a result differs from the reference in fp64.
+
+A kernel must run on the current stream, after what writes its inputs. So the device is kept busy
+before it writes them, over NaN: a kernel on any other stream reads the NaN. The current stream is
+the default one for fp32 and another for bf16.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -27,6 +31,8 @@ SHAPE = Shape("tiny", batch=3, tokens=49)
 CPU = torch.device("cpu")
 ALLOWED = {"bf16": 3e-2, "fp32": 1e-4}
 """Distance of a result from the reference in fp64, relative to the norm of that, by dtype."""
+DELAY_CYCLES = 1 << 21
+"""About a millisecond: longer than the host takes to launch a compiled kernel."""
 
 IMPLS = {"cuda": ("triton", "cuda"), "cpu": ("reference", "aten", "triton")}
 """By device; on a CPU Triton's kernels need its interpreter."""
@@ -66,6 +72,14 @@ def specs() -> tuple[OpSpec, ...]:
     return (*SPECS, ROPE_ATTENTION)
 
 
+def current_stream(device: torch.device, dtype: str) -> AbstractContextManager[object]:
+    """The stream on which ops of a dtype are checked."""
+    if device.type == "cpu":
+        return nullcontext()
+    default = dtype == "fp32"
+    return torch.cuda.stream(torch.cuda.default_stream() if default else torch.cuda.Stream())
+
+
 def worst_distance(spec: OpSpec, dtype: str, device: torch.device, impl: Impl) -> float:
     """Of an implementation's outputs and gradients from those of the reference in fp64.
 
@@ -77,11 +91,9 @@ def worst_distance(spec: OpSpec, dtype: str, device: torch.device, impl: Impl) -
     require(spec, dtype, device, impl)
     torch.manual_seed(0)
     drawn = spec.tensors(SHAPE, DTYPES[dtype], CPU)
-    # On a stream of its own: a kernel that is launched on the default one whatever the current
-    # stream is then runs beside what it needs, and shows.
-    on_cuda = device.type == "cuda"
-    with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else nullcontext():
+    with current_stream(device, dtype):
         tensors = [x.to(device) for x in drawn]
+        outputs_and_gradients(spec, tensors, impl)  # compiled here, so that the next call is quick
         results = [x.cpu() for x in outputs_and_gradients(spec, tensors, impl)]
     expected = outputs_and_gradients(spec, [x.double() for x in drawn], Impl.REFERENCE)
     distances = [
@@ -107,18 +119,30 @@ def outputs_and_gradients(spec: OpSpec, tensors: list[Tensor], impl: Impl) -> li
     ``ATEN`` has no gradients: its outputs alone.
     """
     count = 0 if impl is Impl.ATEN else spec.differentiable
-    leaves = [x.detach().clone().requires_grad_() for x in tensors[:count]]
-    # Cloned: some ops may overwrite their input.
-    rest = [x.clone() for x in tensors[count:]]
+    # Written anew: some ops may overwrite their input.
+    late = written_late(tensors)
+    leaves = [x.requires_grad_() for x in late[:count]]
+    rest = late[count:]
     with torch.set_grad_enabled(count > 0):
         result = op_call(spec, SHAPE, impl)(*leaves, *rest)
     outputs = [result] if isinstance(result, Tensor) else list(result)
     if not leaves:
         return outputs
     torch.manual_seed(1)
-    weights = [torch.randn(x.shape).bfloat16().to(x) for x in outputs]
+    weights = written_late([torch.randn(x.shape).bfloat16().to(x) for x in outputs])
     gradients = torch.autograd.grad(outputs, leaves, weights)
     return [*(x.detach() for x in outputs), *gradients]
+
+
+def written_late(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies that hold NaN until the device, on the current stream, comes to write them."""
+    late = [torch.full_like(x, torch.nan) for x in tensors]
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream().synchronize()
+        torch.cuda._sleep(DELAY_CYCLES)  # pyright: ignore[reportPrivateUsage]
+    for copy, x in zip(late, tensors, strict=True):
+        copy.copy_(x)
+    return late
 
 
 if __name__ == "__main__":

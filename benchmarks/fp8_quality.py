@@ -25,11 +25,11 @@ from blip3o_fast.evaluation.evaluate import (
     check_fit,
     chosen,
     read_batches,
-    sample_seed,
 )
 from blip3o_fast.evaluation.metrics import token_cosines
 from blip3o_fast.flow import draw_noise, interpolate
 from blip3o_fast.ops import Impl, e4m3_refusal
+from blip3o_fast.seeds import sample_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

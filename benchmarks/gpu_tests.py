@@ -94,6 +94,7 @@ def report(run: "Run", path: Path | None) -> int:
             time.sleep(0.5)
     except KeyboardInterrupt as error:
         run.stopped = str(error)
+        write(path, run.record())  # ending the processes may take longer than we are given
     run.end()
     content = run.record()
     write(path, content)
@@ -147,6 +148,7 @@ class Run:
         """End what still runs."""
         for process in self.processes:
             process.kill()
+        for process in self.processes:
             process.wait()
 
     def record(self) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.benchmarking.record_text import seconds
 from blip3o_fast.benchmarking.shapes import Shape
-from blip3o_fast.benchmarking.table import seconds
 from blip3o_fast.benchmarking.training_cases import write_shards
 from blip3o_fast.config import PRESETS
-from blip3o_fast.data.atomic import write_atomically
 from blip3o_fast.training import TrainingOptions, train
-from blip3o_fast.training.records import StepRecord
+from blip3o_fast.training.step_records import StepRecord
 
 KIND = "blip3o-fast long training"
 FORMAT = 1

@@ -21,16 +21,17 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.ceilings import DTYPES, measure_ceilings
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
+from blip3o_fast.benchmarking.record_text import seconds
 from blip3o_fast.benchmarking.shapes import Shape
-from blip3o_fast.benchmarking.table import align, seconds
 from blip3o_fast.benchmarking.training_cases import Training, prepare_step, step_work
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import PRESETS, DiTConfig
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.report.columns import align
 
 KIND = "blip3o-fast profile"
 FORMAT = 1

@@ -272,11 +272,6 @@ def demo(result: Result) -> Iterator[str]:
     yield f"{content['verdict']['sentence']} Crops: {facts['crops']}; model: {facts['model']}."
 
 
-def cell(text: str) -> str:
-    """Text without what would end a cell of a table."""
-    return text.replace("|", "/")
-
-
 def details(summary: str, text: str) -> str:
     """Text behind a line to click on."""
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"

@@ -18,7 +18,7 @@ from scaling_tables import BACKWARD, DISK, GLOBAL_BATCHES, GPUS, HALF, config, s
 from tables import duration, number
 
 from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
-from blip3o_fast.data.records import MARK_EVERY
+from blip3o_fast.data.sidecar import MARK_EVERY
 from blip3o_fast.training.options import TrainingOptions
 
 FOLDER = Path(__file__).parent

@@ -29,13 +29,14 @@ import torch
 from every_op import ALLOWED, Unavailable
 
 from blip3o_fast import ops
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
 from blip3o_fast.benchmarking.environment import describe_commit
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.suite import explain
 from blip3o_fast.benchmarking.training_cases import Training, prepare_step
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.config import PRESETS, Size
 from blip3o_fast.ops import Impl
 from blip3o_fast.reference import quantise_rows
 from blip3o_fast.sampling import SamplingPlan
@@ -71,7 +72,7 @@ class Options:
 
     what: tuple[str, ...]
     device: str
-    preset: str
+    preset: Size
     ops: tuple[str, ...]
     patience: float
 
@@ -79,6 +80,9 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check, print a line and write the record after each."""
     options, path = parse_arguments(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("expected a GPU that torch can use, found none; --device cpu tests this without one")
+        return 1
     names = list(checks(options))
     answers: list[Answer] = []
     for answer in ask(options, names):
@@ -99,7 +103,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Options, Path | No
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="*", help=f"of {', '.join(kinds)}; default: all")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--preset", default="base", help="of the models")
+    parser.add_argument("--preset", default="base", choices=tuple(PRESETS), help="of the models")
     parser.add_argument("--ops", nargs="+", help="whose kernels are called; default: all")
     parser.add_argument("--patience", type=float, default=30.0,
         help="seconds in which a check must answer, the start of its process included")  # fmt: skip

@@ -4,8 +4,6 @@ Our own are ``config.json`` and ``model.safetensors``. Parameter names and shape
 ones in every case. Nothing is unpickled beyond what ``torch.load(weights_only=True)`` allows.
 """
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blip3o_fast.atomic import settle, temporary_path, write_json
+from blip3o_fast.checked import read_json
 from blip3o_fast.config import PRESETS, DiTConfig
 
 CONFIG_NAME = "config.json"
@@ -40,22 +40,13 @@ def save_checkpoint(folder: str | Path, config: DiTConfig, tensors: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     named = published_names(tensors)
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}
-    weights = folder / f".{WEIGHTS_NAME}.partial"
+    temporary = temporary_path(folder / WEIGHTS_NAME)
     try:
-        save_file(plain, weights, metadata={"format": "pt"})
-        _settle(weights, folder / WEIGHTS_NAME)
+        save_file(plain, temporary, metadata={"format": "pt"})
+        settle(temporary, folder / WEIGHTS_NAME)
     finally:
-        weights.unlink(missing_ok=True)
-    partial = folder / f".{CONFIG_NAME}.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    _settle(partial, folder / CONFIG_NAME)
-
-
-def _settle(partial: Path, final: Path) -> None:
-    """Make a finished file durable, then visible."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(final)
+        temporary.unlink(missing_ok=True)
+    write_json(folder / CONFIG_NAME, config.to_dict(), indent=2)
 
 
 def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +78,7 @@ def load_checkpoint(
     found = _locate(Path(path), str(path), revision)
     if found.suffix == ".pt":
         return _read_published(found, num_attention_heads, num_key_value_heads)
-    config = DiTConfig.from_dict(_read_json(found / CONFIG_NAME))
+    config = DiTConfig.from_dict(read_json(found / CONFIG_NAME))
     weights = found / WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"{found}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}")
@@ -176,16 +167,6 @@ def _download(repository: str, revision: str | None) -> Path:
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(fields).__name__}")
-    return fields
-
-
 def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Checkpoint:
     """A ``.pt`` of the published trainer: weights in ``model_state_dict``, no configuration."""
     try:
@@ -218,7 +199,7 @@ def _recorded_fields(file: Path) -> dict[str, Any]:
     path = file.parent / EXPERIMENT_NAME
     if not path.is_file():
         return {}
-    experiment = _read_json(path)
+    experiment = read_json(path)
     size = str((experiment.get("args") or {}).get("model_size"))
     return {**PRESETS.get(size, {}), **(experiment.get("model_config") or {})}
 

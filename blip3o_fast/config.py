@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Any, Literal
 
 from blip3o_fast.conventions import Conventions, ConventionsName, find_conventions
@@ -16,9 +16,11 @@ PUBLISHED_ADALN_EPS = 1e-6
 """The published AdaLN applies this epsilon whatever ``rms_norm_eps`` says."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class DiTConfig:
     """Dimensions and constants of a BLIP3-o DiT, under the published field names.
+
+    Fields never change; ``replace`` makes another configuration.
 
     Attributes:
         hidden_size: width D of the residual stream.
@@ -86,6 +88,12 @@ class DiTConfig:
     grid: tuple[int, int, int] | None = None
     simple_scale_factor: float = 1.0
     condition_dropout: float = 0.0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # transformers.Trainer sets ``use_cache`` on the configuration of any model it trains.
+        if name != "use_cache" and (name in vars(self) or name not in self.__dataclass_fields__):
+            raise FrozenInstanceError(f"{name}: a configuration is fixed; use replace({name}=...)")
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         self._check_types()

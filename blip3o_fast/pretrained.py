@@ -112,6 +112,7 @@ class BLIP3oDiT(DiT):
             model = cls(checkpoint.config)
         check_tensors(checkpoint.config, model.state_dict(), checkpoint.tensors)
         model.load_state_dict(checkpoint.tensors, assign=True)
+        model.rotary.to_empty(device="cpu")  # is in no checkpoint
         return model.to(device=device, dtype=dtype).eval()
 
     def push_to_hub(self, repository: str, *, private: bool = True) -> str:

@@ -17,7 +17,7 @@ from blip3o_fast.config import DiTConfig, Size, TrainingMode
 from blip3o_fast.pretrained import BLIP3oDiT
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class BLIP3oCLIPDiTConfig(DiTConfig):
     """``DiTConfig`` that follows the published conventions unless told otherwise."""
 

@@ -1,8 +1,8 @@
 """The specification: every fused op in plain PyTorch.
 
 Each function is differentiable by autograd and runs on any device in any floating dtype. In 16-bit
-dtypes it rounds where the published modules round, so it is also the ``faithful`` oracle; called on
-fp64 tensors it is the truth that every kernel is judged by.
+dtypes it rounds where the published modules round. Called on fp64 tensors it is the truth that
+every kernel is judged by.
 
 Letters are those of ``blip3o_fast.axes``.
 """
@@ -125,6 +125,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     weights = logits.softmax(-1, dtype=accumulation_dtype(q.dtype)).to(q.dtype)
     return (weights @ v).transpose(1, 2)
+
+
+def rope_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rotates_keys: bool
+) -> Tensor:
+    """``attention`` of queries, and if ``rotates_keys`` of keys, that ``rope`` has rotated."""
+
+    def rotated(x: Tensor) -> Tensor:
+        return rope(x.flatten(2), cos, sin, x.shape[2], 0).view(x.shape)
+
+    return attention(rotated(q), rotated(k) if rotates_keys else k, v)
 
 
 def adapter_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

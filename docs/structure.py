@@ -3,8 +3,8 @@
     python docs/structure.py            print it
     python docs/structure.py --write    write it to docs/structure.md
 
-Boxes are the packages and modules at the top of ``blip3o_fast`` and the kernels; arrows are imports,
-without those that follow from others. The numbers are files and lines.
+Boxes are the packages and modules of ``blip3o_fast``, and the kernels. Arrows are imports,
+without those that follow from others. Numbers are files and lines.
 """
 
 import argparse

@@ -115,26 +115,22 @@ def _norm(p: Precision) -> Norm:
 
 def _swiglu(p: Precision) -> None:
     gate_up = _rows(p, 2, TOKENS, 6144)
-    for faithful in (False, True):
-        out = swiglu.forward(gate_up, faithful=faithful)
-    swiglu.backward(out, gate_up)
+    swiglu.backward(swiglu.forward(gate_up), gate_up)
 
 
 def _sandwich_norm(p: Precision) -> None:
     x = _rows(p, 2, TOKENS, WIDTH)
-    for faithful in (False, True):
-        sandwich_norm.forward(x, _norm(p), eps=EPS, faithful=faithful)
+    sandwich_norm.forward(x, _norm(p), eps=EPS)
     for parameters in (False, True):
         sandwich_norm.backward(x, x, _norm(p), eps=EPS, parameters=parameters)
 
 
 def _sandwich_join(p: Precision) -> None:
     x, ls = _rows(p, 2, TOKENS, WIDTH), _parameter(p, WIDTH)
-    for faithful in (False, True):
-        sandwich_join.forward(x, x, ls, _norm(p), _norm(p), eps=EPS, faithful=faithful)
+    sandwich_join.forward(x, x, ls, _norm(p), _norm(p), eps=EPS)
     for parameters in (False, True):
         sandwich_join.backward(x, x, x, x, ls, _norm(p), _norm(p), eps=EPS, parameters=parameters)
-    sandwich_join.forward(x, x, ls, None, _norm(p), eps=EPS, faithful=False)
+    sandwich_join.forward(x, x, ls, None, _norm(p), eps=EPS)
     sandwich_join.backward(x, x, x, x, ls, None, _norm(p), eps=EPS, parameters=True)
 
 
@@ -155,16 +151,14 @@ def _sandwich_join_quantised(p: Precision) -> None:
 def _rope(p: Precision) -> None:
     qkv, q = _rows(p, 2, TOKENS, 20 * HEAD), _rows(p, 2, TOKENS, 12 * HEAD)
     cos, sin = _parameter(p, TOKENS, HEAD), _parameter(p, TOKENS, HEAD)
-    for faithful in (False, True):
-        rope.forward(qkv, cos, sin, 16, faithful=faithful)
+    rope.forward(qkv, cos, sin, 16)
     rope.backward(qkv, cos, sin, 16)
-    rope.forward_(q, cos, sin, 12, faithful=False)
+    rope.forward_(q, cos, sin, 12)
 
 
 def _adapter_norm(p: Precision) -> None:
     x, w = _rows(p, 2, TOKENS, ADAPTER_PADDED), _parameter(p, ADAPTER_WIDTH)
-    for faithful in (False, True):
-        adapter_norm.forward(x, w, w, eps=EPS, faithful=faithful)
+    adapter_norm.forward(x, w, w, eps=EPS)
     for parameters in (False, True):
         adapter_norm.backward(x, x, w, w, eps=EPS, parameters=parameters)
 
@@ -172,8 +166,7 @@ def _adapter_norm(p: Precision) -> None:
 def _adapter_mix(p: Precision) -> None:
     gate, residual = _rows(p, 2, TOKENS, WIDTH), _rows(p, 2, TOKENS, WIDTH)
     adapted = _rows(p, 2, TOKENS, 832)[..., :WIDTH]
-    for faithful in (False, True):
-        adapter_mix.forward(gate, adapted, residual, faithful=faithful)
+    adapter_mix.forward(gate, adapted, residual)
     adapter_mix.backward(gate, gate, adapted, residual)
 
 
@@ -254,7 +247,6 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
         constants = (
             "POST",
             "PRE",
-            "FAITHFUL",
             "PARAMETERS",
             "ADJOINT",
             "PUBLISHED",

@@ -65,13 +65,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """``impl=Impl.CUDA`` runs the kernels on the host, on CPU tensors; an entry a call."""
-    from blip3o_fast.ops import _cuda
-    from tests.csrc.build import load_host_operators
+    from blip3o_fast.ops import OPS, Impl
+    from tests.csrc.build import emulate_cuda
 
-    load_host_operators()
-    host, calls = torch.ops.blip3o_fast_host, []
-    monkeypatch.setattr(_cuda, "operators", lambda: calls.append(None) or host)
-    monkeypatch.setattr(_cuda, "refusal", _cuda.limit)
+    emulate_cuda(monkeypatch)
+    calls: list[None] = []
+    for op in OPS.values():
+        if (fused := op.fused.get(Impl.CUDA)) is not None:
+            counted = lambda *args, f=fused.apply: calls.append(None) or f(*args)  # noqa: E731
+            monkeypatch.setitem(op.fused, Impl.CUDA, fused._replace(apply=counted))
     return calls
 
 

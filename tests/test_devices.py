@@ -53,7 +53,7 @@ def subclasses(kind):
 @pytest.mark.parametrize("solver", ["heun", "adams_bashforth2"])
 @pytest.mark.parametrize("seeded", [{"seeds": [3, 4]}, {"generator": 5}, {"noise": None}])
 def test_a_plan_heeds_its_inputs_alone(solver, seeded):
-    model = small_model()
+    model = small_model(condition_dropout=0.1)
     eva = torch.randn(2, N, E, generator=torch.Generator().manual_seed(0))
 
     def sample():

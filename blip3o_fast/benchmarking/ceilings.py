@@ -9,10 +9,10 @@ import torch
 from blip3o_fast.benchmarking.clock import Budget, time_alone
 from blip3o_fast.benchmarking.watch import Call, Prepared, make_watch
 from blip3o_fast.benchmarking.work import Work
+from blip3o_fast.devices import DTYPES
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

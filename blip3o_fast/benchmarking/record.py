@@ -1,12 +1,12 @@
 """A run of the benchmarks as data: what was measured where, and what was left out and why."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.atomic import write_json
+from blip3o_fast.checked import check, from_json, read_json
 
 FORMAT = 1
 KIND = "blip3o-fast benchmarks"
@@ -64,9 +64,9 @@ class Record:
     Attributes:
         settings: what was asked for.
         environment: as ``describe_environment`` gives it.
-        bandwidth: bytes a second of a copy, measured in this run.
-        rates: flops a second of a matrix product, by dtype, measured in this run.
-        transfer: bytes a second that the host delivers to the device, measured in this run.
+        bandwidth: bytes per second of a copy, measured in this run.
+        rates: flops per second of a matrix product, by dtype, measured in this run.
+        transfer: bytes per second that the host delivers to the device, measured in this run.
         peers: every peer: its version, or ``absent: `` and the reason.
         measurements: in the order in which they were made.
         left_out: what was not measured, and why.
@@ -84,15 +84,10 @@ class Record:
     left_out: dict[str, str]
     failures: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
-    def to_json(self) -> str:
-        """The file's text."""
-        content = {"kind": KIND, "format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(content, indent=1) + "\n"
-
     def write(self, path: Path) -> None:
         """Write the file whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, self.to_json().encode())
+        write_json(path, {"kind": KIND, "format": FORMAT, **dataclasses.asdict(self)})
 
 
 def read_record(path: str | Path) -> Record:
@@ -102,20 +97,19 @@ def read_record(path: str | Path) -> Record:
         ValueError: naming the file and what is wrong with it.
         OSError: if it cannot be read.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON record of benchmarks, got {error}") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND:
+    content = read_json(Path(path))
+    if content.get("kind") != KIND:
         raise ValueError(f"{path}: expected the kind {KIND!r}, as blip3o-fast bench writes it")
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {content.get('format')!r}")
     fields = {name: value for name, value in content.items() if name not in ("kind", "format")}
     try:
-        fields["measurements"] = tuple(Measurement(**row) for row in fields["measurements"])
-        record = Record(**fields)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the fields of a record, got: {error}") from None
+        record = from_json(Record, fields, "record")
+        check(record)
+        for measurement in record.measurements:
+            check(measurement)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     keys = [m.key for m in record.measurements]
     if len(set(keys)) != len(keys):
         raise ValueError(f"{path}: expected each measurement once, got duplicates")

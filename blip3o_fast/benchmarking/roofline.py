@@ -7,7 +7,7 @@ line of its own instead, with the share of the copy bandwidth that it reaches.
 from typing import TYPE_CHECKING
 
 from blip3o_fast.benchmarking.record import Measurement, Record
-from blip3o_fast.benchmarking.style import COLOURS, INK, MARKS, decimal_axis
+from blip3o_fast.report.style import LIGHT, MARKS, decimal_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,12 +42,12 @@ def _draw_row_ops(axes: "Axes", rows: list[Measurement]) -> None:
                 if (m.shape, m.dtype, m.contender) == (shape, dtype, contender)
             ]
             label = f"{contender}, {shape}, {dtype}"
-            colour = COLOURS[i % len(COLOURS)]
+            colour = LIGHT.series[i % len(LIGHT.series)]
             if points:
                 axes.scatter(
                     *zip(*points, strict=True), color=colour, marker=mark, s=24, label=label
                 )
-    axes.axvline(100, color=INK, linewidth=1.2)
+    axes.axvline(100, color=LIGHT.text, linewidth=1.2)
     axes.set_xscale("log")
     decimal_axis(axes.xaxis)
     axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -62,7 +62,7 @@ def _draw_products(axes: "Axes", products: list[Measurement], record: Record) ->
     low, high = min(*places, ridge) / 3, max(*places, ridge) * 3
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
     dtypes = [dtype for dtype in record.rates if any(m.dtype == dtype for m in products)]
-    colours = dict(zip(dtypes, COLOURS, strict=False))
+    colours = dict(zip(dtypes, LIGHT.series, strict=False))
     for dtype in dtypes:
         roof = [min(record.rates[dtype], x * record.bandwidth) / 1e12 for x in xs]
         axes.plot(xs, roof, color=colours[dtype], linewidth=1.2, label=f"limit, {dtype}")
@@ -72,7 +72,7 @@ def _draw_products(axes: "Axes", products: list[Measurement], record: Record) ->
         points = [(m.flops / m.bytes, m.flops / m.median / 1e12) for m in here]
         shades = [colours[m.dtype] for m in here]
         axes.scatter(*zip(*points, strict=True), c=shades, marker=mark, s=24)
-        axes.scatter([], [], c=INK, marker=mark, s=24, label=group)
+        axes.scatter([], [], c=LIGHT.text, marker=mark, s=24, label=group)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     decimal_axis(axes.xaxis)
     decimal_axis(axes.yaxis)

@@ -22,8 +22,8 @@ from blip3o_fast.data.dataset import Batch
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.processes import World
 from blip3o_fast.training import TrainingOptions
-from blip3o_fast.training.distributed import World
 from blip3o_fast.training.run import prepare as make_plan
 from blip3o_fast.training.step import OptimizerStep
 from blip3o_fast.training.trainer import Trainer

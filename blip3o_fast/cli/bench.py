@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blip3o_fast.cli.switch import add_switch
 from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import add_switch
 
 if TYPE_CHECKING:
     from blip3o_fast.benchmarking.record import Record
@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print; 1 on a failure or a regression."""
     from blip3o_fast.benchmarking.compare import compare
-    from blip3o_fast.benchmarking.plots import draw_plots
+    from blip3o_fast.benchmarking.record_plots import draw_plots
+    from blip3o_fast.benchmarking.record_text import render_comparison, render_record
     from blip3o_fast.benchmarking.suite import run_suite
-    from blip3o_fast.benchmarking.table import render_comparison, render_record
-    from blip3o_fast.evaluation import require_plots
+    from blip3o_fast.report.style import require_plots
 
     settings = read_settings(args)
     if args.plots:

@@ -1,78 +1,86 @@
 """``blip3o-fast convert``: published pickles and other formats to shards, once and for all.
 
-Pickles are interpreted by a reader that knows data only; nothing in them is run. A conversion that
-was interrupted goes on when the same command is given again. At the end every shard's checksum is
-verified and sampled rows are compared bit by bit with the source.
+Pickles go through a restricted parser; no code in them runs. An interrupted conversion continues
+when the same command is given again. At the end every shard's checksum is verified, and some rows
+are compared bit by bit with the source.
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from tqdm import tqdm
 
-from blip3o_fast.cli.switch import add_switch
+from blip3o_fast.checked import Count, Share, check
 from blip3o_fast.data.conversion import (
     Outcome,
     fp16_is_exact,
     verify_conversion,
     write_planned,
 )
-from blip3o_fast.data.manifest import DTYPES
-from blip3o_fast.data.planning import Plan, Wishes, open_sources, plan_conversion
+from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_sources, plan_conversion
+from blip3o_fast.devices import DtypeName
 from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import Flag, add_flags, given
 
 _GIB = 1 << 30
 _REMARKS_SHOWN = 20
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of ``convert``.
+
+    Attributes:
+        source: a published pickle, a tar of arrays, or a folder: of published shards or COCO files
+            (*.pkl), of tars (KEY.eva.npy, KEY.clip.npy, KEY.txt), or with eva.npy and clip.npy.
+        dest: folder for the shards; one left unfinished is continued.
+        dry_run: show what would be written, and stop.
+        dtype: element type of the shards; None: the source's, so that nothing is lost.
+        samples_per_shard: rows of a full shard.
+        tokens: tokens per sample; one less than the source's drops the CLS token, one more puts the
+            mean of the tokens in its place; None: as they are.
+        grid: patches along each axis; None: assume a square.
+        training_mode: which of a folder's published shards to take; None: those that are there.
+        max_shards: take the first so many files; None: all.
+        heldout_fraction: share of the photos, 0 to 1, that the manifest holds out of training.
+        eva_encoder: name of the EVA tower; None: as the source says.
+        clip_encoder: name of the CLIP tower; None: as the source says.
+        skip_bad_rows: leave out rows with NaN or Inf, and list them.
+        verify_rows: rows compared with the source afterwards.
+
+    Raises:
+        OptionError: naming the option, what was expected and what came.
+    """
+
+    source: Annotated[Path, Flag(positional=True)]
+    dest: Annotated[Path, Flag(positional=True)]
+    dry_run: bool = False
+    dtype: DtypeName | None = None
+    samples_per_shard: Count = 256
+    tokens: Count | None = None
+    grid: Annotated[tuple[int, int, int] | None, Flag(("DEPTH", "HEIGHT", "WIDTH"))] = None
+    training_mode: Literal["patch_only", "cls_patch"] | None = None
+    max_shards: Count | None = None
+    heldout_fraction: Share = 0.1
+    eva_encoder: str | None = None
+    clip_encoder: str | None = None
+    skip_bad_rows: bool = False
+    verify_rows: Count = 64
+
+    def __post_init__(self) -> None:
+        check(self, error=OptionError)
+        if self.dest.is_file():
+            raise OptionError(f"dest: expected a folder, got the file {self.dest}")
+        if self.source.resolve() == self.dest.resolve():
+            raise OptionError(f"dest: expected another folder than the source, got {self.dest}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``convert``."""
-    add = parser.add_argument
-    add(
-        "source",
-        type=Path,
-        help="a published pickle, a tar of arrays, or a folder: of published shards or COCO files "
-        "(*.pkl), of tars (KEY.eva.npy, KEY.clip.npy, KEY.txt), or with eva.npy and clip.npy",
-    )
-    add("dest", type=Path, help="folder for the shards; one left unfinished is continued")
-    add_switch(parser, "dry_run", default=False, text="show what would be written, and stop")
-    add(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="element type of the shards; None: the source's, so that nothing is lost",
-    )
-    add("--samples_per_shard", type=int, default=256, help="rows of a full shard")
-    add(
-        "--tokens",
-        type=int,
-        help="tokens a sample: one less than the source's drops CLS, one more puts the mean of the "
-        "tokens in its place; None: as they are",
-    )
-    add(
-        "--grid",
-        type=int,
-        nargs=3,
-        metavar=("DEPTH", "HEIGHT", "WIDTH"),
-        help="patches along each axis; None: a square",
-    )
-    add(
-        "--training_mode",
-        choices=("patch_only", "cls_patch"),
-        help="which of a folder's published shards to take; None: those that are there",
-    )
-    add("--max_shards", type=int, help="take the first so many files; None: all")
-    add(
-        "--heldout_fraction",
-        type=float,
-        default=0.1,
-        help="share of the photos, 0 to 1, that the manifest holds out of training",
-    )
-    add("--eva_encoder", help="name of the EVA tower; None: as the source says")
-    add("--clip_encoder", help="name of the CLIP tower; None: as the source says")
-    add_switch(
-        parser, "skip_bad_rows", default=False, text="leave out rows with NaN or Inf, and list them"
-    )
-    add("--verify_rows", type=int, default=64, help="rows compared with the source afterwards")
+    add_flags(parser, ConvertOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,51 +91,36 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: if the source is missing or holds nothing to convert.
         ValueError: naming the file, the row or the shard at fault.
     """
-    _check(args)
-    sources = open_sources(args.source, args.training_mode, args.max_shards)
+    options = ConvertOptions(**given(ConvertOptions, args))
+    sources = open_sources(options.source, options.training_mode, options.max_shards)
     wishes = Wishes(
-        dtype=args.dtype,
-        tokens=args.tokens,
-        grid=None if args.grid is None else tuple(args.grid),
-        heldout_fraction=args.heldout_fraction,
-        eva_encoder=args.eva_encoder,
-        clip_encoder=args.clip_encoder,
+        dtype=options.dtype,
+        tokens=options.tokens,
+        grid=options.grid,
+        heldout_fraction=options.heldout_fraction,
+        eva_encoder=options.eva_encoder,
+        clip_encoder=options.clip_encoder,
     )
     plan = plan_conversion(sources, wishes)
-    _describe(plan, args.samples_per_shard)
-    if args.dry_run:
+    _describe(plan, options.samples_per_shard)
+    if options.dry_run:
         print("dry run: nothing was written")
         return 0
     # disable=None: no bar where there is no terminal.
     with tqdm(total=plan.count, desc="convert", unit="sample", disable=None) as bar:
         outcome = write_planned(
             plan,
-            args.dest,
-            samples_per_shard=args.samples_per_shard,
-            skip_bad_rows=args.skip_bad_rows,
+            options.dest,
+            samples_per_shard=options.samples_per_shard,
+            skip_bad_rows=options.skip_bad_rows,
             progress=bar.update,
         )
-    identical = verify_conversion(plan, args.dest, args.verify_rows)
-    _conclude(args, outcome, identical)
+    identical = verify_conversion(plan, options.dest, options.verify_rows)
+    _conclude(options, outcome, identical)
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    for name in ("samples_per_shard", "max_shards", "tokens", "verify_rows"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise OptionError(f"{name}: expected at least 1, got {value}")
-    if not 0 <= args.heldout_fraction < 1:
-        raise OptionError(
-            f"heldout_fraction: expected 0 or more and less than 1, got {args.heldout_fraction}"
-        )
-    if args.dest.is_file():
-        raise OptionError(f"dest: expected a folder, got the file {args.dest}")
-    if args.source.resolve() == args.dest.resolve():
-        raise OptionError(f"dest: expected another folder than the source, got {args.dest}")
-
-
-def _describe(plan: Plan, samples_per_shard: int) -> None:
+def _describe(plan: ConversionPlan, samples_per_shard: int) -> None:
     facts = plan.facts
     print(
         f"{len(plan.sources)} files, {plan.count} samples of {facts.tokens} tokens "
@@ -144,17 +137,17 @@ def _describe(plan: Plan, samples_per_shard: int) -> None:
     _list("remark", plan.remarks)
 
 
-def _conclude(args: argparse.Namespace, outcome: Outcome, identical: list[str]) -> None:
+def _conclude(options: ConvertOptions, outcome: Outcome, identical: list[str]) -> None:
     _list("left out", outcome.skipped)
     _list("remark", identical)
     done = f" ({outcome.done} were done before)" if outcome.done else ""
     print(
         f"{outcome.written} samples written{done}, {len(outcome.skipped)} left out; checksums and "
-        f"up to {args.verify_rows} rows verified: {args.dest}"
+        f"up to {options.verify_rows} rows verified: {options.dest}"
     )
 
 
-def _list(title: str, lines: "tuple[str, ...] | list[str]") -> None:
+def _list(title: str, lines: Sequence[str]) -> None:
     for line in lines[:_REMARKS_SHOWN]:
         print(f"{title}: {line}")
     if len(lines) > _REMARKS_SHOWN:

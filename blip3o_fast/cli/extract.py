@@ -1,108 +1,133 @@
 """``blip3o-fast extract``: images to shards of paired embeddings.
 
-Run again with the same options, it goes on where it stopped. Images that cannot be read are listed
-in ``skipped.jsonl`` beside the shards.
+Run again with the same options, it continues where it stopped. Images that cannot be read are
+listed in ``skipped.jsonl`` beside the shards.
 """
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import Annotated, Literal
 
 import torch
 
-from blip3o_fast.cli.switch import add_switch
-from blip3o_fast.data.manifest import DTYPES, Split
+from blip3o_fast.checked import Count, Index, Share, check
+from blip3o_fast.data.manifest import Split
+from blip3o_fast.devices import DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.extraction.encoders import (
     CLIP_REPOSITORY,
     EVA_REPOSITORY,
+    PairName,
     TowerPair,
     load_towers,
 )
 from blip3o_fast.extraction.extract import (
     SKIPPED_FILE,
-    ExtractionReport,
-    Settings,
+    Extracted,
+    ExtractionSettings,
     Stopped,
     extract,
 )
-from blip3o_fast.extraction.sources import (
+from blip3o_fast.extraction.image_sources import (
     ImageRef,
     coco_images,
     folder_images,
     webdataset_images,
 )
+from blip3o_fast.flags import Flag, add_flags, given
+from blip3o_fast.signals import STOPPED, StopSignals
 
-COMPUTE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-STOPPED_BY_SIGTERM = 143
 _SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """Options of ``extract``.
+
+    Attributes:
+        images: image files below a folder; x.txt is x.jpg's caption.
+        webdataset: tars of images, as a path, a glob or {00000..00031}.tar.
+        coco: MS-COCO: annotations/captions_SPLIT.json and its images.
+        coco_split: part of COCO.
+        output_dir: folder for the shards.
+        towers: CLIP ViT-L/14 and EVA-CLIP-8B, or two small EfficientNets that need no download.
+        eva_path: folder or hub id of EVA-CLIP (clip+eva).
+        clip_path: folder or hub id of CLIP (clip+eva).
+        eva_revision: commit, tag or branch of eva_path; None: a pinned commit.
+        clip_revision: commit, tag or branch of clip_path; None: a pinned commit.
+        device: device of both towers: auto, cpu, cuda or cuda:N.
+        clip_device: device of the CLIP tower; None: as device.
+        dtype: element type that the towers compute in; auto: float16 on a GPU for clip+eva, else
+            float32.
+        include_cls: keep token 0, the CLS token: 257 tokens.
+        store_dtype: element type of the shards.
+        samples_per_shard: rows of a full shard.
+        max_samples: stop when the folder holds so many samples; None: all.
+        crops: random square crops per image; 0: the whole image.
+        mirror: take each random crop mirrored as well.
+        seed: decides the random crops.
+        heldout_fraction: share of the photos, 0 to 1, that the manifest holds out of training.
+        batch_size: images per forward pass.
+        num_workers: threads that decode images.
+        resume: continue a folder that holds shards of the same settings.
+        progress: show a bar of images.
+
+    Raises:
+        OptionError: naming the option, what was expected and what came.
+    """
+
+    images: Annotated[str | None, Flag("FOLDER", one_of="images")] = None
+    webdataset: Annotated[str | None, Flag("PATTERN", one_of="images")] = None
+    coco: Annotated[str | None, Flag("ROOT", one_of="images")] = None
+    coco_split: Annotated[str, Flag("SPLIT")] = "val2017"
+    output_dir: Annotated[str, Flag("DIR")]
+    towers: PairName = "clip+eva"
+    eva_path: str = EVA_REPOSITORY
+    clip_path: str = CLIP_REPOSITORY
+    eva_revision: str | None = None
+    clip_revision: str | None = None
+    device: str = "auto"
+    clip_device: str | None = None
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    include_cls: bool = False
+    store_dtype: DtypeName = "fp16"
+    samples_per_shard: Count = 256
+    max_samples: Count | None = None
+    crops: Index = 0
+    mirror: bool = False
+    seed: int = 0
+    heldout_fraction: Share = 0.1
+    batch_size: Count = 16
+    num_workers: Count = 2
+    resume: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check(self, error=OptionError)
+        if self.mirror and not self.crops:
+            raise OptionError("mirror: expected crops of 1 or more beside it, got 0")
+
+    def settings(self) -> ExtractionSettings:
+        """How images become samples."""
+        return ExtractionSettings(
+            include_cls=self.include_cls,
+            dtype=self.store_dtype,
+            samples_per_shard=self.samples_per_shard,
+            batch_size=self.batch_size,
+            workers=self.num_workers,
+            max_samples=self.max_samples,
+            seed=self.seed,
+            mirror=self.mirror,
+            split=Split(self.heldout_fraction),
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``extract``."""
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--images", metavar="FOLDER", help="image files below a folder; x.txt is x.jpg's caption"
-    )
-    source.add_argument(
-        "--webdataset", metavar="PATTERN", help="tars: a path, a glob or {00000..00031}.tar"
-    )
-    source.add_argument(
-        "--coco", metavar="ROOT", help="MS-COCO: annotations/captions_SPLIT.json and its images"
-    )
-    add("--coco_split", default="val2017", metavar="SPLIT", help="part of COCO")
-    add("--output_dir", required=True, metavar="DIR", help="folder for the shards")
-    add(
-        "--towers",
-        default="clip+eva",
-        choices=("clip+eva", "lite"),
-        help="CLIP ViT-L/14 and EVA-CLIP-8B, or two small EfficientNets that need no download",
-    )
-    _add_tower_arguments(parser)
-    _add_sample_arguments(parser)
-    add("--batch_size", type=int, default=16, help="images a forward pass")
-    add("--num_workers", type=int, default=2, help="threads that decode images")
-    add_switch(parser, "resume", default=True, text="go on in a folder that holds such shards")
-    add_switch(parser, "progress", default=True, text="show a bar of images")
-
-
-def _add_tower_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--eva_path", default=EVA_REPOSITORY, help="folder or hub id of EVA-CLIP (clip+eva)")
-    add("--clip_path", default=CLIP_REPOSITORY, help="folder or hub id of CLIP (clip+eva)")
-    add("--eva_revision", help="commit, tag or branch of eva_path; None: a pinned commit")
-    add("--clip_revision", help="commit, tag or branch of clip_path; None: a pinned commit")
-    add("--device", default="auto", help="of both towers: auto, cpu, cuda or cuda:N")
-    add("--clip_device", help="of the CLIP side; None: as device")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", *COMPUTE_DTYPES),
-        help="the towers compute in; auto: float16 on a GPU for clip+eva, else float32",
-    )
-
-
-def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add_switch(parser, "include_cls", default=False, text="keep token 0, the CLS token: 257 tokens")
-    add("--store_dtype", default="fp16", choices=tuple(DTYPES), help="element type of the shards")
-    add("--samples_per_shard", type=int, default=256, help="rows of a full shard")
-    add("--max_samples", type=int, help="stop when the folder holds so many samples; None: all")
-    add("--crops", type=int, default=0, help="random square crops an image; 0: the whole image")
-    add_switch(parser, "mirror", default=False, text="take each random crop mirrored as well")
-    add("--seed", type=int, default=0, help="of the random crops")
-    add(
-        "--heldout_fraction",
-        type=float,
-        default=0.1,
-        help="share of the photos, 0 to 1, that the manifest holds out of training",
-    )
+    add_flags(parser, ExtractOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,112 +139,54 @@ def run(args: argparse.Namespace) -> int:
         ImportError: when a package is absent, naming the extra.
         ValueError: when weights do not fit, or the folder holds other shards.
     """
-    settings = _settings(args)
-    images = _images(args)
-    towers = _towers(args)
+    options = ExtractOptions(**given(ExtractOptions, args))
+    images = _images(options)
+    towers = _towers(options)
     try:
-        with _stop_on_sigterm() as stop:
+        with StopSignals("SIGTERM") as signals:
             report = extract(
                 images,
                 towers,
-                args.output_dir,
-                settings,
-                resume=args.resume,
-                progress=args.progress,
-                stop=stop,
+                options.output_dir,
+                options.settings(),
+                resume=options.resume,
+                progress=options.progress,
+                stop=signals.asked,
             )
     except Stopped as stopped:
         print(f"blip3o-fast extract: {stopped}; run again to go on", file=sys.stderr)
-        return STOPPED_BY_SIGTERM
-    _tell(report, Path(args.output_dir))
-    # Asked during the last batch, all is done; what called this should still not go on.
-    return STOPPED_BY_SIGTERM if stop() else 0
+        return STOPPED
+    _tell(report, Path(options.output_dir))
+    # A signal during the last batch still tells the caller to stop.
+    return STOPPED if signals.asked() else 0
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    least = {"batch_size": 1, "num_workers": 1, "samples_per_shard": 1, "crops": 0}
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            raise OptionError(f"{name}: expected at least {low}, got {getattr(args, name)}")
-    if args.max_samples is not None and args.max_samples < 1:
-        raise OptionError(f"max_samples: expected at least 1, got {args.max_samples}")
-    if not 0 <= args.heldout_fraction < 1:
-        raise OptionError(
-            f"heldout_fraction: expected 0 or more and below 1, got {args.heldout_fraction}"
-        )
-    if args.mirror and not args.crops:
-        raise OptionError("mirror: expected crops of 1 or more beside it, got 0")
-    return Settings(
-        include_cls=args.include_cls,
-        dtype=args.store_dtype,
-        samples_per_shard=args.samples_per_shard,
-        batch_size=args.batch_size,
-        workers=args.num_workers,
-        max_samples=args.max_samples,
-        seed=args.seed,
-        mirror=args.mirror,
-        split=Split(args.heldout_fraction),
-    )
-
-
-def _images(args: argparse.Namespace) -> Iterable[ImageRef]:
-    if args.webdataset is not None:
-        refs = webdataset_images(args.webdataset)
-        return (ref._replace(crops=args.crops) for ref in refs) if args.crops else refs
-    if args.coco is not None:
-        listed = coco_images(args.coco, args.coco_split)
+def _images(options: ExtractOptions) -> Iterable[ImageRef]:
+    if options.webdataset is not None:
+        refs = webdataset_images(options.webdataset)
+        return (ref._replace(crops=options.crops) for ref in refs) if options.crops else refs
+    if options.coco is not None:
+        listed = coco_images(options.coco, options.coco_split)
     else:
-        listed = folder_images(args.images)
-    return [ref._replace(crops=args.crops) for ref in listed]
+        assert options.images is not None
+        listed = folder_images(options.images)
+    return [ref._replace(crops=options.crops) for ref in listed]
 
 
-def _towers(args: argparse.Namespace) -> TowerPair:
+def _towers(options: ExtractOptions) -> TowerPair:
     return load_towers(
-        args.towers,
-        eva_path=args.eva_path,
-        clip_path=args.clip_path,
-        eva_revision=args.eva_revision,
-        clip_revision=args.clip_revision,
-        device=_device("device", args.device),
-        clip_device=_device("clip_device", args.clip_device or args.device),
-        dtype=COMPUTE_DTYPES.get(args.dtype),
+        options.towers,
+        eva_path=options.eva_path,
+        clip_path=options.clip_path,
+        eva_revision=options.eva_revision,
+        clip_revision=options.clip_revision,
+        device=find_device(options.device),
+        clip_device=find_device(options.clip_device or options.device, "clip_device"),
+        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
     )
 
 
-def _device(option: str, name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"{option}: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"{option}: expected one of {torch.cuda.device_count()} CUDA devices, got {name!r}"
-        )
-    return device
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come; only the main thread can watch for it."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _tell(report: ExtractionReport, folder: Path) -> None:
+def _tell(report: Extracted, folder: Path) -> None:
     print(f"{report.samples} samples in {folder}, {report.added} of them new")
     for item in report.skipped[:_SHOWN]:
         print(f"skipped {item.key}: {item.reason}", file=sys.stderr)

@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(body, name: str) -> int:  # noqa: ANN001
-    """Run ``body``; turn what a user can mend into one line and an exit status.
+    """Run ``body``; turn errors that a user can fix into one line and an exit status.
 
-    Anything else is a defect of the library and keeps its traceback.
+    Any other error is a defect of the library and keeps its traceback.
     """
     try:
         return body()

@@ -9,11 +9,11 @@ executed, and of other formats.
 
 from blip3o_fast.data.background import BackgroundWriter
 from blip3o_fast.data.conversion import convert
+from blip3o_fast.data.conversion_plan import Wishes
 from blip3o_fast.data.dataset import Batch, EmbeddingDataset
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.data.manifest import Encoder, Manifest, ShardEntry, Split
 from blip3o_fast.data.order import Position, epoch_order
-from blip3o_fast.data.planning import Wishes
 from blip3o_fast.data.readahead import BatchReader, read_ahead
 from blip3o_fast.data.shards import SampleRecord, Shard, ShardWriter, merge_parts
 

@@ -1,9 +1,9 @@
 """Reading stretches of a file at any place, by any number of threads.
 
-Shards are read so, and not through memory maps: Linux allows a process 65530 maps unless told
-otherwise (``vm.max_map_count``), page tables grow by 8 bytes with every 4 KiB read through a map
-that stays, a map of a file that shrank kills the process, and Python keeps a descriptor for each
-map anyway.
+Shards are read with positioned reads and not through memory maps, for four reasons. Linux allows a
+process 65530 maps by default (``vm.max_map_count``). Page tables grow by 8 bytes for every 4 KiB
+that is read through a map. A map of a file that was truncated kills the process. Python keeps a
+file descriptor open for each map anyway.
 """
 
 import os
@@ -29,7 +29,7 @@ class RandomAccessFile:
         self.path = path
         file = path.open("rb", buffering=0)
         self._file = file
-        self._seek_and_read = threading.Lock()  # where the system has no reads with an offset
+        self._seek_and_read = threading.Lock()  # for systems without positioned reads
         weakref.finalize(self, file.close)
         self.size = os.fstat(file.fileno()).st_size
 

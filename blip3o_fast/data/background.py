@@ -3,19 +3,18 @@
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.manifest import DTYPES
-from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.shards import ShardWriter
+from blip3o_fast.data.sidecar import SampleRecord
+from blip3o_fast.devices import DTYPES
 
 
 class _OnItsWay(NamedTuple):
-    """A tensor in host memory, and the event after which it is whole; None: it is."""
+    """A tensor in host memory. It is complete after the event ``copied``, or already if None."""
 
     tensor: Tensor | None
     copied: torch.cuda.Event | None
@@ -24,12 +23,12 @@ class _OnItsWay(NamedTuple):
 class BackgroundWriter:
     """Adds batches to a ``ShardWriter`` in the order in which they come, in one thread.
 
-    Leaving the ``with`` block waits until all is written, after an exception too: what was
-    translated before it is kept. Nothing is added after a batch that was refused.
+    Leaving the ``with`` block waits until everything is written. This holds after an exception too,
+    so what was translated before it is kept. Once a batch is refused, later ones are dropped.
 
     Args:
-        writer: nobody else adds to it meanwhile.
-        ahead: batches that may wait to be written, at least 1, in memory of the host.
+        writer: must not be used by anything else meanwhile.
+        ahead: batches that may wait in host memory to be written, at least 1.
     """
 
     def __init__(self, writer: ShardWriter, ahead: int = 2) -> None:
@@ -40,32 +39,27 @@ class BackgroundWriter:
         self._refused = False
 
     def add(self, eva: Tensor | None, clip: Tensor | None, records: Sequence[SampleRecord]) -> None:
-        """``ShardWriter.add``, later; raises what it raised for a batch before this one."""
+        """Have the thread add a batch; raises what an earlier batch raised."""
         while len(self._waiting) >= self.ahead:
             self._waiting.popleft().result()
         towers = self._to_host(eva), self._to_host(clip)
         self._waiting.append(self._thread.submit(self._add, *towers, records))
 
     def finish(self) -> None:
-        """Wait until all is written; raises what ``ShardWriter.add`` raised."""
+        """Wait until everything is written; raises what ``ShardWriter.add`` raised."""
         while self._waiting:
             self._waiting.popleft().result()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
         if kind is None:
             self.finish()
 
     def _to_host(self, x: Tensor | None) -> _OnItsWay:
-        """Start the copy to page-locked memory on the caller's stream, rounded to its dtype."""
+        """Start the copy to page-locked memory on the caller's stream, in the shards' dtype."""
         if x is None or x.device.type != "cuda":
             return _OnItsWay(x, None)
         host = x.detach().to(DTYPES[self.writer.facts.dtype]).to("cpu", non_blocking=True)
@@ -76,7 +70,7 @@ class BackgroundWriter:
     def _add(self, eva: _OnItsWay, clip: _OnItsWay, records: Sequence[SampleRecord]) -> None:
         if self._refused:
             return
-        self._refused = True  # until it is accepted
+        self._refused = True  # until this batch is accepted
         for tower in (eva, clip):
             if tower.copied is not None:
                 tower.copied.synchronize()

@@ -1,7 +1,7 @@
 """Conversion of other formats to shards: stream and verify.
 
-Embeddings pass through memory a block at a time, whatever the size of the file. An interrupted
-conversion goes on where it stopped.
+Embeddings pass through memory in blocks, so files may be larger than memory. An interrupted
+conversion continues where it stopped.
 """
 
 import math
@@ -15,22 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_sources, plan_conversion
+from blip3o_fast.data.conversion_sources import Source
 from blip3o_fast.data.dataset import prepend_token_mean
-from blip3o_fast.data.manifest import DTYPES, Manifest, entry_path
-from blip3o_fast.data.planning import Plan, Wishes, open_sources, plan_conversion
+from blip3o_fast.data.manifest import Manifest, entry_path
 from blip3o_fast.data.reader import TOWERS, Shard
-from blip3o_fast.data.records import SampleRecord
 from blip3o_fast.data.shards import ShardWriter
-from blip3o_fast.data.sources import Source
+from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tensorfile import bits, is_finite
+from blip3o_fast.devices import DTYPES
 
-_BLOCK_BYTES = 1 << 24  # of embeddings in memory at a time, both towers, as stored in the source
+_BLOCK_BYTES = 1 << 24  # embeddings of both towers in memory at a time
 _LISTED = 20  # keys named in a remark
 
 
 @dataclass
 class Outcome:
-    """What a conversion did: samples written, found done, and left out as not finite."""
+    """Samples that a conversion wrote, found already written, and skipped for NaN or Inf."""
 
     written: int = 0
     done: int = 0
@@ -55,20 +56,20 @@ def convert(
 
 
 def write_planned(
-    plan: Plan,
+    plan: ConversionPlan,
     folder: Path,
     *,
     samples_per_shard: int = 256,
     skip_bad_rows: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Outcome:
-    """Write the planned samples, or what is left of them after an interruption.
+    """Write the planned samples, or those that an interrupted conversion left unwritten.
 
     Args:
         folder: of the shards.
         samples_per_shard: rows of a full shard.
         skip_bad_rows: leave out rows with NaN or Inf instead of stopping at the first.
-        progress: called with the number of samples just dealt with.
+        progress: called with the number of samples that were just handled.
 
     Raises:
         ValueError: for a row with NaN or Inf, naming source, row and key; if the folder holds
@@ -102,12 +103,12 @@ def write_planned(
     return outcome
 
 
-def verify_conversion(plan: Plan, folder: Path, rows: int = 64) -> list[str]:
+def verify_conversion(plan: ConversionPlan, folder: Path, rows: int = 64) -> list[str]:
     """Check every shard's SHA-256, and ``rows`` samples bit by bit against the source.
 
     Returns:
-        Remarks about samples whose features are identical, as the published extraction's are for
-        every image it could not read (it took a black one instead); the manifest's notes get them.
+        Remarks about samples with identical features, which are also added to the manifest's notes.
+        The published extraction encodes a black image for every image that it cannot read.
 
     Raises:
         ValueError: naming the shard or the key that differs.
@@ -137,7 +138,7 @@ def verify_conversion(plan: Plan, folder: Path, rows: int = 64) -> list[str]:
 def _identical(manifest: Manifest, folder: Path) -> list[list[str]]:
     """Keys of samples whose features are equal, group by group.
 
-    Few share their first token, so few are read whole.
+    First tokens are compared first; only samples that share theirs are read completely.
     """
     every = {i: range(entry.samples) for i, entry in enumerate(manifest.shards)}
     alike = _groups(manifest, folder, every, tokens=1)
@@ -151,7 +152,7 @@ def _identical(manifest: Manifest, folder: Path) -> list[list[str]]:
 def _groups(
     manifest: Manifest, folder: Path, chosen: Mapping[int, Sequence[int]], tokens: int
 ) -> list[list[tuple[int, int, str]]]:
-    """Of some rows of some shards, those that share their first tokens: (shard, row, key)."""
+    """Groups of the chosen rows with the same first tokens, as (shard, row, key)."""
     groups: dict[bytes, list[tuple[int, int, str]]] = defaultdict(list)
     for i, rows in chosen.items():
         shard = Shard(entry_path(folder, manifest.shards[i]), manifest.shards[i])
@@ -196,8 +197,8 @@ def read_rows(
     return eva, clip
 
 
-def fp16_is_exact(plan: Plan) -> bool:
-    """Whether fp16 would keep a few rows of every source bit for bit.
+def fp16_is_exact(plan: ConversionPlan) -> bool:
+    """Whether fp16 represents some rows of every source exactly.
 
     The published extraction computes in fp16 and stores fp32, so half of its bytes are zeros.
     """
@@ -213,7 +214,7 @@ def fp16_is_exact(plan: Plan) -> bool:
 def _blocks(
     source: Source, picked: Sequence[tuple[int, SampleRecord]]
 ) -> Iterator[Sequence[tuple[int, SampleRecord]]]:
-    """Cut into runs of neighbouring rows that fit the memory allowed."""
+    """Runs of neighbouring rows, each at most ``_BLOCK_BYTES``."""
     row_bytes = sum(
         math.prod(x.shape[1:]) * x.torch_dtype.itemsize
         for x in (source.eva, source.clip)
@@ -240,7 +241,7 @@ def _finite(
     skipped: list[str],
     skip: bool,
 ) -> list[int]:
-    """Positions in the block whose rows are finite; the others are refused or listed."""
+    """Positions in the block whose rows are finite; others raise an error, or are listed."""
     good: list[int] = []
     for i, (row, record) in enumerate(block):
         bad = [

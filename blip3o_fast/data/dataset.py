@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.data.index import SampleIndex, Side, build_index, photo_is_heldout
-from blip3o_fast.data.manifest import DTYPES, Manifest, ShardEntry, Split
+from blip3o_fast.data.manifest import Manifest, ShardEntry, Split
 from blip3o_fast.data.reader import Layout, Shard
-from blip3o_fast.data.records import SampleRecord
+from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tensorfile import bits, empty
+from blip3o_fast.devices import DTYPES
 
-__all__ = ["Batch", "EmbeddingDataset", "Records", "Side", "photo_is_heldout"]
+__all__ = ["Batch", "EmbeddingDataset", "BatchRecords", "Side", "photo_is_heldout"]
 
 _OPEN_SHARDS = 256  # a quarter of the 1024 files that a process may usually open
-_MOST_OPEN_SHARDS = 4096  # an open file takes memory too, and a node has many processes
+_MOST_OPEN_SHARDS = 4096  # open files take memory, and a node runs many processes
 
 
-class Records:
-    """The records of some samples, read when they are first asked for."""
+class BatchRecords:
+    """The records of some samples, read on first use."""
 
     def __init__(self, index: SampleIndex, indices: Sequence[int] | np.ndarray) -> None:
         self._index = index
@@ -30,7 +31,7 @@ class Records:
         self._read: tuple[SampleRecord, ...] | None = None
 
     def read(self) -> tuple[SampleRecord, ...]:
-        """One a sample, in the order of the batch."""
+        """One record per sample, in the order of the batch."""
         if self._read is None:
             self._read = tuple(self._index.records(self._indices))
         return self._read
@@ -39,13 +40,13 @@ class Records:
 class Batch(NamedTuple):
     """Some samples: ``eva [b, T, E]``, ``clip [b, T, C]``, and the record of each.
 
-    A tower that the folder lacks has width 0. The first look at ``records``, ``keys`` or
-    ``sources`` reads sidecars: leave them alone where speed counts.
+    A tower that the folder lacks has width 0. The first use of ``keys`` or ``sources`` reads
+    sidecars from the disk, so avoid them where speed matters.
     """
 
     eva: Tensor
     clip: Tensor
-    records: Records
+    records: BatchRecords
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -65,16 +66,14 @@ class EmbeddingDataset:
         folder: with a ``manifest.json``.
         split: ``train``, ``heldout`` or ``all``. The split goes by source photo, so crops of one
             photo stay together.
-        heldout_fraction: expected share of photos held out, 0 <= f < 1, chosen by a hash of each,
-            so that a photo's side does not depend on what else is in the folder. None does what
-            the manifest says.
-        tokens: None for the tokens as stored. One less drops the CLS token; one more puts the mean
-            of the tokens in front as a stand-in for it, which ``cls`` then says.
+        heldout_fraction: expected share of photos held out, 0 <= f < 1. A hash of its name decides
+            the side of each photo, whatever else is in the folder. None follows the manifest.
+        tokens: None for the tokens as stored. One less drops the CLS token. One more puts the mean
+            of the tokens in front in its place; ``cls`` is then ``token_mean``.
         max_shards: use the first so many shards only.
         verify: read every shard once and compare its SHA-256 with the manifest.
-        open_shards: files kept open between reads; opening one again reads nothing but its rows.
-            None: a quarter of the files that the process may open (256 of the usual 1024), 4096 at
-            most.
+        open_shards: most files kept open between reads. None: a quarter of the files that the
+            process may open (256 of the usual 1024), at most 4096.
 
     Attributes:
         manifest: as stored; the attributes below describe what ``read`` returns.
@@ -84,7 +83,8 @@ class EmbeddingDataset:
 
     Raises:
         FileNotFoundError: if the manifest or a shard is missing.
-        ValueError: naming the shard or the field, for whatever disagrees, and for an empty side.
+        ValueError: naming the shard or the field, if they contradict each other, or the side is
+            empty.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class EmbeddingDataset:
 
     @property
     def photos(self) -> int:
-        """Distinct source photos on this side, told apart by 64 bits of a hash of their names."""
+        """Distinct source photos on this side, counted by 64-bit hashes of their names."""
         return self._index.photos
 
     @property
@@ -167,14 +167,14 @@ class EmbeddingDataset:
         lead = max(self.tokens - self.manifest.tokens, 0)
         eva_bits, clip_bits = bits(eva), bits(clip)
         for i, (index, (shard, row)) in enumerate(zip(indices, places, strict=True)):
-            # A finished shard does not change, so a row is checked once.
+            # A finished shard does not change, so each row is checked only once.
             check = not self._checked[index]
             shard.copy_row(row, eva_bits[i, lead:], clip_bits[i, lead:], first=skip, check=check)
             self._checked[index] = True
         if lead:
             prepend_token_mean(eva)
             prepend_token_mean(clip)
-        return Batch(eva, clip, Records(self._index, indices))
+        return Batch(eva, clip, BatchRecords(self._index, indices))
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[SampleRecord]:
         """Key, caption and source of some samples."""
@@ -209,7 +209,7 @@ def _token_layout(
 def _check_shard(
     folder: Path, manifest: Manifest, entry: ShardEntry, *, verify: bool
 ) -> tuple[int, int]:
-    """Where the towers of a shard begin, after a look at its header."""
+    """Check the header of a shard; returns where its towers begin."""
     layout = Shard(folder / entry.file, entry, verify=verify).layout
     expected = (manifest.tokens, manifest.eva_width, manifest.clip_width, DTYPES[manifest.dtype])
     got = (layout.tokens, layout.eva_width, layout.clip_width, layout.dtype)
@@ -222,7 +222,7 @@ def _check_shard(
 
 
 def _reopen(folder: Path, manifest: Manifest, starts: np.ndarray, i: int) -> Shard:
-    """Shard ``i``, whose header agreed with the manifest; only its size is looked at again."""
+    """Open shard ``i``, whose header was checked before; only its size is checked again."""
     entry = manifest.shards[i]
     layout = Layout(
         entry.samples,

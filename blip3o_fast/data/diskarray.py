@@ -1,8 +1,8 @@
-"""Tensors and arrays in a pickle, left on disk until their rows are asked for.
+"""Tensors and arrays in a pickle, which stay on disk until their rows are read.
 
-These are the eleven names that a pickle of tensors, numpy arrays and plain data needs (under the
-module names of numpy 1 and of numpy 2), and what each stands for here: a note of where the elements
-lie, their type, shape and strides, checked against the file.
+A pickle of tensors, numpy arrays and plain data needs eleven names (counting those of numpy 1 and
+of numpy 2). Here each stands for a function that records where the elements are, with their type,
+shape and strides, and checks this against the file.
 
 A tensor's storage is a file within the file, in the layout that ``torch.save`` wrote before its zip
 format: five pickles (magic number, version, system, storage, keys), the number of elements as an
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.pickles import Builder, Extent, Global, Machine
+from blip3o_fast.data.pickles import Builder, Extent, Global, Stretch, load_data
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES = {
@@ -28,10 +28,11 @@ _STORAGES = {
     "DoubleStorage": "<f8",
     "BFloat16Storage": "bf16",
 }
+_FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "bf16": torch.bfloat16}
 
 
 class Storage(NamedTuple):
-    """The elements behind a tensor: where they lie, how many, and their type."""
+    """The elements behind a tensor: their place in the file, number and type."""
 
     offset: int
     elements: int
@@ -75,6 +76,18 @@ class DiskArray:
         """Bytes of an element."""
         return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The element type of ``rows``.
+
+        Raises:
+            ValueError: unless it is a floating-point type.
+        """
+        code = self.dtype.lstrip("<>")
+        if code not in _FLOATS:
+            raise ValueError(f"{self.path.name}: expected floating point, got {self.dtype}")
+        return _FLOATS[code]
+
     def set_state(self, state: Any) -> None:
         """Complete ``numpy._core.multiarray._reconstruct``."""
         if self.dtype:
@@ -83,7 +96,7 @@ class DiskArray:
         self.place(data, dtype, shape, "F" if fortran else "C")
 
     def place(self, data: Any, dtype: Any, shape: Any, order: Any) -> None:
-        """Let the array be the elements in ``data``, laid out in ``order`` C or F."""
+        """Use the elements in ``data``, in C or Fortran order."""
         if not isinstance(data, Extent) or not isinstance(dtype, DType):
             raise ValueError(f"expected an array of numbers, got {type(data).__name__}")
         if any(type(n) is not int or n < 0 for n in shape) or order not in ("C", "F"):
@@ -110,7 +123,7 @@ class DiskArray:
         begin = self.offset + start * self.strides[0] * self.itemsize
         if span == math.prod(shape):
             flat = np.fromfile(self.path, code, span, offset=begin)
-        else:  # other data lies in between, perhaps the whole file: let the system page it
+        else:  # other data lies in between, perhaps most of the file: let the system page it
             flat = np.memmap(self.path, code, "r", begin, (span,))
         steps = [step * self.itemsize for step in self.strides]
         rows = np.lib.stride_tricks.as_strided(flat, shape, steps)
@@ -131,43 +144,42 @@ def read_pickle(path: Path) -> Any:
 
     Raises:
         PickleError: a ``ValueError``, if the file is truncated or malformed, or names anything but
-            the parts of tensors and arrays; nothing of it is ever run.
+            the parts of tensors and arrays. No code in it ever runs.
     """
-    with path.open("rb") as file:
-        return Machine(path, file, 0, path.stat().st_size, _GLOBALS).run()
+    with Stretch(path, 0, path.stat().st_size) as stretch:
+        return load_data(stretch, _GLOBALS)
 
 
-def _torch_storage(m: Machine, identifier: tuple[Any, ...]) -> Storage:
-    """("storage", type, key, location, elements, view): its place is known only later."""
+def _torch_storage(m: Stretch, identifier: tuple[Any, ...]) -> Storage:
+    """("storage", type, key, location, elements, view): its place is known later."""
     tag, kind, _, _, elements, *view = identifier
     if tag != "storage" or any(part is not None for part in view) or type(elements) is not int:
         raise m.refusal(f"the persistent object {reprlib.repr(tag)}")
     return Storage(0, elements, _STORAGES[kind.name])
 
 
-def _storage(m: Machine, arguments: tuple[Any, ...]) -> Storage:
+def _storage(m: Stretch, arguments: tuple[Any, ...]) -> Storage:
     """``torch.storage._load_from_bytes``: find the elements in the file within the file."""
     (extent,) = arguments
     if not isinstance(extent, Extent):
         raise m.refusal("a storage that is not made of bytes")
     known: dict[Global, Builder | None] = {Global("torch", name): None for name in _STORAGES}
-    end = extent.offset + extent.length
-    inner = Machine(m.path, m.file, extent.offset, end, known, _torch_storage)
-    magic, _, system, storage, keys = (inner.run() for _ in range(5))
-    if magic != _TORCH_MAGIC or not isinstance(storage, Storage) or len(keys) != 1:
-        raise m.refusal("a storage in an unknown layout")
-    if system.get("little_endian") is not True:
-        raise m.error("expected little-endian storages")
-    elements = inner.number("q")
-    itemsize = DiskArray(m.path, storage.dtype).itemsize
-    if elements != storage.elements or elements < 0:
-        raise m.error(f"storage: expected {storage.elements} elements, got {elements}")
-    data = inner.skip(elements * itemsize)
-    m.file.seek(m.position)
+    with Stretch(m.path, extent.offset, extent.offset + extent.length) as inner:
+        magic, _, system, storage, keys = (
+            load_data(inner, known, _torch_storage) for _ in range(5)
+        )
+        if magic != _TORCH_MAGIC or not isinstance(storage, Storage) or len(keys) != 1:
+            raise m.refusal("a storage in an unknown layout")
+        if system.get("little_endian") is not True:
+            raise m.error("expected little-endian storages")
+        elements = inner.number("q")
+        if elements != storage.elements or elements < 0:
+            raise m.error(f"storage: expected {storage.elements} elements, got {elements}")
+        data = inner.skip(elements * DiskArray(m.path, storage.dtype).itemsize)
     return Storage(data.offset, elements, storage.dtype)
 
 
-def _tensor(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
+def _tensor(m: Stretch, arguments: tuple[Any, ...]) -> DiskArray:
     """``torch._utils._rebuild_tensor_v2``(storage, offset, size, stride, ...)."""
     storage, offset, size, stride = arguments[:4]
     if not isinstance(storage, Storage):
@@ -188,7 +200,7 @@ def _tensor(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
     return array
 
 
-def _dtype(m: Machine, arguments: tuple[Any, ...]) -> DType:
+def _dtype(m: Stretch, arguments: tuple[Any, ...]) -> DType:
     """``numpy.dtype``(code, align, copy): integers, floats, booleans and text; no objects."""
     code = arguments[0]
     if not isinstance(code, str) or code[:1] not in "iufbU" or not code[1:].isdigit():
@@ -196,14 +208,14 @@ def _dtype(m: Machine, arguments: tuple[Any, ...]) -> DType:
     return DType("<" + code)
 
 
-def _empty_array(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
+def _empty_array(m: Stretch, arguments: tuple[Any, ...]) -> DiskArray:
     """``numpy._core.multiarray._reconstruct``(ndarray, (0,), b"b"): its state follows."""
     if arguments[0] != Global("numpy", "ndarray"):
         raise m.refusal(f"an array of type {reprlib.repr(arguments[0])}")
     return DiskArray(m.path)
 
 
-def _array_from_buffer(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
+def _array_from_buffer(m: Stretch, arguments: tuple[Any, ...]) -> DiskArray:
     """``numpy._core.numeric._frombuffer``(buffer, dtype, shape, order)."""
     data, dtype, shape, order = arguments[:4]
     if len(arguments) > 4 and arguments[4] is not None:
@@ -213,27 +225,24 @@ def _array_from_buffer(m: Machine, arguments: tuple[Any, ...]) -> DiskArray:
     return array
 
 
-def _scalar(m: Machine, arguments: tuple[Any, ...]) -> Any:
+def _scalar(m: Stretch, arguments: tuple[Any, ...]) -> Any:
     """``numpy._core.multiarray.scalar``(dtype, bytes)."""
     dtype, data = arguments
     if not isinstance(dtype, DType) or not isinstance(data, Extent):
         raise m.refusal("a numpy scalar that is not a number")
     if data.length != np.dtype(dtype.code).itemsize:
         raise m.error(f"malformed numpy scalar {dtype.code} of {data.length} bytes")
-    m.file.seek(data.offset)
-    raw = m.file.read(data.length)
-    m.file.seek(m.position)
-    return np.frombuffer(raw, dtype.code)[0].item()
+    return np.fromfile(m.path, dtype.code, 1, offset=data.offset)[0].item()
 
 
-def _ordered_dict(m: Machine, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+def _ordered_dict(m: Stretch, arguments: tuple[Any, ...]) -> dict[Any, Any]:
     """``collections.OrderedDict``(): the items follow."""
     if arguments:
         raise m.refusal("an OrderedDict with arguments")
     return {}
 
 
-# None: a name that may stand as an argument but not be called.
+# None: a name that is allowed as an argument but not called.
 _GLOBALS: dict[Global, Builder | None] = {
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch.storage", "_load_from_bytes"): _storage,

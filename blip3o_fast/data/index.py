@@ -1,8 +1,8 @@
-"""Which rows of which shards one side of a data set holds, in a few bytes a sample.
+"""Which rows of which shards one side of a data set holds, in a few bytes per sample.
 
-No name is kept: a record is read from its sidecar when it is asked for, and photos are told apart
-by 64 bits of a hash. With n photos, the chance that any two share theirs, and are counted as one,
-is n^2 / 2^65: 2e-5 for 27 million.
+Names are not kept in memory. A record is read from its sidecar when it is needed, and photos are
+distinguished by 64-bit hashes. With n photos, the probability that two share a hash and count as
+one is n^2 / 2^65: 2e-5 for 27 million.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from blip3o_fast.data.manifest import ShardEntry, Split
-from blip3o_fast.data.records import MARK_EVERY, RecordFile, SampleRecord, read_records
+from blip3o_fast.data.sidecar import MARK_EVERY, RecordFile, SampleRecord, read_records
 
 Side = Literal["train", "heldout", "all"]
 
@@ -45,7 +45,7 @@ class SampleIndex(NamedTuple):
         """The shard of each of some samples, and the row in it.
 
         Raises:
-            IndexError: naming the first that is not there.
+            IndexError: naming the first that does not exist.
         """
         samples = np.asarray(indices, np.int64)
         outside = samples[(samples < 0) | (samples >= len(self.rows))]
@@ -56,7 +56,7 @@ class SampleIndex(NamedTuple):
         return shards.tolist(), (rows - self.firsts[shards]).tolist()
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[SampleRecord]:
-        """Read the records of some samples; neighbours in one shard cost one opening."""
+        """Read the records of some samples; neighbours in one shard share one opened file."""
         places = zip(*self.places(indices), strict=True)
         records: list[SampleRecord] = []
         for shard, group in groupby(places, key=lambda place: place[0]):
@@ -71,7 +71,7 @@ def build_index(
 ) -> SampleIndex:
     """Read every sidecar once and choose the samples of ``side``.
 
-    Takes 14 bytes of memory a sample, 4 of which stay (8 more from 2^31 samples on).
+    Takes 14 bytes of memory per sample while it runs and 4 afterwards (8 from 2^31 samples on).
 
     Raises:
         FileNotFoundError: if a sidecar is missing.
@@ -81,7 +81,7 @@ def build_index(
     firsts = _cumulative([entry.samples for entry in entries])
     first_marks = _cumulative([-(-entry.samples // MARK_EVERY) for entry in entries])
     total = int(firsts[-1])
-    # What is not filled is never touched, and so takes no memory.
+    # Memory that is never written takes no space.
     rows = np.empty(total, np.int32 if total <= np.iinfo(np.int32).max else np.int64)
     photos = np.empty(total, np.uint64)
     marks = np.empty(first_marks[-1], np.int64)
@@ -105,16 +105,16 @@ def build_index(
 
 
 def photo_is_heldout(photo: str, fraction: float) -> bool:
-    """Whether a photo is held out: a hash of its name, read as a number in [0, 1), is below f.
+    """Whether a photo is held out: its hash, read as a number in [0, 1), is below ``fraction``.
 
-    A larger fraction keeps every photo held out that a smaller one held out.
+    A larger fraction holds out all photos that a smaller one holds out, and more.
     """
     return bool(photo_hashes([photo])[0] < _threshold(fraction))
 
 
 def photo_hashes(photos: Sequence[str]) -> np.ndarray:
     """The first 64 bits of the SHA-256 of each of n > 0 names, uint64 ``[n]``."""
-    # JSON escapes make any string hashable, damaged ones included, and leave no line breaks in it.
+    # JSON escapes make every string encodable, even damaged ones, and free of line breaks.
     lines = json.dumps(list(photos), separators=("\n", ":"))[1:-1].encode().split(b"\n")
     digests = b"".join(hashlib.sha256(line).digest()[:8] for line in lines)
     return np.frombuffer(digests, ">u8").astype(np.uint64)

@@ -5,7 +5,7 @@ Training shards: a pickled dict with ``eva_blip3o_embeddings [n, T, 4096]``,
 COCO files: ``eva_embeddings``, ``clip_embeddings`` and ``metadata``, a list of dicts.
 
 T is 256, or 257 with the CLS token first. Embeddings are tensors, numpy arrays or lists, and may be
-two-dimensional, ``[n * T, width]``. What is odd about a file is told in its source's remarks.
+two-dimensional, ``[n * T, width]``. ``Source.remarks`` says what is odd about a file.
 """
 
 import reprlib
@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 
+from blip3o_fast.data.conversion_sources import Source, StackedRows, TensorRows, TokenRows
 from blip3o_fast.data.diskarray import DiskArray, read_pickle
 from blip3o_fast.data.manifest import Encoder
-from blip3o_fast.data.records import SampleRecord
-from blip3o_fast.data.sources import ArrayRows, Rows, Source, StackedRows, TensorRows, float_dtype
+from blip3o_fast.data.sidecar import SampleRecord
 
 TrainingMode = Literal["patch_only", "cls_patch"]
 
@@ -33,8 +33,8 @@ _PREPROCESSING = "CLIPImageProcessor of openai/clip-vit-large-patch14, 224 px"
 def published_files(folder: Path, mode: TrainingMode | None = None) -> list[Path]:
     """The pickles of a folder that belong together, in the published order.
 
-    Of COCO files, the consolidated one if it is there. Of shards, those of one mode: names that end
-    in ``_patch_only`` or ``_cls_patch``, else ``embeddings_shard_*``, else all.
+    For COCO, the consolidated file if there is one. For shards, those of one mode, whose names end
+    in ``_patch_only`` or ``_cls_patch``; otherwise ``embeddings_shard_*``, otherwise all.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -107,8 +107,8 @@ def _coco(path: Path, content: dict[Any, Any]) -> Source:
     distinct = _distinct(metadata)
     eva, clip = (_rows(path, key, content[key], len(distinct)) for key in _COCO_KEYS)
     samples = eva.shape[0]
-    # A shorter list is only meant when the long one does not fit: a consolidated file can repeat
-    # (batch, sample) pairs in its metadata and its embeddings alike.
+    # Repeated entries are dropped only if the full list does not fit: a consolidated file can
+    # repeat (batch, sample) pairs in its metadata and in its embeddings.
     if len(metadata) != samples and len(distinct) < len(metadata):
         remarks.append(
             f"metadata repeats itself: {len(metadata)} entries, {len(distinct)} distinct"
@@ -153,8 +153,8 @@ def _source(
     path: Path,
     content: dict[Any, Any],
     records: list[SampleRecord],
-    eva: Rows,
-    clip: Rows,
+    eva: TokenRows,
+    clip: TokenRows,
     remarks: list[str],
     *,
     same_key_same_image: bool = False,
@@ -185,18 +185,16 @@ def _encoder(name: Any, published: str) -> Encoder:
     return Encoder(name if isinstance(name, str) else published, "", _LAYER, _PREPROCESSING)
 
 
-def _rows(path: Path, key: str, value: Any, samples: int) -> Rows:
+def _rows(path: Path, key: str, value: Any, samples: int) -> TokenRows:
     """Embeddings of any published kind; two-dimensional ones are cut into ``samples``."""
     where = f"{path.name}: {key}"
     if isinstance(value, DiskArray):
-        float_dtype(value)
         if len(value.shape) == 2:
             value = value.grouped(_samples(where, value.shape[0], samples))
-        return ArrayRows(value)
+        return value
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{where}: expected embeddings, got {reprlib.repr(value)}")
     if all(isinstance(item, DiskArray) for item in value):
-        float_dtype(value[0])
         return StackedRows(value)
     try:
         return TensorRows(torch.tensor(value, dtype=torch.float32, device="cpu"))
@@ -239,5 +237,5 @@ def _digits(path: Path) -> tuple[int, str]:
 
 
 def _coco_order(path: Path) -> tuple[bool, int, str]:
-    """Batches by number, whatever else (the final one) after them."""
+    """Numbered batches first, then other files, such as the final one."""
     return "batch" not in path.stem, *_digits(path)

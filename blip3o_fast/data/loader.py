@@ -1,7 +1,7 @@
-"""Batches of a shuffled data set, ahead of time.
+"""Batches of a shuffled data set, read ahead.
 
-The order of batches is ``blip3o_fast.data.order``'s whatever the number of threads, and the
-position is that of the next batch the consumer will get, however far the threads have read ahead.
+The order of batches is that of ``blip3o_fast.data.order`` for any number of threads. The position
+is that of the next batch that the consumer gets, however far the threads have read ahead.
 """
 
 import threading
@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -28,12 +27,12 @@ class Loader:
 
     Args:
         dataset: what to read.
-        batch_size: samples a step over all ranks; a multiple of ``world_size``.
-        seed: of the order.
+        batch_size: samples per step over all ranks; a multiple of ``world_size``.
+        seed: decides the order.
         device: where the batches go.
         rank, world_size: this process among those that share each step.
         workers: threads that read; each prepares one batch at a time.
-        prefetch: batches prepared ahead, at least 1, in memory of the device.
+        prefetch: batches prepared ahead in device memory, at least 1.
         shuffle: off reads the samples in their stored order.
         drop_last: leave out the samples of an epoch that do not fill a step. Off, the last step is
             short, and a rank's part of it can be empty.
@@ -41,7 +40,7 @@ class Loader:
     Attributes:
         position: (epoch, step) of the next batch.
         steps_per_epoch: steps of an epoch, the same on every rank.
-        wait_seconds: how long the last batch was waited for.
+        wait_seconds: how long the consumer waited for the last batch.
         total_wait_seconds: the sum of that over all batches so far.
 
     Raises:
@@ -119,7 +118,7 @@ class Loader:
             yield next(self)
 
     def state_dict(self) -> dict[str, int]:
-        """The position, and what it is a position in; JSON-ready."""
+        """The position and the order that it refers to; JSON-ready."""
         return {
             "epoch": self.position.epoch,
             "step": self.position.step,
@@ -160,12 +159,7 @@ class Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _identity(self) -> dict[str, int]:

@@ -1,32 +1,27 @@
 """The manifest: what a folder of embedding shards holds, and where each fact comes from.
 
-A folder holds ``manifest.json``, one safetensors file a shard and one JSONL sidecar beside each::
+A folder holds ``manifest.json`` and, per shard, a safetensors file and a JSONL sidecar::
 
     manifest.json
     shard_00000.safetensors     eva [n, T, E] and clip [n, T, C]; a tower that is absent has width 0
     shard_00000.jsonl           n lines {"key": ..., "caption": ..., "source": ...}
 
-The manifest is written last, so a folder without one is not a data set yet. Nothing it says is
-believed about the world outside: its entries cannot leave the folder, and its counts must agree.
+The manifest is written last, so a folder without one is not a data set yet. A manifest is not
+trusted: its entries must stay inside the folder, and its counts must agree.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from blip3o_fast.data.atomic import write_atomically
-from blip3o_fast.data.fields import build, check_keys, check_types, json_object
+from blip3o_fast.atomic import write_json
+from blip3o_fast.checked import Count, Share, check, check_names, from_json, json_object, read_json
+from blip3o_fast.devices import DTYPES, DtypeName
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""The element types of a shard, by their names in the manifest and on the command line."""
-
 _LARGEST_MANIFEST = 1 << 28  # bytes, checked before the file is read; enough for 900,000 shards
 
 
@@ -75,15 +70,11 @@ class Split:
         heldout_sources: the held-out sources by name; when given, the fraction is not used.
     """
 
-    heldout_fraction: float = 0.1
+    heldout_fraction: Share = 0.1
     heldout_sources: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_types("split", self)
-        if not 0 <= self.heldout_fraction < 1:
-            raise ValueError(
-                f"heldout_fraction: expected 0 or more and less than 1, got {self.heldout_fraction}"
-            )
+        check(self, "split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +82,7 @@ class Manifest:
     """Facts about a folder of shards.
 
     Attributes:
-        format_version: of this layout; 1.
+        format_version: version of this layout; 1.
         tokens: tokens T of a sample, CLS included.
         has_cls: whether token 0 is a CLS token.
         grid: (depth, height, width) of the patches, in row-major order.
@@ -109,10 +100,10 @@ class Manifest:
 
     tokens: int
     has_cls: bool
-    grid: tuple[int, int, int]
+    grid: tuple[Count, Count, Count]
     eva_width: int
     clip_width: int
-    dtype: str
+    dtype: DtypeName
     eva_encoder: Encoder | None = None
     clip_encoder: Encoder | None = None
     shards: tuple[ShardEntry, ...] = ()
@@ -125,11 +116,7 @@ class Manifest:
             raise ValueError(
                 f"format_version: this library reads {FORMAT_VERSION}, got {self.format_version!r}"
             )
-        check_types("manifest", self)
-        if min(self.grid) < 1:
-            raise ValueError(
-                f"grid: expected three positive integers (depth, height, width), got {self.grid}"
-            )
+        check(self, "manifest")
         if self.tokens != math.prod(self.grid) + self.has_cls:
             raise ValueError(
                 f"tokens: expected {math.prod(self.grid) + self.has_cls} for grid {self.grid} "
@@ -140,8 +127,6 @@ class Manifest:
                 "eva_width, clip_width: expected 0 for an absent tower and at least one present, "
                 f"got {self.eva_width} and {self.clip_width}"
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self._check_entries()
 
     @property
@@ -176,7 +161,7 @@ class Manifest:
 
     def replace(self, **changes: Any) -> "Manifest":
         """A copy with some fields changed."""
-        check_keys("manifest", changes, Manifest)
+        check_names(Manifest, changes, "manifest key")
         return replace(self, **changes)
 
     @classmethod
@@ -184,7 +169,7 @@ class Manifest:
         """Read ``folder/manifest.json``.
 
         Raises:
-            FileNotFoundError: if it is not there: the folder is no data set, or not finished.
+            FileNotFoundError: if there is none: the folder is no data set, or is unfinished.
             ValueError: if it is malformed, of another version, contradicts itself, names an unknown
                 key, points outside the folder or lists no samples.
         """
@@ -205,17 +190,15 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Read one manifest file, finished or not; errors name the file."""
-        size = path.stat().st_size
-        if size > _LARGEST_MANIFEST:
-            raise ValueError(f"{path}: expected at most {_LARGEST_MANIFEST} bytes, got {size}")
+        values = read_json(path, _LARGEST_MANIFEST)
         try:
-            return cls.from_dict(json.loads(path.read_bytes()))
-        except (ValueError, RecursionError) as error:
+            return cls.from_dict(values)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def write(self, path: Path) -> Path:
         """Write one manifest file, whole or not at all."""
-        write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        write_json(path, self.to_dict())
         return path
 
     @classmethod
@@ -223,23 +206,10 @@ class Manifest:
         """Build from parsed JSON; the inverse of ``to_dict``."""
         values = json_object("manifest", values)
         samples = values.pop("samples", None)
-        if values.get("format_version", FORMAT_VERSION) == FORMAT_VERSION:
-            check_keys("manifest", values, cls)
-        else:  # the keys of another version are not ours to judge
+        if values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            # Unknown keys are errors in our version only; the version is refused below.
             values = {name: values[name] for name in values if name in cls.__dataclass_fields__}
-        for name in ("eva_encoder", "clip_encoder"):
-            if values.get(name) is not None:
-                values[name] = build(Encoder, name, values[name])
-        if isinstance(values.get("grid"), list):
-            values["grid"] = tuple(values["grid"])
-        if isinstance(values.get("shards"), list):
-            values["shards"] = tuple(build(ShardEntry, "shard", x) for x in values["shards"])
-        if "split" in values:
-            split = json_object("split", values["split"])
-            if isinstance(split.get("heldout_sources"), list):
-                split["heldout_sources"] = tuple(split["heldout_sources"])
-            values["split"] = build(Split, "split", split)
-        manifest = build(cls, "manifest", values)
+        manifest = from_json(cls, values, "manifest")
         if samples != manifest.samples:
             raise ValueError(
                 f"samples: expected {manifest.samples}, the sum over the shards, got {samples!r}"
@@ -253,7 +223,7 @@ class Manifest:
     def _check_entries(self) -> None:
         seen: set[str] = set()
         for entry in self.shards:
-            check_types(f"shard {entry.file!r}", entry)
+            check(entry, f"shard {entry.file!r}")
             if entry.file in seen:
                 raise ValueError(f"shards: {entry.file!r} is listed twice")
             seen.add(entry.file)
@@ -286,7 +256,7 @@ def entry_path(folder: Path, entry: ShardEntry) -> Path:
         )
     path = folder / name
     for file in (path, path.with_suffix(".jsonl")):
-        # What no link leads to lies where its name says; resolving each of 100,000 takes seconds.
+        # Only links can lead elsewhere. Resolving 100,000 paths would take seconds.
         steps = (file, *file.parents[: len(parts) - 1])
         linked = any(step.is_symlink() for step in steps)
         if linked and not file.resolve().is_relative_to(folder.resolve()):

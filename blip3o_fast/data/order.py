@@ -1,10 +1,9 @@
 """The order of samples, a pure function of (seed, epoch).
 
-``epoch_order`` sorts the samples by a hash of (seed, epoch, index), so the order is the same for
-every version of every library. A step takes the next ``batch_size`` samples of it, and a rank takes
-its contiguous share of the step. The ranks therefore split one global order: the samples of a step
-do not depend on how many ranks there are, and a position (epoch, step) is all that a resumed run
-needs.
+``epoch_order`` sorts the samples by a hash of (seed, epoch, index), so the order does not depend on
+any library's version. A step takes the next ``batch_size`` samples of it, and each rank takes a
+contiguous share of the step. The ranks therefore split one global order: the samples of a step do
+not depend on the number of ranks, and a position (epoch, step) is all that a resumed run needs.
 """
 
 from functools import lru_cache

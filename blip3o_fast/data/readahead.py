@@ -1,15 +1,14 @@
 """Reading batches in threads while the device computes.
 
-On CUDA each thread fills a page-locked buffer and starts its copy to the device on a side stream;
-the consumer's stream waits for that copy alone. Reading is memory traffic, which needs no
-interpreter lock, so threads suffice: no processes, no pickling, no shared memory.
+On CUDA each thread fills a page-locked buffer and copies it to the device on a stream of its own.
+The consumer's stream waits for that copy only. Reading releases the interpreter lock, so threads
+are enough, without processes, pickling or shared memory.
 """
 
 import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -19,14 +18,14 @@ from blip3o_fast.data.dataset import Batch, EmbeddingDataset
 
 
 class Ready(NamedTuple):
-    """A batch that was read, and the event after which it is on the device; None: it is there."""
+    """A batch. It is on the device after the event ``copied``, or already if None."""
 
     batch: Batch
     copied: torch.cuda.Event | None
 
 
 class _Staging:
-    """Page-locked buffers of one batch, and the event after which they may be filled again."""
+    """Page-locked buffers of one batch; they may be filled again after the event ``copied``."""
 
     def __init__(self, dataset: EmbeddingDataset, rows: int) -> None:
         def buffer(width: int) -> torch.Tensor:
@@ -43,11 +42,10 @@ class BatchReader:
 
     Args:
         dataset: what to read.
-        rows: samples of the largest batch.
+        rows: most samples of a batch.
         device: where the batches go.
         workers: threads; each prepares one batch at a time.
-        records: whether the threads read the records too, which is otherwise left to whoever looks
-            at a batch's.
+        records: whether the threads read the records too. Otherwise they are read on first use.
     """
 
     def __init__(
@@ -72,11 +70,11 @@ class BatchReader:
                 self._staging.put(_Staging(dataset, rows))
 
     def submit(self, choose: Callable[[], np.ndarray]) -> Future[Ready]:
-        """Have a thread read the samples that ``choose``, called there, names."""
+        """Have a thread call ``choose`` and read the samples that it returns."""
         return self._threads.submit(self._prepare, choose)
 
     def take(self, future: Future[Ready]) -> Batch:
-        """The batch of a ``submit``, once it is read, for the current stream.
+        """Wait for the batch of a ``submit``; it can be used on the current stream.
 
         Raises:
             ValueError: naming the shard, the row and the key, if a sample holds NaN or Inf.
@@ -85,24 +83,19 @@ class BatchReader:
         if copied is not None:
             consumer = torch.cuda.current_stream(self.device)
             consumer.wait_event(copied)
-            # The allocator must not reuse the memory before the consumer's stream is done with it.
+            # The allocator must not reuse the memory before the consumer's stream is finished.
             batch.eva.record_stream(consumer)
             batch.clip.record_stream(consumer)
         return batch
 
     def close(self) -> None:
-        """Forget what no thread has begun, and stop the threads."""
+        """Cancel what has not begun, and stop the threads."""
         self._threads.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _prepare(self, choose: Callable[[], np.ndarray]) -> Ready:
@@ -139,7 +132,7 @@ class BatchReader:
 def read_ahead(
     reader: BatchReader, parts: Iterable[np.ndarray], *, prefetch: int = 2
 ) -> Iterator[Batch]:
-    """The batches of ``parts``, samples by index, in that order; ``prefetch`` are read ahead."""
+    """The batch of each array of sample indices, in order; ``prefetch`` batches are read ahead."""
     ahead: deque[Future[Ready]] = deque()
     for part in parts:
         ahead.append(reader.submit(lambda part=part: part))
@@ -150,7 +143,7 @@ def read_ahead(
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Name the current CUDA device: which one is current differs from thread to thread."""
+    """Add the index of the current CUDA device, which is a property of the calling thread."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip3o_fast.data.access import RandomAccessFile
 from blip3o_fast.data.manifest import ShardEntry
-from blip3o_fast.data.records import RecordFile
+from blip3o_fast.data.sidecar import RecordFile
 from blip3o_fast.data.tensorfile import (
     CHECK_ELEMENTS,
     bits,
@@ -44,18 +44,18 @@ class Layout(NamedTuple):
 
 
 class Shard:
-    """One shard; nothing but its header is read before it is asked for.
+    """One shard. Opening it reads its header only.
 
     Args:
         path: the safetensors file; its sidecar lies beside it.
         entry: what the manifest says of it; None takes the shard as it is.
         verify: read both files once and compare their SHA-256 with ``entry``.
-        layout: what the header says, where that is known: then it is not read again.
+        layout: contents of the header, if they are known; the header is then not read.
 
     Attributes:
         layout: as the header says.
         samples, tokens, eva_width, clip_width, dtype: those of the layout.
-        records: the sidecar, indexable by row; it is read when it is first asked for.
+        records: the sidecar, indexable by row; read on first use.
 
     Raises:
         FileNotFoundError: if the file is missing; from ``records``, if the sidecar is.
@@ -111,7 +111,7 @@ class Shard:
     ) -> None:
         """Copy tokens ``first:`` of one row into bit-pattern arrays ``[T - first, width]``.
 
-        ``check`` refuses NaN and Inf. The interpreter lock is free during the copy.
+        ``check`` refuses NaN and Inf. The copy releases the interpreter lock.
         """
         if not 0 <= row < self.samples:
             raise IndexError(f"{self.path.name}: row {row} of {self.samples}")

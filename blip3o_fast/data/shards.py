@@ -1,26 +1,26 @@
 """Shards of paired embeddings, written whole or not at all.
 
 A shard is a safetensors file with ``eva [n, T, E]`` and ``clip [n, T, C]`` (either may be absent,
-and then has width 0) and a sidecar of n records. ``ShardWriter`` keeps a part manifest,
-``manifest.part-<part>.json``, up to date after every shard: that is what an interrupted writer
-resumes from. The manifest proper, which makes the folder a data set, is written last.
+and then has width 0) and a sidecar of n records. ``ShardWriter`` updates a part manifest,
+``manifest.part-<part>.json``, after every shard; an interrupted writer resumes from it. The
+manifest itself, which makes the folder a data set, is written last.
 """
 
 import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
-from blip3o_fast.data.atomic import remove_leftovers, write_atomically
-from blip3o_fast.data.manifest import DTYPES, MANIFEST_NAME, Manifest, ShardEntry, entry_path
+from blip3o_fast.atomic import remove_leftovers, write_atomically
+from blip3o_fast.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, entry_path
 from blip3o_fast.data.reader import TOWERS, Shard
-from blip3o_fast.data.records import RecordFile, SampleRecord, check_record, encode_records
+from blip3o_fast.data.sidecar import RecordFile, SampleRecord, check_record, encode_records
 from blip3o_fast.data.tensorfile import RowWriter, bits, file_sha256, is_finite
+from blip3o_fast.devices import DTYPES
 
 __all__ = ["SampleRecord", "Shard", "ShardWriter", "merge_parts"]
 
@@ -36,10 +36,10 @@ class ShardWriter:
         facts: a ``Manifest`` without shards: sizes, dtype, encoders, split, notes.
         samples_per_shard: rows of a full shard.
         resume: go on in a folder that holds shards of the same facts; their keys are in ``done``.
-        part: a letter, then letters and digits; processes that write one folder together need
-            different ones. The default suits a single process.
-        merge: write the manifest at the end. Off for all but the last of several parts, after which
-            ``merge_parts`` does it.
+        part: a name of letters and digits that begins with a letter. Processes that write one
+            folder together need different ones; a single process needs none.
+        merge: write the manifest at the end. With several parts it is off, and ``merge_parts``
+            writes the manifest once all are finished.
 
     Attributes:
         done: keys that the folder holds already, those of the shard in progress included.
@@ -108,7 +108,7 @@ class ShardWriter:
             start = stop
 
     def flush(self) -> None:
-        """Finish the shard in progress, full or not; it will survive whatever comes."""
+        """Finish the shard in progress, full or not; later failures do not affect it."""
         if self._writer is None:
             return
         name = self._shard_name()
@@ -118,7 +118,7 @@ class ShardWriter:
             write_atomically(sidecar, data)
             size, digest = self._writer.commit()
         except OSError:
-            # Unlisted, these files mean nothing to a reader; they only take up space.
+            # Readers ignore files that no manifest lists, but they take up space.
             for path in (sidecar, self.folder / name):
                 path.unlink(missing_ok=True)
             self.discard()
@@ -127,7 +127,7 @@ class ShardWriter:
         self._part = self._part.replace(shards=(*self._part.shards, written))
         self._writer, self._records = None, []
         self._index += 1
-        # Should this fail, the list on disk may be the old one or the new one: both are consistent.
+        # If this fails, the list on disk is the old or the new one; both are consistent.
         self._part.write(self._part_path)
 
     def discard(self) -> None:
@@ -137,7 +137,7 @@ class ShardWriter:
             self.done.difference_update(record.key for record in self._records)
             self._writer, self._records = None, []
         if self._created and not self._part.shards:
-            with contextlib.suppress(OSError):  # not empty: somebody else writes here too
+            with contextlib.suppress(OSError):  # not empty: another process writes here too
                 self.folder.rmdir()
 
     def finish(self) -> None:
@@ -155,12 +155,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.finish()
@@ -168,9 +163,9 @@ class ShardWriter:
             self.discard()
 
     def _take_over(self, resume: bool) -> int:
-        """Learn what the folder holds; the number of the next shard."""
+        """Read what the folder holds; returns the number of the next shard."""
         found = _manifests(self.folder)
-        # Parts of other names may belong to processes that are writing along with this one.
+        # Parts of other names may belong to other processes that write at the same time.
         own = found if self._prefix == "shard_" else {self.folder / MANIFEST_NAME, self._part_path}
         blocking = [manifest for path, manifest in found.items() if path in own]
         if blocking and not resume:

@@ -2,7 +2,7 @@
 
 ``photo_17.eva.npy`` and ``photo_17.clip.npy`` hold ``[T, width]`` each, ``photo_17.txt`` (or
 ``.caption``, ``.text``) its caption. Members are read in place from the uncompressed tar; nothing
-is unpacked, so their names can do no harm.
+is unpacked, so member names cannot write outside a folder.
 """
 
 import tarfile
@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from blip3o_fast.data.conversion_sources import Source, StackedRows
 from blip3o_fast.data.diskarray import DiskArray
-from blip3o_fast.data.records import SampleRecord
-from blip3o_fast.data.sources import Source, StackedRows, float_dtype
+from blip3o_fast.data.sidecar import SampleRecord
 
 _CAPTIONS = ("txt", "caption", "text")
 _LONGEST_CAPTION = 1 << 20  # bytes
@@ -91,7 +91,7 @@ def _npy_member(path: Path, member: tarfile.TarInfo, data: IO[bytes]) -> DiskArr
     except (KeyError, ValueError) as error:
         raise ValueError(f"{where}: expected a .npy array: {error}") from error
     array = DiskArray(path, dtype.str, shape, (), member.offset_data + data.tell())
-    float_dtype(array)
+    assert array.torch_dtype  # finding it refuses what is not floating point
     if len(shape) != 2 or fortran:
         raise ValueError(f"{where}: expected a row-major array [T, width], got shape {list(shape)}")
     array.strides = (shape[1], 1)

@@ -2,11 +2,11 @@
 
 Layout: an 8-byte little-endian length, that many bytes of JSON header, then the tensors end to end.
 The header maps a name to ``{"dtype": "BF16", "shape": [...], "data_offsets": [start, stop]}`` with
-offsets from the end of the header (huggingface/safetensors). A header is data from outside: it is
-checked against the size of the file before anything is allocated.
+offsets from the end of the header (huggingface/safetensors). A header is not trusted: it is checked
+against the size of the file before anything is allocated.
 
 Elements are handled as bit patterns, unsigned integers of the element's width, because numpy has no
-bfloat16; ``bits`` and ``from_bits`` convert without copying.
+bfloat16; ``bits`` converts without copying.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.atomic import PendingFile, write_error
-from blip3o_fast.data.fields import json_object
+from blip3o_fast.atomic import PendingFile, write_error
+from blip3o_fast.checked import json_object
 
 _CODES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LARGEST_HEADER = 100 * 1024 * 1024  # the limit of the safetensors library
-_HEADER_BYTES = 512  # of the files written here: length and padded JSON, for a fixed start of data
-_BLOCK_BYTES = 1 << 24  # of a move within a file
+_HEADER_BYTES = 512  # length and padded JSON, so that data start at a fixed place
+_BLOCK_BYTES = 1 << 24  # moved at once within a file
 CHECK_ELEMENTS = 1 << 17
-"""A block of bit patterns that stays in the L2 cache between its copy and its check."""
+"""Elements copied and checked at once, few enough to stay in the L2 cache in between."""
 
 
 _BITS = {
@@ -35,7 +35,7 @@ _BITS = {
     torch.float16: (torch.int16, np.uint16),
     torch.float32: (torch.int32, np.uint32),
 }
-# All exponent bits set: the smallest magnitude, as an integer, that is not a finite number.
+# All exponent bits set. Larger magnitudes, as integers, are infinite or NaN as well.
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 
 
@@ -57,7 +57,7 @@ def bits(x: Tensor) -> np.ndarray:
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in numpy's memory, which asks for huge pages.
 
-    Touching fresh 4 KiB pages costs more than the copy into them; reading a batch is 3x as fast so.
+    Writing to new 4 KiB pages costs more than the copy itself; this makes reading 3x as fast.
     """
     signed, unsigned = _BITS[dtype]
     return torch.from_numpy(np.empty(shape, unsigned)).view(signed).view(dtype)
@@ -66,9 +66,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def is_finite(patterns: np.ndarray, dtype: torch.dtype) -> bool:
     """Whether no bit pattern is a NaN or an infinity of ``dtype``.
 
-    Two integer maxima, block by block: as unsigned numbers, the negative ones are the largest and
-    grow with their magnitude; as signed numbers, the positive ones do. Tens of times faster than
-    ``torch.isfinite``.
+    Computes two integer maxima per block. As unsigned integers, negative numbers are the largest
+    and grow with their magnitude; as signed integers, positive numbers are. Tens of times faster
+    than ``torch.isfinite``.
     """
     infinity, sign = _INFINITY[dtype], 1 << (8 * patterns.itemsize - 1)
     signed = np.dtype(f"i{patterns.itemsize}")
@@ -132,7 +132,7 @@ def _spec(name: str, value: object, base: int) -> TensorSpec:
 
 
 class RowWriter:
-    """Writes tensors of one shared, not yet known, number of rows into a safetensors file.
+    """Writes tensors with the same, yet unknown number of rows into a safetensors file.
 
     Space for ``capacity`` rows of each tensor is left in the (sparse) file; ``commit`` closes the
     gaps. Memory use does not depend on the number of rows.
@@ -184,7 +184,7 @@ class RowWriter:
         return size, digest
 
     def discard(self) -> None:
-        """Leave no trace."""
+        """Delete what was written."""
         self._pending.discard()
 
     def _row_bytes(self, name: str) -> int:
@@ -200,7 +200,7 @@ class RowWriter:
         return start
 
     def _move(self, name: str) -> None:
-        """Close the gap in front of a tensor; it moves towards the beginning, so a copy is safe."""
+        """Close the gap in front of a tensor. It moves forward in the file, so copying is safe."""
         source, target = self._start(name, self.capacity), self._start(name, self.rows)
         remaining = self.rows * self._row_bytes(name) if source != target else 0
         while remaining:

@@ -1,7 +1,7 @@
 """Streaming evaluation: batches in, one ``Metrics`` out.
 
-What is kept is a handful of numbers and four vectors of width C a sample, never tokens. At C = 1024
-that is 16 KB a sample, so 5,000 COCO images take 80 MB where their tokens would take 5 GB.
+It keeps a few numbers and four vectors of width C per sample, no tokens. At C = 1024 that is 16 KB
+per sample: 5,000 COCO images take 80 MB, where their tokens would take 5 GB.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ class MetricAccumulator:
         Args:
             generated, target: ``[n, N, C]``.
             keys: n names, each seen once.
-            sources: n photo names, the clusters of the bootstrap; None makes each sample its own.
+            sources: n photo names, the clusters of the bootstrap; None: each sample is its own.
 
         Raises:
             ValueError: on wrong shapes, a repeated key, or a value that is not finite; nothing is
@@ -191,7 +191,7 @@ class MetricAccumulator:
             raise ValueError(f"generated: expected samples with patches, got {[n, N, C]}")
         if self._position_sum is not None and len(self._position_sum) != N - self._has_cls:
             raise ValueError(
-                f"generated: expected {len(self._position_sum) + self._has_cls} tokens a sample "
+                f"generated: expected {len(self._position_sum) + self._has_cls} tokens per sample "
                 f"as before, got {N}"
             )
         _check_names(keys, sources, n, self._keys)

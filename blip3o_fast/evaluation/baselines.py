@@ -1,6 +1,6 @@
 """The two baselines that every result stands beside, fitted on training batches only.
 
-* The mean predictor answers with the mean training target at each position, whatever it is shown.
+* The mean predictor returns the mean training target at each position and ignores its input.
 * Ridge regression maps each EVA token to the CLIP token at the same place by one linear map,
 
       y = mean_y + W' z        z = (x - mean_x) / std_x        W = (Z'Z + n s I)^-1 Z'(Y - mean_y)
@@ -28,7 +28,7 @@ HELD_OUT_EVERY = 5
 
 
 class PairedTokens(Protocol):
-    """What the baselines read of a batch; the batches of ``blip3o_fast.data`` have it."""
+    """What the baselines read of a batch; batches of ``blip3o_fast.data`` provide it."""
 
     @property
     def eva(self) -> Tensor:
@@ -47,7 +47,7 @@ class PairedTokens(Protocol):
 
 
 class TrainingBatch(NamedTuple):
-    """Paired tokens of n training samples: the plainest ``PairedTokens``."""
+    """Paired tokens of n training samples: the simplest ``PairedTokens``."""
 
     eva: Tensor
     clip: Tensor
@@ -81,7 +81,7 @@ class MeanPredictor:
 
 @dataclass(frozen=True, eq=False)
 class RidgeRegression:
-    """A tuned linear map for patch tokens, and one of its own for CLS where there is one."""
+    """A tuned linear map for patch tokens, and another one for CLS tokens if there are any."""
 
     patch: LinearMap
     cls: LinearMap | None = None

@@ -29,7 +29,7 @@ class Estimate:
 
 
 def cluster_index(labels: Sequence[str]) -> NDArray[np.int64]:
-    """Number the distinct labels 0, 1, ... in order of first appearance: one number a sample."""
+    """Number the distinct labels 0, 1, ... in order of first appearance: one number per sample."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int64)
 
@@ -40,7 +40,7 @@ def resampled_sums(
     """Sums of the columns of ``values`` over resampled clusters.
 
     Args:
-        values: ``[n, K]``, a row a sample.
+        values: ``[n, K]``, one row per sample.
         clusters: ``[n]``, the cluster of each sample, numbered from 0 without gaps.
         replicates: how many resamples R.
         seed: of the draws; the same seed draws the same clusters whatever ``values`` holds.

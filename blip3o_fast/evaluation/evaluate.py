@@ -1,6 +1,5 @@
-"""One evaluation from a model and two sides of a data set to a ``Report``."""
+"""The evaluation of a model on two sides of a data set, as a ``Report``."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from blip3o_fast.checked import Count, Index, check
 from blip3o_fast.conventions import GridName
 from blip3o_fast.data import Batch, EmbeddingDataset, SampleRecord
 from blip3o_fast.evaluation.accumulator import MetricAccumulator
@@ -17,10 +17,12 @@ from blip3o_fast.evaluation.baselines import Baselines
 from blip3o_fast.evaluation.metrics import token_cosines
 from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples, token_map
 from blip3o_fast.flow import find_solver
+from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.seeds import sample_seed
 
 ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
-"""The crop that a sample was encoded from, ``[height, width, 3]``, or None if it is not at hand."""
+"""The crop that a sample was encoded from, ``[height, width, 3]``; None if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -28,38 +30,37 @@ class EvaluationSettings:
     """How to measure.
 
     Attributes:
-        evaluations: numbers of network evaluations to sample with, each at least 1.
-        solver: used where it fits: a two-evaluation solver takes half as many steps, and an odd
-            number of evaluations is Euler's.
-        guidance_scale: 1 is none.
+        evaluations: numbers of calls of the network to sample with, each at least 1.
+        solver: solver that spends them. One that calls the network twice per step takes half as
+            many steps; Euler's method takes over where the number does not divide.
+        guidance_scale: 1 is no guidance.
         time_grid: None follows the model's conventions.
         batch_size: samples generated at once.
-        seed: with a sample's key, decides its noise, whatever its batch.
+        seed: decides the noise of a sample together with its key, whatever its batch.
         max_samples: held-out samples to use, evenly spread; None is all.
         max_training_samples: training samples that the baselines see, evenly spread; None is all.
         photos: samples to show with their token maps.
         bootstrap: resamples of the photos for the intervals.
     """
 
-    evaluations: tuple[int, ...] = (1, 2, 4, 10, 25, 50, 100)
-    solver: str = "heun"
+    evaluations: tuple[Count, ...] = (1, 2, 4, 10, 25, 50, 100)
+    solver: SolverName = "heun"
     guidance_scale: float = 1.0
     time_grid: GridName | None = None
-    batch_size: int = 64
+    batch_size: Count = 64
     seed: int = 0
-    max_samples: int | None = None
-    max_training_samples: int | None = None
-    photos: int = 5
-    bootstrap: int = 2000
+    max_samples: Count | None = None
+    max_training_samples: Count | None = None
+    photos: Index = 5
+    bootstrap: Index = 2000
 
     def __post_init__(self) -> None:
-        if not self.evaluations or min(self.evaluations) < 1:
-            raise ValueError(f"evaluations: expected numbers >= 1, got {self.evaluations}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        check(self)
+        if not self.evaluations:
+            raise ValueError("evaluations: expected at least one number, got none")
 
     def method(self, evaluations: int) -> tuple[str, int]:
-        """Solver and steps that spend ``evaluations``."""
+        """Solver and number of steps that call the network ``evaluations`` times."""
         stages = find_solver(self.solver).evaluations_per_step
         if evaluations % stages:
             return "euler", evaluations
@@ -173,7 +174,7 @@ def read_batches(
 def translate(
     model: BLIP3oDiT, batch: Batch, settings: EvaluationSettings, evaluations: int
 ) -> Tensor:
-    """CLIP tokens ``[b, N, C]`` sampled with so many network evaluations."""
+    """CLIP tokens ``[b, N, C]`` sampled with so many calls of the network."""
     solver, steps = settings.method(evaluations)
     return model.generate(
         batch.eva.to(model.dtype),
@@ -185,12 +186,6 @@ def translate(
     )
 
 
-def sample_seed(key: str, seed: int) -> int:
-    """A seed that depends on the sample's key and ``seed`` alone."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def shown(
     model: BLIP3oDiT,
     data: EmbeddingDataset,
@@ -199,7 +194,7 @@ def shown(
     settings: EvaluationSettings,
     image_of: ImageOf | None,
 ) -> tuple[Photo, ...]:
-    """Samples from worst to best with their token maps, and their crops where they are at hand."""
+    """Samples from worst to best with their token maps, and their crops if these are known."""
     picks = indices[list(spread_samples(best.scores, settings.photos))]
     if len(picks) == 0:
         return ()

@@ -31,7 +31,7 @@ RECALL_AT = (1, 5, 10)
 THRESHOLDS = (0.7, 0.8, 0.9)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
-_NO_DIRECTION = 1e-6  # a difference this small beside its terms is rounding and points nowhere
+_NO_DIRECTION = 1e-6  # a relative difference this small is rounding and has no direction
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class ClsMetrics:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Summary of n samples. Intervals resample source photos; CKA and quantiles carry none.
+    """Summary of n samples. Intervals resample source photos; CKA and quantiles have none.
 
     Attributes:
         samples: n.
         sources: distinct source photos, the units of the bootstrap.
-        tokens: patch tokens a sample.
+        tokens: patch tokens per sample.
         resamples, confidence: of every interval.
         token_cosine, image_cosine, centred_cosine, mse, r2: as in the module's docstring.
         recall_generated_to_target: k to R@k, a generated vector searching the targets.

@@ -1,9 +1,8 @@
 """Second moments of token pairs, and ridge regression solved from them.
 
-With x and y measured from an origin near their means (the first batch's mean, so that the centring
-below cancels no digits), the sums kept are n, sum x, sum y, X'X, X'Y and sum |y|^2, all fp64.
-Moments of two parts of the data add up; they give the solution on one part and its exact error on
-the other.
+x and y are measured from an origin near their means, the mean of the first batch, so that centring
+loses no digits. The sums are n, sum x, sum y, X'X, X'Y and sum |y|^2, all fp64. Moments of two
+parts of the data can be added. They give the solution on one part and its exact error on the other.
 """
 
 from dataclasses import dataclass

@@ -1,15 +1,15 @@
 """The files that a report becomes.
 
-Everything is rendered in memory, then each file is moved into place, so that a failure to render
-leaves the folder as it was:
+Everything is rendered in memory before any file is written, so an error while rendering leaves the
+folder as it was:
 
     report.html       one self-contained page
     report.json       every number, ``format_version`` first
-    samples.csv       a row a sample, a column a method and value
+    samples.csv       one row per sample, one column per method and value
     similarity.png    similarity against the number of evaluations, baselines as lines
     histogram.png     per-sample token cosine
-    token_maps.png    cosine on the patch grid, beside the photos where there are any
-    loss.png          training loss, where a history is given
+    token_maps.png    cosine on the patch grid, beside the photos if there are any
+    loss.png          training loss, if there is a history
 """
 
 import csv
@@ -17,9 +17,11 @@ import io
 import json
 from pathlib import Path
 
-from blip3o_fast.evaluation.page import render_page
-from blip3o_fast.evaluation.plots import DARK, LIGHT, draw_plots
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.evaluation.report import Report
+from blip3o_fast.evaluation.report_page import render_page
+from blip3o_fast.evaluation.report_plots import draw_plots
+from blip3o_fast.report.style import DARK, LIGHT
 
 _SAMPLE_VALUES = ("token_cosine", "image_cosine", "centred_cosine", "mse")
 
@@ -44,9 +46,7 @@ def write_report(report: Report, folder: str | Path, *, plots: bool = True) -> P
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
+        write_atomically(folder / name, content)
     return folder / "report.html"
 
 

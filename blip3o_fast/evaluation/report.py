@@ -16,7 +16,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One method on the held-out samples; ``evaluations`` of the network, None for a baseline."""
+    """One method on the held-out samples.
+
+    ``evaluations`` counts calls of the network; a baseline has None.
+    """
 
     metrics: Metrics
     scores: SampleScores
@@ -142,9 +145,9 @@ class Report:
 
 
 def token_map(values: NDArray[Any], grid: tuple[int, int, int]) -> NDArray[Any]:
-    """Arrange one value a patch ``[N]`` on its ``[height, width]`` grid, averaged over depth."""
+    """Arrange one value per patch ``[N]`` on its ``[height, width]`` grid, averaged over depth."""
     if values.shape != (grid[0] * grid[1] * grid[2],):
-        raise ValueError(f"values: expected one a patch of grid {grid}, got {list(values.shape)}")
+        raise ValueError(f"values: expected one per patch of grid {grid}, got {list(values.shape)}")
     return values.reshape(grid).mean(0)
 
 

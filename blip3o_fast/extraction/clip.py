@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.extraction.weights import find_weights
+from blip3o_fast.extraction.published_weights import find_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel

@@ -4,8 +4,7 @@
     clip+eva    EVA-CLIP-8B, width 4096        CLIP ViT-L/14, width 1024      CLS + 16 x 16
     lite        EfficientNet-Lite2, width 120  EfficientNet-Lite0, width 112  16 x 16
 
-Both published towers look at the same pixels, those of CLIP's image processor: the published
-features were made so.
+Both published towers read the pixels of CLIP's image processor, as for the published features.
 """
 
 from collections.abc import Callable
@@ -245,7 +244,7 @@ def load_towers(
         return TowerPair(eva, lite_tower("lite0", device=other, dtype=precision))
     if pair != "clip+eva":
         raise ValueError(f"towers: expected clip+eva or lite, got {pair!r}")
-    # The small one first: what is wrong with it shows before the large one is read.
+    # The small one first, so that its errors show before the large one is read.
     clip = clip_tower(clip_path, revision=clip_revision, device=other, dtype=dtype)
     eva = eva_tower(eva_path, revision=eva_revision, device=device, dtype=dtype)
     if eva.grid != clip.grid:

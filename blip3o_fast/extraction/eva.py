@@ -1,8 +1,10 @@
 """The EVA-CLIP vision tower (arXiv:2402.04252) as plain modules that read the published keys.
 
-    x      = [CLS; patches] + positions                         patches of a P x P convolution,
-    row-major x      = x + attention(norm1(x));  x = x + mlp(norm2(x))    pre-norm (EVA-CLIP-8B) x
-    = x + norm1(attention(x));  x = x + norm2(mlp(x))    post-norm
+    x = [CLS; patches] + positions                            patches of a P x P convolution
+    x = x + attention(norm1(x));  x = x + mlp(norm2(x))       pre-norm, as in EVA-CLIP-8B
+    x = x + norm1(attention(x));  x = x + norm2(mlp(x))       post-norm
+
+Patches are in row-major order.
 
 The output is the last layer's, before ``post_layernorm``: the published EVA features. EVA-CLIP-8B
 gives ``[B, 3, 224, 224] -> [B, 257, 4096]`` from 32 layers, with CLS first.
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.extraction.weights import find_weights, read_shards
+from blip3o_fast.extraction.published_weights import find_weights, read_shards
 
 PREFIX = "vision_model."
 """Where the published checkpoints keep the vision tower."""
@@ -41,7 +43,7 @@ class EVAVisionConfig:
         num_channels: channels of the image.
         image_size, patch_size: pixels.
         hidden_act: ``gelu`` (exact) or ``quick_gelu``.
-        layer_norm_eps: added to variances.
+        layer_norm_eps: number added to variances.
         q_bias, k_bias, v_bias: whether these projections have one.
         post_layernorm: normalise each branch's output instead of its input.
         use_rms_norm: RMSNorm instead of LayerNorm.

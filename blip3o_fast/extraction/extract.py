@@ -2,11 +2,11 @@
 
     references -> threads: decode, crop, resize -> batches -> threads: both towers -> ShardWriter
 
-Everything runs ahead of the writer, in order. On a CPU each batch has one thread and no operator is
-split among threads: on a shared machine that is several times faster. A sample's key says which
-image and which crop it is, so an interrupted extraction goes on by the keys that the finished
-shards hold. What cannot be read is listed in ``skipped.jsonl``, one ``{"key": ..., "reason": ...}``
-a line, and tried again by the next run.
+Everything runs ahead of the writer, in order. On a CPU each batch runs on one thread, which is
+several times faster on a shared machine than splitting each operator among threads. A sample's key
+names its image and crop, so an interrupted extraction skips the keys that finished shards hold.
+Images that cannot be read are listed in ``skipped.jsonl``, one ``{"key": ..., "reason": ...}`` per
+line, and tried again by the next run.
 """
 
 import json
@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blip3o_fast.data.atomic import write_atomically
-from blip3o_fast.data.manifest import DTYPES, Manifest
+from blip3o_fast.atomic import write_atomically
+from blip3o_fast.data.manifest import Manifest
 from blip3o_fast.data.shards import SampleRecord, ShardWriter
+from blip3o_fast.devices import DTYPES
 from blip3o_fast.extraction.encoders import Tower, TowerPair
+from blip3o_fast.extraction.image_sources import ImageRef
 from blip3o_fast.extraction.images import UnreadableImage, pillow, to_pixels
-from blip3o_fast.extraction.sources import ImageRef
-from blip3o_fast.extraction.views import Settings, open_view, open_views, view_keys
+from blip3o_fast.extraction.views import ExtractionSettings, open_view, open_views, view_keys
 
-__all__ = ["ExtractionReport", "Settings", "Skipped", "Stopped", "extract", "open_view"]
+__all__ = ["Extracted", "ExtractionSettings", "Skipped", "Stopped", "extract", "open_view"]
 
 SKIPPED_FILE = "skipped.jsonl"
-DEFAULTS = Settings()
+DEFAULTS = ExtractionSettings()
 
 
 class Skipped(NamedTuple):
@@ -41,8 +42,8 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class ExtractionReport(NamedTuple):
-    """What an extraction did: samples in the folder, those of this run, and the images left out."""
+class Extracted(NamedTuple):
+    """Result of an extraction: samples in the folder, those of this run, and skipped images."""
 
     samples: int
     added: int
@@ -73,20 +74,20 @@ def extract(
     images: Iterable[ImageRef],
     towers: TowerPair,
     folder: str | Path,
-    settings: Settings = DEFAULTS,
+    settings: ExtractionSettings = DEFAULTS,
     *,
     resume: bool = False,
     progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
-) -> ExtractionReport:
+) -> Extracted:
     """Encode images by both towers and write the pairs as shards.
 
     Args:
         images: in an order that does not change between runs.
         towers: the pair.
         folder: of the shards; created if need be.
-        settings: see ``Settings``.
-        resume: go on in a folder that holds shards of the same towers and layout.
+        settings: see ``ExtractionSettings``.
+        resume: continue a folder that holds shards of the same towers and layout.
         progress: show a bar of images.
         stop: asked after every batch; when true, the shard in progress is finished and ``Stopped``
             raised.
@@ -99,11 +100,6 @@ def extract(
     """
     pillow()
     facts = _facts(towers, settings)
-    for name in ("batch_size", "workers"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(settings, name)}")
-    if settings.max_samples is not None and settings.max_samples < 1:
-        raise ValueError(f"max_samples: expected at least 1, got {settings.max_samples}")
     skipped: list[Skipped] = []
     writer = ShardWriter(
         folder, facts=facts, samples_per_shard=settings.samples_per_shard, resume=resume
@@ -125,10 +121,10 @@ def extract(
     finally:
         bar.close()
         _list_skipped(Path(folder), skipped)
-    return ExtractionReport(len(writer.done), len(writer.done) - before, tuple(skipped))
+    return Extracted(len(writer.done), len(writer.done) - before, tuple(skipped))
 
 
-def _facts(towers: TowerPair, settings: Settings) -> Manifest:
+def _facts(towers: TowerPair, settings: ExtractionSettings) -> Manifest:
     for tower in towers:
         if settings.include_cls and not tower.has_cls:
             raise ValueError(f"include_cls: {tower.name} has no CLS token; use no_include_cls")
@@ -151,7 +147,7 @@ def _facts(towers: TowerPair, settings: Settings) -> Manifest:
 def _views(
     images: Iterable[ImageRef],
     towers: TowerPair,
-    settings: Settings,
+    settings: ExtractionSettings,
     earlier: frozenset[str],
     skipped: list[Skipped],
 ) -> Iterator[_View]:
@@ -171,9 +167,12 @@ def _views(
 
 
 def _wanted(
-    images: Iterable[ImageRef], settings: Settings, earlier: frozenset[str], skipped: list[Skipped]
+    images: Iterable[ImageRef],
+    settings: ExtractionSettings,
+    earlier: frozenset[str],
+    skipped: list[Skipped],
 ) -> Iterator[ImageRef]:
-    """Leave out what an earlier run finished; list repeated keys and what the source gave up on."""
+    """Leave out what an earlier run finished; list repeated keys and unreadable images."""
     seen: set[str] = set()
     for ref in images:
         if isinstance(ref.data, UnreadableImage):
@@ -186,7 +185,7 @@ def _wanted(
 
 
 def _open(
-    ref: ImageRef, towers: TowerPair, settings: Settings, earlier: frozenset[str]
+    ref: ImageRef, towers: TowerPair, settings: ExtractionSettings, earlier: frozenset[str]
 ) -> list[_View]:
     found = []
     for key, image in open_views(ref, settings):
@@ -207,7 +206,9 @@ def _finished(
         skipped.append(Skipped(ref.key, str(error)))
 
 
-def _batches(views: Iterator[_View], settings: Settings, before: int) -> Iterator[list[_View]]:
+def _batches(
+    views: Iterator[_View], settings: ExtractionSettings, before: int
+) -> Iterator[list[_View]]:
     limit = None if settings.max_samples is None else settings.max_samples - before
     batch: list[_View] = []
     while limit is None or limit > 0:
@@ -223,7 +224,7 @@ def _batches(views: Iterator[_View], settings: Settings, before: int) -> Iterato
 
 
 def _encoded(
-    batches: Iterator[list[_View]], towers: TowerPair, settings: Settings
+    batches: Iterator[list[_View]], towers: TowerPair, settings: ExtractionSettings
 ) -> Iterator[_Encoded]:
     """Run the towers ahead, and yield in the order of ``batches``."""
     on_cpu = any(tower.device.type == "cpu" for tower in towers)
@@ -247,7 +248,7 @@ def _one_thread_an_operator() -> None:
     torch.set_num_threads(1)
 
 
-def _encode(batch: list[_View], towers: TowerPair, settings: Settings) -> _Encoded:
+def _encode(batch: list[_View], towers: TowerPair, settings: ExtractionSettings) -> _Encoded:
     eva_pixels = torch.stack([view.eva for view in batch])
     same = batch[0].clip is batch[0].eva
     clip_pixels = eva_pixels if same else torch.stack([view.clip for view in batch])
@@ -257,7 +258,7 @@ def _encode(batch: list[_View], towers: TowerPair, settings: Settings) -> _Encod
     return _Encoded(eva.cpu(), clip.cpu(), [view.record for view in batch])
 
 
-def _tokens(tower: Tower, pixels: Tensor, settings: Settings) -> Tensor:
+def _tokens(tower: Tower, pixels: Tensor, settings: ExtractionSettings) -> Tensor:
     tokens = tower.encode(pixels).to(DTYPES[settings.dtype])
     return tokens[:, 1:] if tower.has_cls and not settings.include_cls else tokens
 

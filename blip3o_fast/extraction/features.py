@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.axes import check_shape
+from blip3o_fast.devices import find_device
 from blip3o_fast.extraction.encoders import EVA_REPOSITORY, Tower, eva_tower, wrap_eva
 from blip3o_fast.extraction.eva import EVAVisionTower
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels, to_rgb
@@ -34,10 +35,10 @@ def extract_eva_features(
             raw pixels 0 to 255, floating point for pixels that CLIP's processor has normalised.
         tower: a loaded tower, for more than one call. None loads ``path`` at every call.
         path, revision: of EVA-CLIP-8B, a folder or a hub id; without ``tower`` only.
-        device: None is the GPU where there is one; without ``tower`` only.
+        device: None is the GPU if there is one; without ``tower`` only.
         dtype: None is fp16 on a GPU and fp32 on a CPU; without ``tower`` only.
         include_cls: keep token 0, the CLS token.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
 
     Returns:
         fp32 ``[B, 257, 4096]``, or ``[B, 256, 4096]`` without CLS, on the tower's device: last
@@ -48,9 +49,8 @@ def extract_eva_features(
             is none.
     """
     if tower is None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        tower = eva_tower(path, revision=revision, device=device, dtype=dtype)
+        where = find_device("auto") if device is None else device
+        tower = eva_tower(path, revision=revision, device=where, dtype=dtype)
     if isinstance(tower, EVAVisionTower):
         tower = wrap_eva(tower, "EVA-CLIP")
     return extract_features(images, tower, include_cls=include_cls, batch_size=batch_size)

@@ -100,8 +100,8 @@ def to_rgb(image: "Image") -> "Image":
 def to_pixels(image: "Image", size: int) -> Tensor:
     """Bicubic resize of the short side to ``size`` and centre crop: uint8 ``[3, size, size]``.
 
-    The pixels are those of CLIP's image processor: the long side is truncated to whole pixels. Of a
-    strip, such as 20,000 x 20 pixels, only the crop is resampled, within two levels of the same.
+    The pixels are those of CLIP's image processor: the long side is truncated to whole pixels. For
+    a strip, such as 20,000 x 20 pixels, only the crop is resampled; values differ by two at most.
     """
     width, height = image.size
     short, long = min(image.size), max(image.size)

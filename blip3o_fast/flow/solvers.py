@@ -6,12 +6,12 @@ present state, and the state moves to
     x_{i+1} = a_i x_i + sum_{j <= i} c_ij v_j
 
 A solver is therefore the times t_i and the numbers (a_i, c_ij). The loop (``flow.trajectory``) and
-``ops.solver_update`` know nothing else. A ``Tableau`` gives them for Runge-Kutta methods, an order
-for Adams-Bashforth methods. Adding a solver is adding one entry to ``SOLVERS``.
+``ops.solver_update`` know nothing else. A Butcher tableau gives them for Runge-Kutta methods, an
+order for Adams-Bashforth methods. Adding a solver is adding one entry to ``SOLVERS``.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -187,6 +187,13 @@ SOLVERS: dict[str, Solver] = {
         use="order 4 after its first steps, one evaluation a step; for smooth velocities", order=4
     ),
 }
+
+
+if TYPE_CHECKING:
+    SolverName = str
+else:
+    SolverName = Literal[tuple(SOLVERS)]
+"""A name of ``SOLVERS``; command lines offer all of them."""
 
 
 def find_solver(name: str) -> Solver:

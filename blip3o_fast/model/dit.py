@@ -174,6 +174,24 @@ class DiT(nn.Module):
             )
         self.gradient_checkpointing = True
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """``gradient_checkpointing_enable`` as version 5 of transformers calls it.
+
+        Raises:
+            ValueError: for blocks left out or activations kept elsewhere, which is not possible.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "activation_checkpointing: expected every_n_layers=1 and offload=False, got "
+                f"every_n_layers={every_n_layers} and offload={offload}"
+            )
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass."""
         self.gradient_checkpointing = False

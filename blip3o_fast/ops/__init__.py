@@ -2,7 +2,11 @@
 
 from blip3o_fast.ops._attention_backends import AttentionBackend
 from blip3o_fast.ops._cuda import CudaBuild, cuda_build
-from blip3o_fast.ops._dispatch import Impl, ImplTable, Rounding, resolve_impl
+from blip3o_fast.ops._dispatch import Impl
+from blip3o_fast.ops._record import Op
+from blip3o_fast.ops._registration import OPS, resolve_impl
+from blip3o_fast.ops._specimens import Sizes
+from blip3o_fast.ops._table import ImplTable
 from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
 from blip3o_fast.ops.attention import attention, attention_backend
@@ -25,10 +29,12 @@ from blip3o_fast.reference import LossTerms, LossWeights, Modulation, Quantised,
 __all__ = [
     "Impl",
     "ImplTable",
-    "Rounding",
     "resolve_impl",
     "CudaBuild",
     "cuda_build",
+    "Op",
+    "OPS",
+    "Sizes",
     "Modulation",
     "LossTerms",
     "LossWeights",

@@ -17,16 +17,15 @@ from torch import Tensor
 
 from blip3o_fast.reference import Modulation, accumulation_dtype
 
-OPS = frozenset(("sandwich_norm", "sandwich_join", "rope", "solver_update"))
-"""The ops that have a forward pass here."""
-
 SOLVER_ELEMENTS = 1 << 18
 """Elements of the state that ``solver_update`` moves at a time: 1 MiB in fp32."""
 
 
-def sandwich_norm(x: Tensor, norm: Modulation, eps: float) -> Tensor:
+def sandwich_norm(
+    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
     """``ops.sandwich_norm``."""
-    wide = x.to(accumulation_dtype(x.dtype))
+    wide, norm = x.to(accumulation_dtype(x.dtype)), Modulation(w1, w2, shift, scale)
     return _modulated(wide, norm, eps, overwrite=wide is not x).to(x.dtype)
 
 
@@ -51,7 +50,7 @@ def sandwich_join(
     return x_out, _modulated(stream, pre, eps, overwrite=x_out is not stream).to(x.dtype)
 
 
-def rope(qkv: Tensor, cos: Tensor, sin: Tensor, turned: int, inplace: bool) -> Tensor:
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, turned: int, inplace: bool = False) -> Tensor:
     """``ops.rope`` of the first ``turned`` heads."""
     d = cos.shape[-1]
     half = d // 2

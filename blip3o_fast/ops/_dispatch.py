@@ -3,14 +3,17 @@
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from blip3o_fast.ops import _aten, _cuda
+from blip3o_fast.ops import _cuda
+
+if TYPE_CHECKING:
+    from blip3o_fast.ops._record import Op
 
 
 class Impl(Enum):
@@ -22,47 +25,15 @@ class Impl(Enum):
     CUDA = "cuda"
 
 
-class Rounding(Enum):
-    """Where a fused op rounds between its steps; reductions accumulate in fp32 either way.
-
-    ``FAST`` rounds once, at the end, and is the more accurate. ``FAITHFUL`` rounds wherever the
-    reference modules round, so that 16-bit results follow theirs bit by bit, up to the order of
-    sums. Gradients are the same in both: computed in fp32 and rounded once.
-    """
-
-    FAST = "fast"
-    FAITHFUL = "faithful"
-
-
-@dataclass
-class ImplTable:
-    """The implementation of each op of one model; None leaves the choice to ``resolve_impl``.
-
-    ``rope_attention`` is for sampling, which rotates by ``rope`` where that is None and no single
-    kernel was measured faster.
-    """
-
-    sandwich_norm: Impl | None = None
-    sandwich_join: Impl | None = None
-    rope: Impl | None = None
-    swiglu: Impl | None = None
-    adapter_norm: Impl | None = None
-    adapter_mix: Impl | None = None
-    solver_update: Impl | None = None
-    flow_loss: Impl | None = None
-    rope_attention: Impl | None = None
-
-    def set(self, impl: Impl | None = None, **per_op: Impl | None) -> None:
-        """Choose ``impl`` for every op, then the exceptions named in ``per_op``."""
-        names = [field.name for field in fields(self)]
-        for name in per_op:
-            if name not in names:
-                raise ValueError(f"unknown op {name!r}; expected one of {', '.join(names)}")
-        for name in names:
-            setattr(self, name, per_op.get(name, impl))
-
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of every tensor of numbers that an op takes."""
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
+_AUTOCASTING = tuple(
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+)
 
 
 def interpreting() -> bool:
@@ -71,24 +42,18 @@ def interpreting() -> bool:
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Raise ``ValueError`` unless all tensors are fp16, bf16, fp32 or fp64 and on one device."""
-    given = [(name, x) for name, x in tensors.items() if x is not None]
-    first, device = given[0][0], given[0][1].device
-    for name, x in given:
-        if x.dtype not in _DTYPES:
+    """Raise ``ValueError`` unless all are fp16, bf16, fp32 or fp64 and on one device."""
+    first, device = "", None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        first, device = (first, device) if first else (name, x.device)
+        if x.dtype not in DTYPES:
             raise ValueError(
                 f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}"
             )
         if x.device != device:
             raise ValueError(f"{name}: expected device {device}, that of {first}, got {x.device}")
-
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Asked once: torch.compile of torch 2.11 cannot trace the question.
-_AUTOCASTING = tuple(
-    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
-)
 
 
 def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -99,69 +64,85 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def resolve_impl(
-    impl: Impl | None, x: Tensor, *, op: str = "", rounding: Rounding = Rounding.FAST
-) -> Impl:
-    """The implementation of ``op`` that will run on ``x``.
-
-    None chooses for a CUDA tensor: the CUDA kernel where it was measured faster or Triton is not
-    installed, else Triton. On a CPU: ATen's few passes where no gradient is recorded, the op has
-    them and ``rounding`` allows. Else the reference. A named implementation is never replaced by
-    another. ``op`` is the name of the op, which says what it has.
-
-    Raises:
-        ValueError: if the named implementation cannot run here, saying why and what to do.
-    """
+def choose(op: "Op", impl: Impl | None, x: Tensor) -> Impl:
+    """``impl`` if it can run on ``x``, or for None the best that can; see ``ops.resolve_impl``."""
     if impl is None:
         if not x.is_cuda:
-            return Impl.REFERENCE if _aten_refusal(op, x, rounding) else Impl.ATEN
-        if _cuda.is_chosen(op, x, triton=_TRITON_INSTALLED):
+            return Impl.REFERENCE if refusal(op, Impl.ATEN, x) else Impl.ATEN
+        if _transformed():
+            return Impl.REFERENCE
+        installed = _TRITON_INSTALLED and op.triton
+        if refusal(op, Impl.CUDA, x) is None and (
+            (op.triton and not installed) or _cuda.is_measured(op.name, x)
+        ):
             return Impl.CUDA
-        return Impl.TRITON if _TRITON_INSTALLED else Impl.REFERENCE
-    if impl is Impl.ATEN and (refusal := _aten_refusal(op, x, rounding)):
-        raise ValueError(f"impl=ATEN on {_described(x)}: {refusal}; pass impl=Impl.REFERENCE")
-    if impl is Impl.TRITON:
-        _require_triton(x)
-    if impl is Impl.CUDA and (refusal := _cuda.refusal(op, x)):
-        raise ValueError(f"impl=CUDA on {_described(x)}: {refusal}")
+        return Impl.TRITON if installed else Impl.REFERENCE
     if not isinstance(impl, Impl):
         raise ValueError(f"impl: expected an Impl or None, got {impl!r}")
+    if reason := refusal(op, impl, x):
+        where = f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
+        raise ValueError(f"{op.name}: impl={impl.name} on {where}: {reason}")
     return impl
 
 
-def operators(impl: Impl) -> Any:
-    """The registered operators of a fused implementation; their schemas are the same."""
-    return _cuda.operators() if impl is Impl.CUDA else torch.ops.blip3o_fast
+def refusal(op: "Op", impl: Impl, x: Tensor) -> str | None:
+    """Why an implementation of ``op`` cannot run on ``x`` and what to do, or None if it can."""
+    if impl is Impl.REFERENCE:
+        return None
+    if _transformed():
+        return (
+            "only the reference has rules for torch.func and forward-mode derivatives; pass "
+            "impl=None or impl=Impl.REFERENCE"
+        )
+    if impl is Impl.ATEN:
+        reason = _aten_refusal(op, x)
+        return reason and f"{reason}; pass impl=Impl.REFERENCE"
+    if impl is Impl.TRITON:
+        return _triton_refusal(op, x)
+    return _cuda_refusal(op, x)
 
 
-def _aten_refusal(op: str, x: Tensor, rounding: Rounding) -> str | None:
-    """Why ATen's few passes cannot run ``op`` on ``x``, or None if they can."""
-    if op not in _aten.OPS:
-        return f"expected one of {', '.join(sorted(_aten.OPS))}, got {op or 'no op'}"
+def _transformed() -> bool:
+    """Whether torch.func or a forward-mode derivative is at work, which knows ATen alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _aten_refusal(op: "Op", x: Tensor) -> str | None:
+    if op.aten is None:
+        return "this op has no such passes"
     if x.device.type != "cpu":
         return "expected a CPU tensor"
-    if rounding is not Rounding.FAST:
-        return "expected rounding=Rounding.FAST"
     if torch.is_grad_enabled():
         return "it has no backward: expected torch.no_grad()"
     if torch.compiler.is_compiling():
         return "expected eager mode, the compiler fuses the reference itself"
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch._C._are_functorch_transforms_active():
+        return "it writes in place, which torch.jit.trace and torch.func transforms cannot follow"
     return None
 
 
-def _described(x: Tensor) -> str:
-    return f"a {x.dtype} tensor of width {x.shape[-1]} on {x.device}"
-
-
-def _require_triton(x: Tensor) -> None:
-    where = _described(x)
+def _triton_refusal(op: "Op", x: Tensor) -> str | None:
+    if not op.triton:
+        return "this op has no Triton kernel; pass impl=None"
     if not _TRITON_INSTALLED:
-        raise ValueError(
-            f"impl=TRITON on {where}: Triton is not installed; "
-            "install blip3o-fast[triton] or pass impl=Impl.REFERENCE"
-        )
+        return "Triton is not installed; install blip3o-fast[triton] or pass impl=Impl.REFERENCE"
     if not x.is_cuda and not interpreting():
-        raise ValueError(
-            f"impl=TRITON on {where}: Triton needs a CUDA tensor, or TRITON_INTERPRET=1 set before "
-            "Python starts; pass impl=Impl.REFERENCE on a CPU"
+        return (
+            "Triton needs a CUDA tensor, or TRITON_INTERPRET=1 set before Python starts; pass "
+            "impl=Impl.REFERENCE on a CPU"
         )
+    return None
+
+
+def _cuda_refusal(op: "Op", x: Tensor) -> str | None:
+    if op.cuda is None:
+        return "this op has no CUDA C++ kernel; pass impl=Impl.TRITON"
+    if not (build := _cuda.cuda_build()).loaded:
+        return f"{build.reason}; or pass impl=Impl.TRITON"
+    if not x.is_cuda:
+        return "the kernels need a CUDA tensor; pass impl=Impl.REFERENCE on a CPU"
+    reason = op.cuda(x)
+    return reason and f"{reason}; pass impl=Impl.TRITON"

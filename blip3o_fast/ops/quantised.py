@@ -13,10 +13,11 @@ from torch import Tensor
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
-from blip3o_fast.ops._dispatch import Impl, outside_autocast, resolve_impl
-from blip3o_fast.ops.sandwich_join import check_join
-from blip3o_fast.ops.sandwich_norm import check_norm
-from blip3o_fast.ops.swiglu import check_gate_up
+from blip3o_fast.ops._dispatch import Impl, choose, outside_autocast, refusal
+from blip3o_fast.ops._record import Op, as_tuple
+from blip3o_fast.ops.sandwich_join import ABSENT, SANDWICH_JOIN
+from blip3o_fast.ops.sandwich_norm import SANDWICH_NORM
+from blip3o_fast.ops.swiglu import SWIGLU
 from blip3o_fast.reference import Modulation, Quantised, quantise_rows
 
 ALIGNMENT = 16
@@ -57,8 +58,8 @@ def scaled_linear(x: Quantised, weight: Quantised, *, impl: Impl | None = None) 
     if impl is Impl.REFERENCE:
         with outside_autocast(x.values):
             return reference.scaled_linear(x, weight)
-    if refusal := e4m3_refusal(x.values.device):
-        raise ValueError(f"scaled_linear: {refusal}; {_REMEDY}")
+    if reason := e4m3_refusal(x.values.device):
+        raise ValueError(f"scaled_linear: {reason}; {_REMEDY}")
     for width in weight.values.shape:
         if width % ALIGNMENT:
             raise ValueError(
@@ -91,12 +92,7 @@ def sandwich_norm_quantised(
 
     A fused implementation rounds once; the reference rounds to the dtype of ``x`` before.
     """
-    check_norm(x, w1, w2, shift, scale)
-    inputs = (x, w1, w2, shift, scale)
-    if _resolve(impl, "sandwich_norm", *inputs) is Impl.REFERENCE:
-        with outside_autocast(x):
-            return quantise_rows(reference.sandwich_norm(*inputs, eps))
-    return Quantised(*torch.ops.blip3o_fast.sandwich_norm_quantised(*inputs, eps))
+    return Quantised(*_quantised(SANDWICH_NORM, impl, x, w1, w2, shift, scale, eps))
 
 
 def sandwich_join_quantised(
@@ -110,24 +106,37 @@ def sandwich_join_quantised(
     impl: Impl | None = None,
 ) -> tuple[Tensor, Quantised]:
     """``sandwich_join`` with the rows of ``h`` in e4m3; the stream keeps the dtype of ``x``."""
-    check_join(x, y, layer_scale, post, pre)
-    norms = (*(post or (None,) * 4), *pre)
-    if _resolve(impl, "sandwich_join", x, y, layer_scale, *norms) is Impl.REFERENCE:
-        with outside_autocast(x):
-            x_out, h = reference.sandwich_join(x, y, layer_scale, post, pre, eps)
-            assert h is not None
-            return x_out, quantise_rows(h)
-    x_out, *h = torch.ops.blip3o_fast.sandwich_join_quantised(x, y, layer_scale, *norms, eps)
+    x_out, *h = _quantised(SANDWICH_JOIN, impl, x, y, layer_scale, *(post or ABSENT), *pre, eps)
     return x_out, Quantised(*h)
 
 
 def swiglu_quantised(gate_up: Tensor, *, impl: Impl | None = None) -> Quantised:
     """``swiglu`` with its rows in e4m3; fused, I is at most 8192."""
-    check_gate_up(gate_up)
-    if _resolve(impl, "swiglu", gate_up) is Impl.REFERENCE:
-        with outside_autocast(gate_up):
-            return quantise_rows(reference.swiglu(gate_up))
-    return Quantised(*torch.ops.blip3o_fast.swiglu_quantised(gate_up))
+    return Quantised(*_quantised(SWIGLU, impl, gate_up))
+
+
+def _quantised(op: Op, impl: Impl | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """The results of ``op``, the last in e4m3 and followed by its scales."""
+    op.check(*arguments)
+    name, x = f"{op.name}_quantised", arguments[0]
+    tensors = [u for u in arguments if isinstance(u, Tensor)]
+    if torch.is_grad_enabled() and any(u.requires_grad for u in tensors):
+        raise ValueError(
+            f"{name} records no gradient: expected torch.no_grad(), or inputs that need none"
+        )
+    if impl in (Impl.ATEN, Impl.CUDA):
+        raise ValueError(f"{name}: impl={impl.name} does not write e4m3; pass impl=Impl.TRITON")
+    if impl is None:
+        runs = x.is_cuda and refusal(op, Impl.TRITON, x) is None
+        impl = Impl.TRITON if runs else Impl.REFERENCE
+    impl = choose(op, impl, x)
+    if impl is Impl.REFERENCE:
+        *others, h = as_tuple(op.run(impl, *arguments))
+        with outside_autocast(x):
+            return *others, *quantise_rows(h)
+    if x.is_cuda and (reason := e4m3_refusal(x.device)):
+        raise ValueError(f"{name}: {reason}; {_REMEDY}")
+    return op.fused[impl].operators["forward_quantised"](*arguments)
 
 
 def _check_quantised(name: str, x: Quantised) -> None:
@@ -139,78 +148,3 @@ def _check_quantised(name: str, x: Quantised) -> None:
             f"{name}.scales: expected float32 {[*x.values.shape[:-1], 1]}, "
             f"got {x.scales.dtype} {list(x.scales.shape)}"
         )
-
-
-def _resolve(impl: Impl | None, op: str, x: Tensor, *rest: Tensor | None) -> Impl:
-    """What computes the e4m3 form of ``op`` on ``x``; refuse to lose a gradient."""
-    name = f"{op}_quantised"
-    if torch.is_grad_enabled() and any(u is not None and u.requires_grad for u in (x, *rest)):
-        raise ValueError(
-            f"{name} records no gradient: expected torch.no_grad(), or inputs that need none"
-        )
-    impl = resolve_impl(impl, x, op=name)
-    if impl is not Impl.REFERENCE and x.is_cuda and (refusal := e4m3_refusal(x.device)):
-        raise ValueError(f"{name}: {refusal}; {_REMEDY}")
-    return impl
-
-
-torch.library.define(
-    "blip3o_fast::sandwich_norm_quantised",
-    "(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "blip3o_fast::sandwich_join_quantised",
-    "(Tensor x, Tensor y, Tensor? layer_scale, Tensor? w3, Tensor? w4, Tensor? post_shift, "
-    "Tensor? post_scale, Tensor w1, Tensor w2, Tensor pre_shift, Tensor pre_scale, float eps) -> "
-    "(Tensor, Tensor, Tensor)",
-)
-torch.library.define("blip3o_fast::swiglu_quantised", "(Tensor gate_up) -> (Tensor, Tensor)")
-
-
-@torch.library.impl("blip3o_fast::sandwich_norm_quantised", ("cpu", "cuda"))
-def _norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    from blip3o_kernels import sandwich_norm as kernels
-
-    *norm, eps = rest
-    return kernels.forward_quantised(x, kernels.Norm(*norm), eps=eps)
-
-
-@torch.library.impl("blip3o_fast::sandwich_join_quantised", ("cpu", "cuda"))
-def _join(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from blip3o_kernels import sandwich_join as kernels
-
-    layer_scale, *norms, eps = rest
-    post = None if norms[0] is None else kernels.Norm(*norms[:4])
-    return kernels.forward_quantised(x, y, layer_scale, post, kernels.Norm(*norms[4:]), eps=eps)
-
-
-@torch.library.impl("blip3o_fast::swiglu_quantised", ("cpu", "cuda"))
-def _swiglu(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    from blip3o_kernels import swiglu as kernels
-
-    return kernels.forward_quantised(gate_up)
-
-
-@torch.library.register_fake("blip3o_fast::sandwich_norm_quantised")
-def _norm_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    del rest
-    return _rows_like(x, x.shape[-1])
-
-
-@torch.library.register_fake("blip3o_fast::sandwich_join_quantised")
-def _join_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    del y, rest
-    return x.new_empty(x.shape), *_rows_like(x, x.shape[-1])
-
-
-@torch.library.register_fake("blip3o_fast::swiglu_quantised")
-def _swiglu_fake(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows_like(gate_up, gate_up.shape[-1] // 2)
-
-
-def _rows_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1]
-    return (
-        x.new_empty((*rows, width), dtype=torch.float8_e4m3fn),
-        x.new_empty((*rows, 1), dtype=torch.float32),
-    )

@@ -1,22 +1,16 @@
 """Rotary positions on the packed query, key and value projection."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
 from blip3o_fast.ops import _aten
-from blip3o_fast.ops._autograd import once_differentiable
-from blip3o_fast.ops._dispatch import (
-    Impl,
-    Rounding,
-    check_tensors,
-    operators,
-    outside_autocast,
-    resolve_impl,
-)
+from blip3o_fast.ops._cuda import dtype_refusal
+from blip3o_fast.ops._dispatch import Impl, choose, outside_autocast
+from blip3o_fast.ops._record import Arguments, Backward, Op, like_first
+from blip3o_fast.ops._registration import register
+from blip3o_fast.ops._specimens import Sizes
 
 
 def rope(
@@ -27,7 +21,6 @@ def rope(
     num_heads: int,
     num_kv_heads: int,
     impl: Impl | None = None,
-    rounding: Rounding = Rounding.FAST,
     inplace: bool = False,
 ) -> Tensor:
     """Rotate the query and key heads of a packed projection; value heads pass through.
@@ -41,7 +34,6 @@ def rope(
         num_heads: H; 0 when ``qkv`` holds keys and values alone, ``[B, N, 2 K d]``.
         num_kv_heads: K; 0 when ``qkv`` holds queries alone, ``[B, N, H d]``.
         impl: None chooses by device.
-        rounding: of the fused implementations; the reference always rounds faithfully.
         inplace: overwrite ``qkv`` and return it, which leaves the values where they are. For
             inference: refused where a gradient is being recorded.
 
@@ -50,98 +42,62 @@ def rope(
         ``qkv``.
     """
     check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
-    if inplace and torch.is_grad_enabled() and qkv.requires_grad:
-        raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
-    faithful = rounding is Rounding.FAITHFUL
     turned = num_heads + num_kv_heads
-    impl = resolve_impl(impl, qkv, op="rope", rounding=rounding)
+    if not inplace:
+        return ROPE.run(impl, qkv, cos, sin, turned)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
+    impl = choose(ROPE, impl, qkv)
     if impl is Impl.REFERENCE:
-        with outside_autocast(qkv):
-            result = reference.rope(qkv, cos, sin, num_heads, num_kv_heads)
-        return qkv.copy_(result) if inplace else result
+        return qkv.copy_(ROPE.run(impl, qkv, cos, sin, turned))
     if impl is Impl.ATEN:
         with outside_autocast(qkv):
-            return _aten.rope(qkv, cos, sin, turned, inplace)
-    if inplace:
-        operators(impl).rope_(qkv, cos, sin, turned, faithful)
-        return qkv
-    return _RoPE.apply(qkv, cos, sin, turned, faithful, impl)
+            return _aten.rope(qkv, cos, sin, turned, inplace=True)
+    ROPE.fused[impl].operators["forward_"](qkv, cos, sin, turned)
+    return qkv
 
 
 def check_rotation(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
 ) -> None:
     """Raise ``ValueError`` unless these are packed heads and their tables."""
-    check_shape("cos", cos, "N d")
-    N, d = cos.shape
-    if d % 2:
-        raise ValueError(f"cos: expected an even head width d, got {d}")
     if num_heads < 0 or num_kv_heads < 0 or num_heads + num_kv_heads < 1:
         raise ValueError(
             f"num_heads, num_kv_heads: expected heads, got {num_heads}, {num_kv_heads}"
         )
-    check_shape("sin", sin, "N d", N=N, d=d)
-    check_shape("qkv", qkv, "B N W", N=N, W=(num_heads + 2 * num_kv_heads) * d)
-    check_tensors(qkv=qkv, cos=cos, sin=sin)
+    ROPE.check(qkv, cos, sin)
+    N, d = cos.shape
+    if d % 2:
+        raise ValueError(f"cos: expected an even head width d, got {d}")
+    width = (num_heads + 2 * num_kv_heads) * d
+    if qkv.shape[2] != width:
+        check_shape("qkv", qkv, "B N W", N=N, W=width)
 
 
-class _RoPE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool, impl: Impl
-    ) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.heads, ctx.impl = heads, impl
-        return operators(impl).rope(qkv, cos, sin, heads, faithful)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return operators(ctx.impl).rope_backward(grad, cos, sin, ctx.heads), *(None,) * 5
+def _specimens(sizes: Sizes) -> list[Arguments]:
+    H, K, d = sizes.heads, sizes.kv_heads, sizes.head_width
+    return [
+        (sizes.rows((H + 2 * K) * d), *sizes.rotation(), H + K),
+        (sizes.rows(H * d), *sizes.shear(), H),
+    ]
 
 
 _TABLES = "Tensor cos, Tensor sin, int heads"
-torch.library.define("blip3o_fast::rope", f"(Tensor qkv, {_TABLES}, bool faithful) -> Tensor")
-torch.library.define("blip3o_fast::rope_", f"(Tensor(a!) qkv, {_TABLES}, bool faithful) -> ()")
-torch.library.define("blip3o_fast::rope_backward", f"(Tensor grad, {_TABLES}) -> Tensor")
 
-
-@torch.library.impl("blip3o_fast::rope", ("cpu", "cuda"))
-def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool) -> Tensor:
-    from blip3o_kernels import rope as kernels
-
-    return kernels.forward(qkv, cos, sin, heads, faithful=faithful)
-
-
-@torch.library.impl("blip3o_fast::rope_", ("cpu", "cuda"))
-def _forward_inplace(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool) -> None:
-    from blip3o_kernels import rope as kernels
-
-    kernels.forward_(qkv, cos, sin, heads, faithful=faithful)
-
-
-@torch.library.impl("blip3o_fast::rope_backward", ("cpu", "cuda"))
-def _backward(grad: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    from blip3o_kernels import rope as kernels
-
-    return kernels.backward(grad, cos, sin, heads)
-
-
-@torch.library.register_fake("blip3o_fast::rope")
-def _forward_fake(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool) -> Tensor:
-    del cos, sin, heads, faithful
-    return qkv.new_empty(qkv.shape)
-
-
-@torch.library.register_fake("blip3o_fast::rope_")
-def _forward_inplace_fake(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, faithful: bool
-) -> None:
-    del qkv, cos, sin, heads, faithful
-
-
-@torch.library.register_fake("blip3o_fast::rope_backward")
-def _backward_fake(grad: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    del cos, sin, heads
-    return grad.new_empty(grad.shape)
+ROPE = register(
+    Op(
+        name="rope",
+        schema=f"(Tensor qkv, {_TABLES}) -> Tensor",
+        axes={"qkv": "B N W", "cos": "N d", "sin": "N d"},
+        reference=lambda qkv, cos, sin, heads: reference.rope(qkv, cos, sin, heads, 0),
+        specimens=_specimens,
+        backward=Backward(
+            f"(Tensor grad, {_TABLES}) -> Tensor",
+            saved=lambda arguments, _: arguments[1:],
+            fake=like_first,
+        ),
+        inplace=True,
+        aten=_aten.rope,
+        cuda=dtype_refusal,
+    )
+)

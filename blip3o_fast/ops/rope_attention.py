@@ -1,9 +1,16 @@
 """Rotary positions and the attention that follows them, in inference: one kernel or two."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops._dispatch import Impl, operators, resolve_impl
+from blip3o_fast import reference
+from blip3o_fast.ops._cuda import dtype_refusal
+from blip3o_fast.ops._dispatch import Impl, choose
+from blip3o_fast.ops._record import Arguments, Op
+from blip3o_fast.ops._registration import register
+from blip3o_fast.ops._specimens import Sizes
 from blip3o_fast.ops.attention import attention, check_heads
 from blip3o_fast.ops.rope import check_rotation, rope
 
@@ -50,10 +57,17 @@ def rope_attention(
             "num_kv_heads: expected keys and values in qkv or kept, and not in both, "
             f"got {num_kv_heads} key heads and kept={'None' if kept is None else 'given'}"
         )
-    if _is_one_kernel(impl, qkv, cos, sin, num_heads, num_kv_heads, kept, dropout):
+    if impl in (None, Impl.CUDA) and choose(ROPE_ATTENTION, impl, qkv) is Impl.CUDA:
+        check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
         q, k, v = _heads(qkv, cos.shape[1], num_heads, kept)
-        check_heads(q, k, v)
-        return operators(Impl.CUDA).rope_attention(q, k, v, cos, sin, kept is None).flatten(2)
+        unfit = _unfit(q, k, v, dropout)
+        if not unfit:
+            check_heads(q, k, v)
+            return ROPE_ATTENTION.run(Impl.CUDA, q, k, v, cos, sin, kept is None).flatten(2)
+        if impl is Impl.CUDA:
+            raise ValueError(
+                f"impl=CUDA: {unfit}; pass another for two kernels, rope and attention"
+            )
     turned = rope(
         *(qkv, cos, sin),
         num_heads=num_heads,
@@ -75,36 +89,49 @@ def _heads(
     return heads.split((num_heads, K, K), dim=2)
 
 
-def _is_one_kernel(
-    impl: Impl | None,
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    kept: tuple[Tensor, Tensor] | None,
-    dropout: float,
-) -> bool:
-    if impl not in (None, Impl.CUDA):
-        return False
-    if resolve_impl(impl, qkv, op="rope_attention") is not Impl.CUDA:
-        return False
-    check_rotation(qkv, cos, sin, num_heads, num_kv_heads)  # of two kernels rope checks it
-    unfit = _unfit(qkv, cos.shape[1], kept, dropout)
-    if unfit and impl is Impl.CUDA:
-        raise ValueError(f"impl=CUDA: {unfit}; pass another for two kernels, rope and attention")
-    return not unfit
-
-
-def _unfit(qkv: Tensor, d: int, kept: tuple[Tensor, Tensor] | None, dropout: float) -> str | None:
+def _unfit(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str | None:
     """Why the one kernel cannot compute this, or None."""
     if dropout:
         return "the kernel drops nothing: expected dropout=0"
-    if d != WIDTH:
-        return f"the kernel takes heads of {WIDTH}, got {d}"
-    if kept is not None and not kept[0].shape[1]:
+    if q.shape[-1] != WIDTH:
+        return f"the kernel takes heads of {WIDTH}, got {q.shape[-1]}"
+    if not k.shape[1]:
         return "the kernel needs at least one key"
-    tensors = (qkv, *(kept or ()))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "the kernel has no backward: expected torch.no_grad()"
     return None
+
+
+def _cuda_refusal(x: Tensor) -> str | None:
+    if x.dtype is torch.float32:
+        return "tensor cores take float16 and bfloat16"
+    return dtype_refusal(x)
+
+
+def _specimens(sizes: Sizes) -> list[Arguments]:
+    sizes = replace(sizes, head_width=WIDTH)
+    H, K = sizes.heads, sizes.kv_heads
+    heads = sizes.rows((H + 2 * K) * WIDTH).unflatten(-1, (-1, WIDTH))
+    q, k, v = heads.split((H, K, K), dim=2)
+    return [(q, k, v, *sizes.rotation(), True), (q, k, v, *sizes.shear(), False)]
+
+
+def _flops(q: Tensor, k: Tensor, *others: object) -> float:
+    """Two products of queries and keys, two a multiply-add."""
+    del others
+    return 4.0 * q.numel() * k.shape[1]
+
+
+ROPE_ATTENTION = register(
+    Op(
+        name="rope_attention",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool rotates_keys) -> "
+        "Tensor",
+        axes={"q": "B N H d", "k": "B M K d", "v": "B M K d", "cos": "N d", "sin": "N d"},
+        reference=reference.rope_attention,
+        specimens=_specimens,
+        triton=False,
+        cuda=_cuda_refusal,
+        flops=_flops,
+    )
+)

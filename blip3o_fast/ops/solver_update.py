@@ -6,13 +6,11 @@ from torch import Tensor
 from blip3o_fast import reference
 from blip3o_fast.axes import check_shape
 from blip3o_fast.ops import _aten
-from blip3o_fast.ops._dispatch import (
-    Impl,
-    check_tensors,
-    operators,
-    outside_autocast,
-    resolve_impl,
-)
+from blip3o_fast.ops._cuda import dtype_refusal
+from blip3o_fast.ops._dispatch import Impl, check_tensors
+from blip3o_fast.ops._record import Arguments, Op
+from blip3o_fast.ops._registration import register
+from blip3o_fast.ops._specimens import Sizes
 
 
 def solver_update(
@@ -53,34 +51,13 @@ def solver_update(
         ``out``, the new state. Only the reference is differentiable. All implementations add in the
         order of the formula and round every product: in fp32 their results are equal bit by bit.
     """
-    _check(x, velocity, slopes, coefficients, slot, clamp, guidance_scale, out)
-    given = [u for u in (x, velocity, slopes, coefficients, clamp) if u is not None]
-    recording = torch.is_grad_enabled() and any(u.requires_grad for u in given)
-    if impl is None and recording:
-        impl = Impl.REFERENCE
-    impl = resolve_impl(impl, x, op="solver_update")
-    if impl is Impl.REFERENCE:
-        with outside_autocast(x):
-            result = reference.solver_update(
-                x,
-                velocity,
-                slopes,
-                coefficients,
-                slot=slot,
-                clamp=clamp,
-                guidance_scale=guidance_scale,
-            )
-        return result if out is None else out.copy_(result)
-    if recording:
-        raise ValueError(
-            f"impl={impl}: the fused update records no gradient, and an input requires one; call "
-            "it under torch.no_grad(), or pass impl=Impl.REFERENCE to differentiate"
-        )
-    if out is None:
-        out = x.new_empty(x.shape)
-    run = _aten.solver_update if impl is Impl.ATEN else operators(impl).solver_update
-    run(x, velocity, slopes, coefficients, slot, clamp, guidance_scale, out)
-    return out
+    arguments = (x, velocity, slopes, coefficients, slot, clamp, guidance_scale)
+    _check(*arguments, out)
+    into = x.new_empty(x.shape) if out is None else out
+    result = SOLVER_UPDATE.run(impl, *arguments, into)
+    if result is None:
+        return into
+    return result if out is None else out.copy_(result)
 
 
 def _check(
@@ -127,15 +104,7 @@ def _check(
         raise ValueError(f"clamp: expected shape [1], got {list(clamp.shape)}")
 
 
-torch.library.define(
-    "blip3o_fast::solver_update",
-    "(Tensor x, Tensor velocity, Tensor(a!) slopes, Tensor coefficients, Tensor? slot, "
-    "Tensor? clamp, float guidance_scale, Tensor(b!) out) -> ()",
-)
-
-
-@torch.library.impl("blip3o_fast::solver_update", ("cpu", "cuda"))
-def _forward(
+def _reference(
     x: Tensor,
     velocity: Tensor,
     slopes: Tensor,
@@ -144,30 +113,36 @@ def _forward(
     clamp: Tensor | None,
     guidance_scale: float,
     out: Tensor,
-) -> None:
-    from blip3o_kernels import solver_update as kernels
+) -> Tensor:
+    del out  # which would lose the gradient
+    options = {"slot": slot, "clamp": clamp, "guidance_scale": guidance_scale}
+    return reference.solver_update(x, velocity, slopes, coefficients, **options)
 
-    kernels.forward(
-        x,
-        velocity,
-        slopes,
-        coefficients,
-        slot=slot,
-        clamp=clamp,
-        guidance_scale=guidance_scale,
-        out=out,
+
+def _specimens(sizes: Sizes) -> list[Arguments]:
+    C = sizes.channels
+    x, v, w, out = sizes.wide_rows(C), sizes.rows(C), sizes.rows(C), sizes.wide_rows(C)
+    rows = torch.stack((sizes.wide_rows(C), sizes.wide_rows(C)))
+    numbers = x.new_tensor((0.9, 0.5, 0.25, -0.25))
+    slot, clamp = torch.tensor([1], device=x.device), x.new_tensor([3.0])
+    return [
+        (x, v, rows[:1], numbers[:3], None, None, 1.0, out),
+        (x, v, rows[:0], numbers[:2], None, None, 1.0, out),
+        (x, torch.cat((v, w)), rows, numbers, slot, clamp, 2.0, out),
+    ]
+
+
+SOLVER_UPDATE = register(
+    Op(
+        name="solver_update",
+        schema="(Tensor x, Tensor velocity, Tensor(a!) slopes, Tensor coefficients, Tensor? slot, "
+        "Tensor? clamp, float guidance_scale, Tensor(b!) out) -> ()",
+        axes=dict.fromkeys(("x", "velocity", "slopes", "coefficients", "slot", "clamp")),
+        reference=_reference,
+        specimens=_specimens,
+        fake=lambda *_: None,
+        require=_check,
+        aten=_aten.solver_update,
+        cuda=dtype_refusal,
     )
-
-
-@torch.library.register_fake("blip3o_fast::solver_update")
-def _forward_fake(
-    x: Tensor,
-    velocity: Tensor,
-    slopes: Tensor,
-    coefficients: Tensor,
-    slot: Tensor | None,
-    clamp: Tensor | None,
-    guidance_scale: float,
-    out: Tensor,
-) -> None:
-    del x, velocity, slopes, coefficients, slot, clamp, guidance_scale, out
+)

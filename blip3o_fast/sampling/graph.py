@@ -79,8 +79,6 @@ class GraphStore:
         ``make`` gives its trajectory and context, of the bucket, over a table like ``table``.
         """
         if key not in self.captured:
-            while len(self.captured) >= GRAPHS:
-                self.captured.popitem(last=False)
             self.captured[key] = self._capture(table, make)
         self.captured.move_to_end(key)
         return self.captured[key]
@@ -91,6 +89,8 @@ class GraphStore:
         assert self.stream is not None
         current = torch.cuda.current_stream(table.modulations.device)
         self.stream.wait_stream(current)
+        while len(self.captured) >= GRAPHS:
+            self.captured.popitem(last=False)
         # One block around all that is made and run on that stream: where a capture fails,
         # torch.cuda.graph leaves the thread on it.
         with torch.cuda.stream(self.stream):
@@ -99,10 +99,12 @@ class GraphStore:
                 self.windows[form] = Window(table)
             window = self.windows[form]
             trajectory, context = make(window.buffers)
-            # A pool serves no second capture after one that failed, nor after its last graph went.
-            pool, self.pool = self.pool or torch.cuda.graph_pool_handle(), None
-            graph = _capture(trajectory, pool, self.stream)
-            self.pool = pool
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            try:
+                graph = _capture(trajectory, self.pool, self.stream)
+            except RuntimeError:
+                self.clear()  # torch goes on recording to the pool of a capture that failed
+                raise
         current.wait_stream(self.stream)
         return Captured(trajectory, context, window, graph)
 

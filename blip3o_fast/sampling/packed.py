@@ -282,16 +282,22 @@ def check_packable(model: DiT) -> None:
     """Raise ``TypeError`` if anything but the parameters of ``model`` decides what it computes.
 
     Packed weights replace every module, so adapters, parametrisations and hooks would be ignored.
-    FSDP and ``torch.compile`` change how a module runs, not what it computes.
+    FSDP, ``torch.compile``, activation checkpointing and accelerate's autocast change how a module
+    runs, not what it computes.
     """
     for name, module in model.named_modules():
         kind = type(module)
-        if hasattr(module, "unshard") or kind.__name__ == "OptimizedModule":
+        if hasattr(module, "unshard") or kind.__name__ in ("OptimizedModule", "CheckpointWrapper"):
             continue
         known = kind in _CLASSES or module is model
         hooked = module._forward_hooks or module._forward_pre_hooks
-        if not known or hooked or "forward" in module.__dict__:
-            what = "hooks" if known and hooked else f"{kind.__module__}.{kind.__qualname__}"
+        # accelerate keeps the forward that it wraps in autocast.
+        own, forward = module.__dict__, kind.forward.__get__(module)
+        replaced = own.get("_original_forward", own.get("forward", forward)) != forward
+        if not known or hooked or replaced:
+            what = f"{kind.__module__}.{kind.__qualname__}"
+            if known:
+                what = "hooks" if hooked else "a replaced forward"
             raise TypeError(
                 f"generate packs every projection: at {name or 'the model'} expected a module of "
                 f"the library's own without hooks, got {what}; merge adapters (LoRA), remove hooks "

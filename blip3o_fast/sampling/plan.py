@@ -10,9 +10,10 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypedDict
+from functools import wraps
+from typing import ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, co
 from blip3o_fast.sampling.inputs import starting_noise, warn_of_guidance
 from blip3o_fast.sampling.packed import E4M3
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
@@ -49,12 +53,29 @@ class PlanOptions(TypedDict, total=False):
     working_memory: int | None
 
 
+def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """``function`` run as it is where somebody compiles the code that calls it.
+
+    Locks, caches and checks on the host are no graph; with ``fullgraph=True`` this is an error.
+    """
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            reason = "generate is no graph: pass compile=True to it instead"
+            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportCallIssue]
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 class SamplingPlan:
     """``(eva, noise) -> clip`` for one model, solver and grid. Build once, call often.
 
     Plans of one model share its packed weights, so a second plan is cheap. Weights that have
-    changed since the last call are noticed and packed again. Distinct plans may be called from
-    distinct threads.
+    changed since the last call are noticed and packed again; after writing some of them through
+    ``parameter.data``, call ``forget(model)``. Distinct plans may be called from distinct threads.
 
     Args:
         model: any device; its train or eval mode does not matter, sampling never drops units.
@@ -118,6 +139,7 @@ class SamplingPlan:
         if working_memory is not None and working_memory < 1:
             raise ValueError(f"working_memory: expected at least 1 byte, got {working_memory}")
 
+    @untraced
     @torch.no_grad()
     def __call__(
         self,
@@ -151,7 +173,7 @@ class SamplingPlan:
         device = eva.device
         self.check_device(device)
         graph = self._uses_graph(device)
-        warn_of_guidance(model, self.guidance_scale, stacklevel=3)
+        warn_of_guidance(model, self.guidance_scale, stacklevel=4)
         x = starting_noise(model, eva, noise, generator, seeds)
         if isinstance(self.solver, FittedSolver):
             self.solver.check(

@@ -5,6 +5,6 @@
 
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.run import TrainingResult, train
-from blip3o_fast.training.signals import TrainingInterrupted
+from blip3o_fast.training.trainer import TrainingInterrupted
 
 __all__ = ["TrainingOptions", "TrainingResult", "TrainingInterrupted", "train"]

@@ -2,16 +2,16 @@
 
     run/
       options.json                      what the run is
-      metrics.jsonl                     one record a step and a validation
+      metrics.jsonl                     one line per step and per validation
       step_500/                         a checkpoint
         config.json, model.safetensors  the model, as ``BLIP3oDiT.from_pretrained`` reads it
         trainer.pt                      everything else that an exact resume needs
-        sharded/                        with FSDP: weights, moments and averages, a shard a process
+        sharded/                        FSDP: weights, moments and averages, a shard per process
         COMPLETE                        names and sizes of the files above, written last
       latest, best                      names of checkpoints
 
-A checkpoint is written in a hidden folder, flushed to the disk, and renamed. Whatever interrupts
-that, the folders before it stay as they were.
+A checkpoint is written in a hidden folder, flushed to the disk, and renamed. If this is
+interrupted, earlier checkpoints stay as they were.
 """
 
 import json
@@ -22,8 +22,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from blip3o_fast.data.atomic import sync_folder, write_atomically
-from blip3o_fast.training.distributed import World
+from blip3o_fast.atomic import sync_folder, write_atomically, write_json
+from blip3o_fast.processes import World
 
 MARKER = "COMPLETE"
 PENDING_SUFFIX = ".partial"
@@ -103,7 +103,7 @@ def _settle(pending: Path, final: Path, step: int) -> None:
     for folder in {path.parent for path in pending.rglob("*")}:
         sync_folder(folder)
     marker = {"format_version": 1, "step": step, "files": files}
-    write_atomically(pending / MARKER, (json.dumps(marker, indent=1) + "\n").encode())
+    write_json(pending / MARKER, marker)
     if final.exists():  # incomplete: a complete one would have been kept
         shutil.rmtree(final)
     pending.rename(final)
@@ -132,13 +132,13 @@ def delete_superseded(run: Path, keep_last: int, keep: Iterable[Path | None]) ->
     kept = {path.name for path in keep if path is not None}
     for folder in complete_checkpoints(run)[keep_last:]:
         if folder.name not in kept:
-            # Without its marker a folder that is only partly deleted cannot be taken for whole.
+            # Without its marker, a folder that is only partly deleted does not count as complete.
             (folder / MARKER).unlink()
             shutil.rmtree(folder)
 
 
 def delete_unfinished(run: Path) -> None:
-    """Delete what an interrupted write or deletion left: hidden folders, and those never marked."""
+    """Delete what interrupted writes and deletions left: hidden folders, and those not marked."""
     unmarked = [path for path in run.glob("step_*") if not (path / MARKER).exists()]
     leftovers = [path for path in unmarked if step_of(path) >= 0]
     for folder in [*run.glob(f".step_*{PENDING_SUFFIX}"), *leftovers]:

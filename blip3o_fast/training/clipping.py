@@ -1,13 +1,13 @@
 """Adaptive gradient clipping, decided on the device.
 
-The global norm is taken of unscaled gradients. With a window of the last ten norms of steps that
-were taken, the current one not among them::
+The global norm is that of unscaled gradients. The window holds the last ten finite norms before the
+current one::
 
     bound = 0.5 * max_norm   if the window is full and its mean exceeds 2 * max_norm
             max_norm         otherwise
     gradients *= min(1, bound / (norm + 1e-6))
 
-Nothing here waits for the device: window, bound and coefficient are tensors on it.
+Window, bound and coefficient are tensors on the device, so the host never waits for it.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ EPSILON = 1e-6
 
 
 class Clip(NamedTuple):
-    """0-d tensors: the norm, its bound, the coefficient of the gradients, whether all is finite."""
+    """0-d tensors: norm, bound, coefficient of the gradients, and whether the norm is finite."""
 
     norm: Tensor
     bound: Tensor

@@ -4,7 +4,6 @@ A row's draw does not depend on how many processes share the step or on how it i
 micro-batches, so neither changes what is trained, and a resumed step repeats itself exactly.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from blip3o_fast.flow import sample_times
 from blip3o_fast.flow.schedule import TimeDistribution
+from blip3o_fast.seeds import stream_seed
 
 GROUP = 16
-"""Rows whose noise comes from one generator: few launches, and little drawn in vain."""
+"""Rows that share a generator: fewer launches, at the price of some unused draws."""
 
 
 class Draws(NamedTuple):
-    """Of b rows: times ``[b]``, noise ``[b, N, C]`` fp32, which conditions are kept ``[b]``."""
+    """Times ``[b]``, noise ``[b, N, C]`` fp32 and kept conditions ``[b]`` of b rows."""
 
     t: Tensor
     noise: Tensor
@@ -55,9 +55,3 @@ def draw(
         noise[here] = group[wanted.start - start : wanted.stop - start]
     mine = slice(rows.start, rows.stop)
     return Draws(t[mine], noise, keep[mine])
-
-
-def stream_seed(*numbers: int) -> int:
-    """A 63-bit seed for the stream that these numbers name."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -2,8 +2,8 @@
 
     average <- average + (1 - d) (weights - average)      d = min(decay, (1 + n) / (10 + n))
 
-at update n. The ramp of d keeps the initial weights from lingering. The averages live on the device
-and are sharded as the weights are.
+at update n. d grows at first, so that the initial weights are forgotten soon. The averages are on
+the device and sharded like the weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,7 +50,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Swap contents in place, one tensor at a time: storages keep their identity."""
+        """Swap values in place, one tensor at a time; the tensors keep their storage."""
         for name, weight in self.weights.items():
             mine, theirs = local(self.averages[name]), local(weight)
             spare = theirs.clone()

@@ -63,7 +63,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def choose_optimizer(name: str, device: torch.device) -> OptimizerKind:
-    """Settle ``auto``: fused on CUDA, foreach on a CPU."""
+    """Resolve ``auto``: fused on CUDA, foreach on a CPU."""
     if name == "apex":
         require_apex()
         if device.type != "cuda":
@@ -101,7 +101,7 @@ def require_apex() -> Any:
     try:
         fused_adam = importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError):
-        # Importing the submodule imported its package first, whichever package that is.
+        # Importing the submodule has imported the package 'apex', whichever it is.
         found = "apex" in sys.modules
         what = "a package 'apex' that is not NVIDIA's" if found else "no package 'apex'"
         raise OptionError(f"optimizer: apex expects FusedAdam, got {what}; {remedy}") from None
@@ -125,14 +125,14 @@ def apply_gradients(
 ) -> None:
     """Clip and update; a step with non-finite gradients leaves weights and moments as they are.
 
-    The fused optimizer multiplies and skips inside its own kernel, without a pass over the
-    gradients and without waiting for the device. The others ask the host, except that a loss
-    scaler decides for the fused one too. Gradients must be unscaled already.
+    The fused optimizer clips and skips inside its own kernel, without another pass over the
+    gradients and without waiting for the device. For the other optimizers the host decides, and
+    with a loss scaler the scaler decides. Gradients must be unscaled already.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if optimizer.defaults.get("fused") and not scaler.is_enabled():
-        # The protocol by which GradScaler speaks to fused optimizers: gradients are divided by
-        # grad_scale, and nothing happens if found_inf is 1.
+        # GradScaler's protocol for fused optimizers: gradients are divided by grad_scale, and the
+        # step is skipped if found_inf is 1.
         optimizer.grad_scale = _beside(1 / clip.coefficient, parameters[0])  # pyright: ignore
         optimizer.found_inf = _beside((~clip.finite).float(), parameters[0])  # pyright: ignore
         optimizer.step()

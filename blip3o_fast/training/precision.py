@@ -10,17 +10,14 @@ from typing import Literal
 
 import torch
 
+from blip3o_fast.devices import DTYPES
+
 PrecisionName = Literal["bf16", "fp16", "fp32"]
-_DTYPES: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of autocast on a kind of device; fp32 is no autocast."""
+    """The dtype of autocast on a type of device; fp32 means no autocast."""
 
     name: PrecisionName
     device_type: str
@@ -28,19 +25,19 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """What GEMMs compute in."""
-        return _DTYPES[self.name]
+        return DTYPES[self.name]
 
     def autocast(self) -> torch.autocast:
         """A fresh context for one forward pass."""
         return torch.autocast(self.device_type, self.dtype, enabled=self.name != "fp32")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A loss scaler, from 65536; without effect unless the precision is fp16."""
+        """A loss scaler that starts at 65536; it does nothing unless the precision is fp16."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
 def choose_precision(name: str, fp16: bool, device: torch.device) -> Precision:
-    """Settle ``auto``: bf16 on CUDA, fp32 on a CPU, unless the flag ``fp16`` is given."""
+    """Resolve ``auto``: bf16 on CUDA, fp32 on a CPU, unless the flag ``fp16`` is given."""
     if fp16:
         name = "fp16"
     if name == "auto":

@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from blip3o_fast.training.records import StepRecord
+from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.validation import Validation
 
 

@@ -52,10 +52,10 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Inside the block torch refuses operations that vary from run to run, if that is wanted."""
+    """Inside the block torch refuses nondeterministic operations, if ``wanted``."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
-        # cuBLAS reads it when its handle is made, and is not deterministic without.
+        # cuBLAS reads this when it is initialised, and is not deterministic without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:

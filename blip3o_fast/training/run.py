@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.data.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically
+from blip3o_fast.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically, write_json
+from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
+from blip3o_fast.processes import World, join_world
 from blip3o_fast.training.checkpoints import BEST, LATEST, damaged_checkpoints
-from blip3o_fast.training.distributed import World, join_world
 from blip3o_fast.training.options import TrainingOptions
-from blip3o_fast.training.page import REPORT_NAME, render_page
-from blip3o_fast.training.plan import Plan, choose_device, make_plan
 from blip3o_fast.training.randomness import determinism
+from blip3o_fast.training.run_page import REPORT_NAME, render_page
+from blip3o_fast.training.run_plan import TrainingPlan, make_plan
 from blip3o_fast.training.summary import summarise
 from blip3o_fast.training.tracking import METRICS_NAME, read_metrics, require_trackers
 from blip3o_fast.training.trainer import OnStep, Trainer
@@ -36,7 +37,7 @@ class TrainingResult:
         best: the best validation, None if there was none.
         losses: (step, loss) of every step, from the run's beginning.
         validations: every validation as recorded.
-        seconds: of training, over all processes that continued one another.
+        seconds: of training, including earlier processes of the same run.
     """
 
     folder: Path
@@ -47,7 +48,7 @@ class TrainingResult:
     seconds: float
 
 
-def prepare(options: TrainingOptions, world: World) -> Plan:
+def prepare(options: TrainingOptions, world: World) -> TrainingPlan:
     """Check everything that can be checked before the first step, without writing anything.
 
     Raises:
@@ -74,11 +75,11 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         OSError: if something cannot be written.
     """
     with (
-        join_world(options.parallel, choose_device(options)) as world,
+        join_world(options.parallel, find_device(options.device)) as world,
         determinism(options.deterministic),
     ):
         plan = prepare(options, world)
-        world.barrier()  # nobody looks at the folder after it has been claimed
+        world.barrier()  # every process checks the folder before it is claimed
         with claimed(plan) if world.is_main else nullcontext():
             world.barrier()
             trainer = Trainer(plan, world, on_step)
@@ -86,7 +87,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
                 trainer.run()
             except BaseException:
                 if world.is_main:
-                    with suppress(OSError):  # whatever stopped the run says more
+                    with suppress(OSError):  # the error that stopped the run says more
                         write_summary(plan, trainer)
                 raise
             if world.is_main:
@@ -105,7 +106,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         )
 
 
-def check_folder(plan: Plan) -> None:
+def check_folder(plan: TrainingPlan) -> None:
     """Check that the run's folder is free, or holds this very run.
 
     Raises:
@@ -141,8 +142,8 @@ def check_folder(plan: Plan) -> None:
 
 
 @contextmanager
-def claimed(plan: Plan) -> Iterator[None]:
-    """Make the run's folder, say in it what the run is, and keep other processes out meanwhile.
+def claimed(plan: TrainingPlan) -> Iterator[None]:
+    """Make the run's folder, record the options in it, and lock it inside the block.
 
     Raises:
         OptionError: if another process is training in it, as after a job was queued twice.
@@ -156,9 +157,9 @@ def claimed(plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process however it ends.
+    """Hold the folder's lock, which the system releases when the process ends.
 
-    File systems that know no locks (some network ones), and Windows, let everybody in.
+    Without effect on Windows and on file systems without locks, such as some network ones.
     """
     try:
         import fcntl
@@ -182,7 +183,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _describe(plan: Plan, folder: Path) -> None:
+def _describe(plan: TrainingPlan, folder: Path) -> None:
     for name in (OPTIONS_NAME, METRICS_NAME, SUMMARY_NAME, REPORT_NAME, LATEST, BEST):
         remove_leftovers(folder, name)
     content = {
@@ -190,15 +191,15 @@ def _describe(plan: Plan, folder: Path) -> None:
         "data": plan.data_digest,
         "plan": plan.describe(),
     }
-    write_atomically(folder / OPTIONS_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / OPTIONS_NAME, content)
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a killed writer of ours left behind."""
+    """Whether a file is one that a killed process left behind."""
     return path.name.startswith(f".{OPTIONS_NAME}.") and path.suffix == TEMPORARY_SUFFIX
 
 
-def write_summary(plan: Plan, trainer: Trainer) -> None:
+def write_summary(plan: TrainingPlan, trainer: Trainer) -> None:
     """Write ``summary.json`` and, unless that is off, ``report.html``."""
     folder = Path(plan.options.output_dir)
     records = read_metrics(folder)
@@ -210,7 +211,7 @@ def write_summary(plan: Plan, trainer: Trainer) -> None:
         seconds=progress.seconds,
     )
     summary["best"] = None if progress.best is None else progress.best.to_dict()
-    write_atomically(folder / SUMMARY_NAME, (json.dumps(summary, indent=1) + "\n").encode())
+    write_json(folder / SUMMARY_NAME, summary)
     if plan.options.report:
         options, described = plan.options.to_dict(), plan.describe()
         page = render_page(f"Training run {folder.name}", records, summary, options, described)

@@ -1,12 +1,11 @@
 """Everything that an exact resume needs, and nothing twice.
 
-``model.safetensors`` holds the weights that one would use: the averages where there are any. Then
-``trainer.pt`` also holds the raw weights. With FSDP both, and the optimizer's moments, are in
-``sharded/`` instead, a shard a process, in the format of ``torch.distributed.checkpoint``, which
+``model.safetensors`` holds the weights for use: the averages if the run keeps any, and then
+``trainer.pt`` holds the raw weights. With FSDP, raw weights, averages and the optimizer's moments
+are in ``sharded/``, one shard per process, in the format of ``torch.distributed.checkpoint``, which
 any number of processes can read.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from blip3o_fast.atomic import PendingFile
 from blip3o_fast.checkpoint import WEIGHTS_NAME, save_checkpoint
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.processes import World
+from blip3o_fast.seeds import stream_seed
 from blip3o_fast.training.clipping import AdaptiveClipper
-from blip3o_fast.training.distributed import World
-from blip3o_fast.training.draws import stream_seed
 from blip3o_fast.training.ema import WeightAverage
 from blip3o_fast.training.randomness import random_state, restore_random_state, seed_everything
 from blip3o_fast.training.validation import Validation
@@ -98,10 +98,8 @@ class TrainingState:
             "weights": {n: p.detach() for n, p in weights.items()} if averaged else None,
             "random": random,
         }
-        with (folder / STATE_NAME).open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with PendingFile(folder / STATE_NAME) as pending:
+            torch.save(content, pending.file)
 
     def read(self, folder: Path) -> None:
         """Continue from a checkpoint.
@@ -143,7 +141,7 @@ class TrainingState:
         for mine, theirs in zip(
             self.optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True
         ):
-            # How the update runs depends on the device at hand, not on the one it was saved from.
+            # The kind of update depends on the device of this run, not on that of the saved one.
             theirs.update({name: mine[name] for name in ("fused", "foreach") if name in mine})
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:

@@ -1,4 +1,4 @@
-"""One optimizer step on a global batch. The host never waits for the device in here."""
+"""One optimizer step on a global batch. The host does not wait for the device in it."""
 
 from dataclasses import replace
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 from blip3o_fast.data.dataset import Batch
 from blip3o_fast.flow import interpolate
+from blip3o_fast.pieces import Pieces
+from blip3o_fast.processes import World
 from blip3o_fast.training.clipping import global_norm
-from blip3o_fast.training.distributed import Parallel, World
+from blip3o_fast.training.distributed import Parallel
 from blip3o_fast.training.draws import Draws, draw
-from blip3o_fast.training.memory import Pieces
 from blip3o_fast.training.optimizer import apply_gradients, set_rate
-from blip3o_fast.training.plan import Plan
+from blip3o_fast.training.run_plan import TrainingPlan
 from blip3o_fast.training.state import TrainingState
 
 
@@ -26,7 +27,9 @@ class OptimizerStep:
         state: what a step changes.
     """
 
-    def __init__(self, plan: Plan, world: World, parallel: Parallel, state: TrainingState) -> None:
+    def __init__(
+        self, plan: TrainingPlan, world: World, parallel: Parallel, state: TrainingState
+    ) -> None:
         options = plan.options
         self.plan, self.world, self.parallel, self.state = plan, world, parallel, state
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""What a run came to, in numbers: computed from its records, whatever process wrote them."""
+"""Summary numbers of a run, computed from the records of all its processes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def summarise(
     Args:
         records: of ``metrics.jsonl``.
         total_steps: of the plan.
-        batch_size: samples a step.
+        batch_size: samples per step.
         seconds: of training, validations and checkpoints included.
 
     Returns:
@@ -59,7 +59,7 @@ def is_clipped(record: Mapping[str, Any]) -> bool:
 
 
 def peak_memory() -> int | None:
-    """Bytes: of the device on CUDA, of the process elsewhere; None where nobody counts."""
+    """Peak bytes, of the device on CUDA and of the process elsewhere; None if unknown."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:

@@ -1,8 +1,8 @@
 """Where records go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases by request.
 
 A line of ``metrics.jsonl`` is ``{"kind": "step", ...}``, a ``StepRecord``, or
-``{"kind": "validation", ...}``, a ``Validation``. When a run resumes, lines of steps that will be
-taken again are removed, so the file reads as if nothing had interrupted it.
+``{"kind": "validation", ...}``, a ``Validation``. When a run resumes, the lines of steps that it
+repeats are removed, so the file looks like that of an uninterrupted run.
 """
 
 import importlib.util
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from blip3o_fast.data.atomic import write_atomically
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.errors import OptionError
 from blip3o_fast.training.options import TrainingOptions
-from blip3o_fast.training.records import StepRecord
+from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.validation import Validation
 
 METRICS_NAME = "metrics.jsonl"
@@ -30,7 +30,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Deliver what is left."""
+        """Write what is left."""
         ...
 
 
@@ -39,7 +39,7 @@ class MetricsFile:
 
     Args:
         run: folder of the run.
-        step: what is recorded of later steps is removed.
+        step: records of later steps are removed.
         validated: whether the validation after ``step`` counts as done.
     """
 
@@ -84,7 +84,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, group: str, values: Mapping[str, float]) -> None:
-        """One scalar a value."""
+        """One scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(f"{group}/{name}", value, step)
 

@@ -2,10 +2,10 @@
 
     for each step of the plan
         take a batch, one optimizer step                   OptimizerStep
-        now and then: record, validate, save               Trainer.train
+        at some steps: record, validate, save              Trainer.train
 
-The host never waits for the device inside a step. It does when records are fetched: every
-``log_every_n_steps`` on CUDA, every step on a CPU, where waiting costs nothing.
+The host does not wait for the device inside a step. It waits when records are copied: every
+``log_every_n_steps`` on CUDA, every step on a CPU, where waiting is free.
 """
 
 import signal
@@ -14,23 +14,48 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
+
+from blip3o_fast.checkpoint import check_tensors
 from blip3o_fast.data.loader import Loader
+from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.processes import World
+from blip3o_fast.signals import STOPPED, StopSignals
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.clipping import AdaptiveClipper
-from blip3o_fast.training.distributed import World, spread
+from blip3o_fast.training.distributed import spread
 from blip3o_fast.training.ema import WeightAverage
-from blip3o_fast.training.model import build_model
 from blip3o_fast.training.optimizer import make_optimizer
-from blip3o_fast.training.plan import Plan
 from blip3o_fast.training.progress import ProgressDisplay
-from blip3o_fast.training.records import Pending, Recorder, StepRecord
-from blip3o_fast.training.signals import StopSignals, TrainingInterrupted
+from blip3o_fast.training.randomness import seed_everything
+from blip3o_fast.training.run_plan import TrainingPlan
 from blip3o_fast.training.state import Progress, TrainingState
 from blip3o_fast.training.step import OptimizerStep
+from blip3o_fast.training.step_records import Pending, Recorder, StepRecord
 from blip3o_fast.training.tracking import MetricsFile, numbers, open_trackers
 from blip3o_fast.training.validation import Validator
 
 OnStep = Callable[[StepRecord], None]
+
+
+class TrainingInterrupted(Exception):
+    """Training stopped on a signal, after saving.
+
+    Attributes:
+        signal_number: which one.
+        checkpoint: where training will continue; None before the first step.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path | None) -> None:
+        saved = "before the first step" if checkpoint is None else f"saved {checkpoint}"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, {saved}")
+        self.signal_number = signal_number
+        self.checkpoint = checkpoint
+
+    @property
+    def exit_status(self) -> int:
+        """130 for SIGINT, as shells expect; 143 for the others."""
+        return 130 if self.signal_number == signal.SIGINT else STOPPED
 
 
 class Trainer:
@@ -42,7 +67,7 @@ class Trainer:
         on_step: called on the main process with every step's record, in order.
     """
 
-    def __init__(self, plan: Plan, world: World, on_step: OnStep | None = None) -> None:
+    def __init__(self, plan: TrainingPlan, world: World, on_step: OnStep | None = None) -> None:
         options = plan.options
         self.plan, self.world, self.on_step = plan, world, on_step
         self.folder = Path(options.output_dir)
@@ -112,7 +137,7 @@ class Trainer:
         self.started = time.perf_counter() - self.state.progress.seconds
 
     def mend_pointers(self, newest: Path) -> None:
-        """Point to the checkpoints that a crash left written but not pointed to."""
+        """Repair the pointers if a crash came between a checkpoint and its pointer."""
         best = self.state.progress.best
         if self.world.is_main:
             checkpoints.point(self.folder, checkpoints.LATEST, newest)
@@ -145,7 +170,7 @@ class Trainer:
             self.metrics.close()
 
     def train(self) -> None:
-        """The loop: steps, and at their boundaries records, validations, checkpoints, stopping."""
+        """The loop over steps, with records, validations, checkpoints and signals between them."""
         options, progress = self.plan.options, self.state.progress
         every = 1 if self.plan.device.type == "cpu" else options.log_every_n_steps
         self.recorder.restart_clock()
@@ -214,7 +239,7 @@ class Trainer:
         self.recorder.restart_clock()
 
     def usable_weights(self) -> AbstractContextManager[None]:
-        """The averaged weights inside the block, where the run keeps any."""
+        """Inside the block the model has the averaged weights, if the run keeps any."""
         return nullcontext() if self.state.average is None else self.state.average.applied()
 
     def save(self, *, best: bool = False) -> Path:
@@ -240,10 +265,27 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether any process has received a signal."""
-        return self.world.agree(self.signals.received is not None)
+        return self.world.agree(self.signals.asked())
 
     def stop_if_asked(self) -> None:
         """Save and stop at this step boundary, if a signal came."""
         if self.asked_to_stop():
             received = self.signals.received or signal.SIGTERM
             raise TrainingInterrupted(received, self.save() if self.state.progress.step else None)
+
+
+def build_model(plan: TrainingPlan) -> BLIP3oDiT:
+    """The plan's model in fp32 on its device, in training mode.
+
+    Initial weights depend on the seed alone: they are drawn on the CPU, the same in every process.
+    """
+    seed_everything(plan.options.seed)
+    with torch.device("cpu"):
+        model = BLIP3oDiT(plan.config)
+    # The published layout has learned positions even where rotary ones replace them. Processes that
+    # average gradients would wait for theirs.
+    model.pos_embed.requires_grad_(not plan.config.use_3d_rope)
+    if plan.initial is not None:
+        check_tensors(plan.config, model.state_dict(), plan.initial.tensors)
+        model.load_state_dict(plan.initial.tensors)
+    return model.to(device=plan.device, dtype=torch.float32).train()

@@ -1,8 +1,9 @@
 """How well the model does on samples that it never trains on.
 
-Every validation sees the same samples from the same noise at the same times, so two of them differ
-by the weights alone. Sampling goes through ``model.generate``. Samples are dealt to the processes
-in turn; every process makes the same number of forward passes: sharded ones are collective.
+Every validation uses the same samples, noise and times, so two validations differ by the weights
+only. Sampling goes through ``model.generate``. Samples are distributed over the processes in turn.
+Every process makes the same number of forward passes, because those of a sharded model are
+collective.
 """
 
 import time
@@ -17,12 +18,12 @@ from torch import Tensor
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.order import epoch_order
 from blip3o_fast.flow import RectifiedFlowLoss, draw_noise, interpolate
+from blip3o_fast.pieces import Pieces
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.processes import World
 from blip3o_fast.sampling import forget
-from blip3o_fast.training.distributed import World
-from blip3o_fast.training.draws import stream_seed
-from blip3o_fast.training.memory import Pieces
-from blip3o_fast.training.plan import Plan
+from blip3o_fast.seeds import stream_seed
+from blip3o_fast.training.run_plan import TrainingPlan
 
 THRESHOLDS = (0.7, 0.8, 0.9)
 
@@ -70,7 +71,7 @@ class Validator:
         world: the processes that share the work.
     """
 
-    def __init__(self, plan: Plan, world: World) -> None:
+    def __init__(self, plan: TrainingPlan, world: World) -> None:
         self.plan, self.world = plan, world
         self.indices = heldout_sample(plan.heldout, plan.options.eval_num_samples)
         share = plan.options.batch_size // world.size
@@ -82,13 +83,12 @@ class Validator:
     def run(
         self, model: BLIP3oDiT, step: int, stop: Callable[[], bool] = lambda: False
     ) -> Validation | None:
-        """Validate ``model``, or return None once ``stop()``, which all processes agree on."""
+        """Validate ``model``; None if ``stop()``, on which all processes agree, became true."""
         try:
             return self._run(model, step, stop)
         finally:
-            forget(
-                model
-            )  # packed weights and graphs would only take memory: the next step ends them
+            # The next step makes packed weights and graphs stale; until then they only take memory.
+            forget(model)
 
     def _run(self, model: BLIP3oDiT, step: int, stop: Callable[[], bool]) -> Validation | None:
         started = time.perf_counter()

@@ -2,14 +2,13 @@
 
 Forward, per element: reads 3, writes 1. Backward: with D = dout, ``d_adapted = D g``,
 ``d_residual = D (1 - g)``, ``d_gate = D (adapted - residual) g (1 - g)``; reads 4, writes 3.
-Nothing but the inputs is saved. Computes in fp32 (fp64 for fp64). ``faithful`` rounds g, 1 - g and
-both products to the dtype.
+Nothing but the inputs is saved. Computes in fp32 (fp64 for fp64).
 """
 
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import promoted, rounded, sigmoid
+from blip3o_kernels.arithmetic import sigmoid
 from blip3o_kernels.launch import accumulator, elementwise_launch, merged, on_device
 from blip3o_kernels.tiles import load_tile, tile
 from blip3o_kernels.typed import jit
@@ -36,21 +35,13 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ACC: tl.constexpr,
-    FAITHFUL: tl.constexpr,
 ):
     row, col, inside = tile(rows, width, ROWS, COLS)
     logit = load_tile(gate, row, col, tokens, gate_b, gate_n, gate_d, inside, ACC)
     a = load_tile(adapted, row, col, tokens, adapted_b, adapted_n, adapted_d, inside, ACC)
     r = load_tile(residual, row, col, tokens, residual_b, residual_n, residual_d, inside, ACC)
     g = sigmoid(logit)
-    if FAITHFUL:
-        G: tl.constexpr = gate.dtype.element_ty
-        g = rounded(g, G)
-        rest = rounded(1.0 - g, G)
-        first = rounded(g * a, promoted(G, adapted.dtype.element_ty))
-        result = first + rounded(rest * r, promoted(G, residual.dtype.element_ty))
-    else:
-        result = g * a + (1.0 - g) * r
+    result = g * a + (1.0 - g) * r
     tl.store(out + row.to(tl.int64) * width + col, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -94,7 +85,7 @@ def _backward_kernel(
     tl.store(dresidual + target, second.to(dresidual.dtype.element_ty), mask=inside)
 
 
-def forward(gate: Tensor, adapted: Tensor, residual: Tensor, *, faithful: bool) -> Tensor:
+def forward(gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
     """``[B, N, D]`` each, to ``[B, N, D]`` in the dtype of ``gate``."""
     out = gate.new_empty(gate.shape)
     if not out.numel():
@@ -113,7 +104,6 @@ def forward(gate: Tensor, adapted: Tensor, residual: Tensor, *, faithful: bool) 
             ROWS=launch.rows,
             COLS=launch.columns,
             ACC=accumulator(gate, adapted, residual),
-            FAITHFUL=faithful,
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -12,20 +12,17 @@ Forward, per row: reads P elements, writes P. Backward: reads 2 P, writes P, and
 sums per program. Whole rows move, since a mask that ends at an odd W would split the 16-byte
 accesses; what the padding holds is dropped. Nothing but the inputs is saved. Accumulates in fp32
 (fp64 for fp64).
-``faithful`` rounds u to the dtype before the GELU.
 """
 
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import rounded
 from blip3o_kernels.launch import (
-    RowLaunch,
     accumulator,
     backward_launch,
     forward_launch,
     merged_rows,
-    run_rows,
+    on_device,
     torch_accumulator,
     unit_stride,
 )
@@ -70,7 +67,6 @@ def _forward_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
-    FAITHFUL: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
     cols = tl.arange(0, BLOCK)
@@ -81,8 +77,6 @@ def _forward_kernel(
         row = load_row(x + sample * x_b, token, cols, x_n, x_d, stored, ACC)
         xhat, _ = _standardised(row, inside, EPS, WIDTH)
         u = w * xhat + b
-        if FAITHFUL:
-            u = rounded(u, x.dtype.element_ty)
         h = u * _normal_cdf(u)
         target = out + (sample * tokens + token) * PADDED
         tl.store(target + cols, h.to(out.dtype.element_ty), mask=stored)
@@ -140,16 +134,17 @@ def _backward_kernel(
         tl.store(target + PADDED, db, mask=stored)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, faithful: bool) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``[B, N, P]`` to ``[B, N, P]``."""
     out = x.new_empty(x.shape)
     weight, bias = unit_stride(weight), unit_stride(bias)
     (source,) = merged_rows(x)
     samples, tokens, padded = source.shape
     launch = forward_launch(padded, samples * tokens)
-
-    def run(launch: RowLaunch) -> None:
-        chunks = cdiv(tokens, launch.rows)
+    if not out.numel():
+        return out
+    chunks = cdiv(tokens, launch.rows)
+    with on_device(x):
         _forward_kernel[(samples * chunks,)](
             source,
             weight,
@@ -164,20 +159,16 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, faithful: bo
             PADDED=padded,
             BLOCK=launch.block,
             ACC=accumulator(x, weight, bias),
-            FAITHFUL=faithful,
             num_warps=launch.num_warps,
             enable_fp_fusion=False,
         )
-
-    if out.numel():
-        run_rows("adapter_norm.forward", x, launch, samples * tokens, run)
     return out
 
 
 def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, parameters: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Gradients of x and, with ``parameters``, of weight and bias."""
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, with ``parameters``, of weight and bias, else empty tensors."""
     dx = x.new_empty(x.shape)
     weight, bias = unit_stride(weight), unit_stride(bias)
     upstream, source = merged_rows(dout, x)
@@ -185,12 +176,11 @@ def backward(
     width = weight.shape[0]
     acc = accumulator(x, weight, bias)
     launch = backward_launch(padded, samples * tokens)
-
-    def run(launch: RowLaunch) -> Tensor | None:
-        chunks = cdiv(tokens, launch.rows)
-        partial = None
-        if parameters:
-            partial = x.new_empty((samples * chunks, 2, padded), dtype=torch_accumulator(acc))
+    chunks = cdiv(tokens, launch.rows)
+    partial = None
+    if parameters:
+        partial = x.new_empty((samples * chunks, 2, padded), dtype=torch_accumulator(acc))
+    with on_device(x):
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
                 upstream,
@@ -213,12 +203,9 @@ def backward(
                 num_warps=launch.num_warps,
                 enable_fp_fusion=False,
             )
-        return partial
-
-    partial = run_rows("adapter_norm.backward", x, launch, samples * tokens, run)
     if partial is None:
-        return dx, None
+        return dx, x.new_empty(0), x.new_empty(0)
     dw, db = weight.new_empty(width), bias.new_empty(width)
     column_sum(partial[:, 0, :width], dw, acc)
     column_sum(partial[:, 1, :width], db, acc)
-    return dx, (dw, db)
+    return dx, dw, db

@@ -8,7 +8,6 @@ bits, so that an fp64 kernel loses nothing and an fp32 kernel reads the first pa
 
 import struct
 
-import triton
 import triton.language as tl
 
 from blip3o_kernels.typed import jit
@@ -31,20 +30,6 @@ def joined(high, low, ACC: tl.constexpr):
     if tl.float64 == ACC:
         value += tl.cast(low, ACC)  # pyright: ignore[reportArgumentType]
     return value
-
-
-@triton.constexpr_function
-def promoted(first, second):
-    """What torch promotes two of the supported dtypes to."""
-    if first == second:
-        return first
-    return tl.float64 if tl.float64 in (first, second) else tl.float32
-
-
-@jit
-def rounded(x, dtype: tl.constexpr):
-    """``x`` rounded to ``dtype``, in its own dtype."""
-    return x.to(dtype).to(x.dtype)
 
 
 @jit

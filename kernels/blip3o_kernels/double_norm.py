@@ -20,17 +20,14 @@ the tokens of a sample, column by column,
 A branch that is scaled before its norm, x = ls y, keeps P and R over y instead of x: dscale and dw2
 gain a factor ls, dw1 = sum_b ((1 + scale) w2 ls P - w1 ls^2 R), and the scale itself receives
 dls = sum_b (w1 w2 (1 + scale) P - (w1^2 + eps) ls R).
-
-``faithful`` rounds where two RMSNorm modules and AdaLN round in a 16-bit dtype; its second mean
-square is that of rounded numbers and needs a second round. Backward is the same for both.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import promoted, rounded
 from blip3o_kernels.launch import torch_accumulator, unit_stride
 from blip3o_kernels.reduction import STAGE_COLUMNS, STAGE_ROWS, column_sums, sum2
 from blip3o_kernels.tiles import load_vector
@@ -49,37 +46,12 @@ def load_norm(w1, w2, shift, scale, sample, shift_b, scale_b, cols, inside, ACC:
 
 
 @jit
-def double_norm(
-    x,
-    w1,
-    w2,
-    shift,
-    one_plus_scale,
-    X: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FAITHFUL: tl.constexpr,
-):
-    """One row, normed twice and modulated; X, W1, ... are the dtypes of the tensors in memory."""
-    if FAITHFUL:
-        U1: tl.constexpr = promoted(X, W1)
-        U2: tl.constexpr = promoted(U1, W2)
-        U3: tl.constexpr = promoted(U2, SCALE)
-        unit = rounded(x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS), X)
-        u = rounded(w1 * unit, U1)
-        unit = rounded(u * tl.rsqrt(tl.sum(u * u, axis=0) / WIDTH + EPS), U1)
-        u = rounded(rounded(w2 * unit, U2) * rounded(one_plus_scale, SCALE), U3)
-        h = rounded(rounded(u + shift, promoted(U3, SHIFT)), X)
-    else:
-        a = w1 * x
-        squares_x, squares_a = sum2(x * x, a * a)
-        r = tl.rsqrt(squares_a / WIDTH + EPS * (squares_x / WIDTH + EPS))
-        h = a * r * (w2 * one_plus_scale) + shift
-    return h
+def double_norm(x, w1, w2, shift, one_plus_scale, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """One row, normed twice and modulated."""
+    a = w1 * x
+    squares_x, squares_a = sum2(x * x, a * a)
+    r = tl.rsqrt(squares_a / WIDTH + EPS * (squares_x / WIDTH + EPS))
+    return a * r * (w2 * one_plus_scale) + shift
 
 
 @jit
@@ -176,17 +148,19 @@ def _weight_gradient_kernel(
     tl.store(dw2 + cols, (first * p).to(dw2.dtype.element_ty), mask=inside)
 
 
-class Norm(NamedTuple):
-    """The parameters of a double norm: weights ``[D]``, modulation ``[B, D]``."""
+class Modulation(NamedTuple):
+    """The parameters of a double norm: weights ``[D]``, shift and scale ``[B, D]``."""
 
     w1: Tensor
     w2: Tensor
     shift: Tensor
     scale: Tensor
 
-    def with_unit_strides(self) -> "Norm":
-        """The same, each with contiguous columns."""
-        return Norm(*(unit_stride(u) for u in self))
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> "Modulation | None":
+        """The four ``tensors`` with contiguous columns, or None where they are absent."""
+        given = [unit_stride(u) for u in tensors if u is not None]
+        return cls(*given) if given else None
 
 
 def partial_sums(x: Tensor, acc: tl.dtype, programs: tuple[int, int], sums: int = 3) -> Tensor:
@@ -195,11 +169,11 @@ def partial_sums(x: Tensor, acc: tl.dtype, programs: tuple[int, int], sums: int 
 
 
 def parameter_gradients(
-    partial: Tensor, norm: Norm, layer_scale: Tensor | None, *, eps: float, acc: tl.dtype
-) -> tuple[Norm, Tensor | None]:
+    partial: Tensor, norm: Modulation, layer_scale: Tensor | None, *, eps: float, acc: tl.dtype
+) -> tuple[Modulation, Tensor | None]:
     """Gradients of a norm and of the layer scale before it, from partial sums."""
     samples, chunks, _, width = partial.shape
-    gradient = Norm(*(u.new_empty(u.shape) for u in norm))
+    gradient = Modulation(*(u.new_empty(u.shape) for u in norm))
     dls = None if layer_scale is None else layer_scale.new_empty(width)
     sums = partial.new_empty(samples, 2, width)
     blocks = cdiv(width, STAGE_COLUMNS)

@@ -31,11 +31,9 @@ from blip3o_kernels.flow_loss_terms import (
     total_kernel,
 )
 from blip3o_kernels.launch import (
-    RowLaunch,
     accumulator,
     backward_launch,
     on_device,
-    run_rows,
     torch_accumulator,
     unit_stride,
 )
@@ -225,8 +223,7 @@ def forward(
     x_1: Tensor,
     noise: Tensor,
     t: Tensor,
-    *,
-    weights: tuple[float, float, float, float],
+    weights: list[float],
     published: bool,
     masks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -243,10 +240,9 @@ def forward(
     image, factors, total, terms = new(samples, width), new(TERMS), new(), new(TERMS)
     per_sample = new(samples, TERMS)
     options = {"ACC": acc, "enable_fp_fusion": False}
-
-    def run(launch: RowLaunch) -> None:
-        chunks = cdiv(tokens, launch.rows)
-        partial, columns = new(samples, chunks, SUMS), new(samples, chunks, 2, width)
+    chunks = cdiv(tokens, launch.rows)
+    partial, columns = new(samples, chunks, SUMS), new(samples, chunks, 2, width)
+    with on_device(velocity):
         _sums_kernel[(samples * chunks,)](
             *sources,
             t,
@@ -276,9 +272,6 @@ def forward(
             num_warps=launch.num_warps,
             **options,
         )
-
-    run_rows("flow_loss.forward", velocity, launch, samples * tokens, run)
-    with on_device(velocity):
         total_kernel[(1,)](
             per_sample,
             t,
@@ -310,7 +303,6 @@ def backward(
     t: Tensor,
     image: Tensor,
     factors: Tensor,
-    *,
     published: bool,
     masks: bool,
 ) -> Tensor:
@@ -320,9 +312,8 @@ def backward(
     sources = (velocity, x_t, x_1, noise)
     t = unit_stride(t)
     launch = backward_launch(width, samples * tokens)
-
-    def run(launch: RowLaunch) -> None:
-        chunks = cdiv(tokens, launch.rows)
+    chunks = cdiv(tokens, launch.rows)
+    with on_device(velocity):
         _gradient_kernel[(samples * chunks,)](
             grad,
             *sources,
@@ -342,6 +333,4 @@ def backward(
             num_warps=launch.num_warps,
             enable_fp_fusion=False,
         )
-
-    run_rows("flow_loss.backward", velocity, launch, samples * tokens, run)
     return out

@@ -17,18 +17,16 @@ in flight on a multiprocessor.
   most 512 to 1,024 programs otherwise.
 
 ``num_warps`` and the block depend on the width alone, so a row's result does not depend on how many
-rows come with it. ``blip3o_kernels.tuning`` replaces this table by measurement.
+rows come with it.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels import tuning
 from blip3o_kernels.typed import cdiv, next_power_of_2
 
 MAX_WIDTH = 8192
@@ -45,8 +43,6 @@ FORWARD_PROGRAMS = 2112
 FORWARD_ROWS = 8
 BACKWARD_PROGRAMS = 512
 BACKWARD_ROWS = (4, 32)
-
-Result = TypeVar("Result")
 
 
 class RowLaunch(NamedTuple):
@@ -102,26 +98,6 @@ def row_block(width: int) -> int:
             f"got {width}; pass impl=Impl.REFERENCE"
         )
     return next_power_of_2(width)
-
-
-def run_rows(
-    name: str, x: Tensor, launch: RowLaunch, rows: int, run: Callable[[RowLaunch], Result]
-) -> Result:
-    """Call ``run`` on the device of ``x``, with ``launch`` or with what tuning measured instead."""
-    with on_device(x):
-        if x.is_cuda and tuning.enabled():
-            launch = tuning.best(name, x, rows, candidates(launch), run)
-        return run(launch)
-
-
-def candidates(launch: RowLaunch) -> list[RowLaunch]:
-    """What tuning tries: the built-in launch first, then half and double of its numbers."""
-    return [
-        launch._replace(num_warps=warps, rows=rows)
-        for warps in (launch.num_warps, launch.num_warps // 2, launch.num_warps * 2)
-        for rows in (launch.rows, launch.rows // 2, launch.rows * 2)
-        if 1 <= warps <= MAX_WARPS and rows >= 1
-    ]
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

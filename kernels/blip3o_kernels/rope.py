@@ -10,14 +10,13 @@ the backward pass, exchanges which table entry each product takes, and is not "n
     dq[i] = g[i] cos[i] + g[j] sin[j]         dq[j] = g[j] cos[j] - g[i] sin[i]
 
 Per token: reads (H + 2K) d elements and writes as many, or in place 2 (H + K) d in all; the 2 d
-table entries serve every head and come from cache. Computes in fp32 (fp64 for fp64). ``faithful``
-rounds the tables, both products and the sum to the dtype. One program turns one token.
+table entries serve every head and come from cache. Computes in fp32 (fp64 for fp64). One program
+turns one token.
 """
 
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import rounded
 from blip3o_kernels.launch import accumulator, on_device, unit_stride
 from blip3o_kernels.typed import jit, next_power_of_2
 
@@ -45,7 +44,6 @@ def _rotate_kernel(
     PASSED_BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     ADJOINT: tl.constexpr,
-    FAITHFUL: tl.constexpr,
 ):
     sample = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
@@ -67,11 +65,6 @@ def _rotate_kernel(
     sin_j = tl.load(sin + token * sin_n + half + col, mask=present, other=0.0).to(ACC)
     if ADJOINT:
         first, second = low * cos_i + high * sin_j, high * cos_j - low * sin_i
-    elif FAITHFUL:
-        cos_i, cos_j = rounded(cos_i, dtype), rounded(cos_j, dtype)
-        sin_i, sin_j = rounded(sin_i, dtype), rounded(sin_j, dtype)
-        first = rounded(low * cos_i, dtype) - rounded(high * sin_i, dtype)
-        second = rounded(high * cos_j, dtype) + rounded(low * sin_j, dtype)
     else:
         first, second = low * cos_i - high * sin_i, high * cos_j + low * sin_j
     tl.store(target + i * out_d, first.to(dtype), mask=inside)
@@ -84,14 +77,7 @@ def _rotate_kernel(
 
 
 def _rotate(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    out: Tensor,
-    heads: int,
-    *,
-    adjoint: bool,
-    faithful: bool,
+    qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, *, adjoint: bool
 ) -> None:
     """Write the first ``heads`` heads of ``qkv`` turned into ``out``, and copy the rest."""
     if not out.numel():
@@ -120,26 +106,25 @@ def _rotate(
             PASSED_BLOCK=next_power_of_2(max(passed, 1)),
             ACC=accumulator(qkv, cos, sin),
             ADJOINT=adjoint,
-            FAITHFUL=faithful,
             num_warps=max(1, min(8, heads_block * half_block // 256)),
             enable_fp_fusion=False,
         )
 
 
-def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, faithful: bool) -> Tensor:
+def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """A new tensor with the first ``heads`` heads turned."""
     out = qkv.new_empty(qkv.shape)
-    _rotate(qkv, cos, sin, out, heads, adjoint=False, faithful=faithful)
+    _rotate(qkv, cos, sin, out, heads, adjoint=False)
     return out
 
 
-def forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, faithful: bool) -> None:
+def forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     """Turn the first ``heads`` heads of ``qkv`` where they lie."""
-    _rotate(qkv, cos, sin, qkv, heads, adjoint=False, faithful=faithful)
+    _rotate(qkv, cos, sin, qkv, heads, adjoint=False)
 
 
 def backward(grad: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """The gradient of ``qkv``, contiguous."""
     out = grad.new_empty(grad.shape)
-    _rotate(grad, cos, sin, out, heads, adjoint=True, faithful=False)
+    _rotate(grad, cos, sin, out, heads, adjoint=True)
     return out

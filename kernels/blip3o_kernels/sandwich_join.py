@@ -11,14 +11,15 @@ per program; dx = dx_out + the gradient through pre, and dx drives the gradient 
 Accumulates in fp32 (fp64 for fp64).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import promoted, rounded
 from blip3o_kernels.double_norm import (
-    Norm,
+    Modulation,
     double_norm,
     double_norm_gradient,
     load_norm,
@@ -27,13 +28,11 @@ from blip3o_kernels.double_norm import (
     store_partial_sums,
 )
 from blip3o_kernels.launch import (
-    RowLaunch,
     accumulator,
     backward_launch,
     forward_launch,
     on_device,
     register_limit,
-    run_rows,
     unit_stride,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
@@ -50,12 +49,12 @@ def _forward_kernel(
     x,
     y,
     layer_scale,
-    w3,
-    w4,
+    post_w1,
+    post_w2,
     post_shift,
     post_scale,
-    w1,
-    w2,
+    pre_w1,
+    pre_w2,
     pre_shift,
     pre_scale,
     x_out,
@@ -81,7 +80,6 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
-    FAITHFUL: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
@@ -89,16 +87,31 @@ def _forward_kernel(
     inside = cols < WIDTH
     if LAYER_SCALE:
         ls = load_vector(layer_scale, cols, inside, ACC)
-        BRANCH: tl.constexpr = promoted(y.dtype.element_ty, layer_scale.dtype.element_ty)
-    else:
-        BRANCH: tl.constexpr = y.dtype.element_ty
     if POST:
-        weight3, weight4, offset3, factor3 = load_norm(
-            w3, w4, post_shift, post_scale, sample, post_shift_b, post_scale_b, cols, inside, ACC
+        post_weight1, post_weight2, post_offset, post_factor = load_norm(
+            post_w1,
+            post_w2,
+            post_shift,
+            post_scale,
+            sample,
+            post_shift_b,
+            post_scale_b,
+            cols,
+            inside,
+            ACC,
         )
     if PRE:
-        weight1, weight2, offset1, factor1 = load_norm(
-            w1, w2, pre_shift, pre_scale, sample, pre_shift_b, pre_scale_b, cols, inside, ACC
+        pre_weight1, pre_weight2, pre_offset, pre_factor = load_norm(
+            pre_w1,
+            pre_w2,
+            pre_shift,
+            pre_scale,
+            sample,
+            pre_shift_b,
+            pre_scale_b,
+            cols,
+            inside,
+            ACC,
         )
     for token in range(first, last):
         target = (sample * tokens + token) * WIDTH + cols
@@ -106,41 +119,15 @@ def _forward_kernel(
         branch = load_row(y + sample * y_b, token, cols, y_n, y_d, inside, ACC)
         if LAYER_SCALE:
             branch *= ls
-            if FAITHFUL:
-                branch = rounded(branch, BRANCH)
         if POST:
             branch = double_norm(
-                branch,
-                weight3,
-                weight4,
-                offset3,
-                factor3,
-                BRANCH,
-                w3.dtype.element_ty,
-                w4.dtype.element_ty,
-                post_shift.dtype.element_ty,
-                post_scale.dtype.element_ty,
-                EPS,
-                WIDTH,
-                FAITHFUL,
+                branch, post_weight1, post_weight2, post_offset, post_factor, EPS, WIDTH
             )
         stored = (stream + branch).to(x_out.dtype.element_ty)
         tl.store(x_out + target, stored, mask=inside)
         if PRE:
             h = double_norm(
-                stored.to(ACC),
-                weight1,
-                weight2,
-                offset1,
-                factor1,
-                x.dtype.element_ty,
-                w1.dtype.element_ty,
-                w2.dtype.element_ty,
-                pre_shift.dtype.element_ty,
-                pre_scale.dtype.element_ty,
-                EPS,
-                WIDTH,
-                FAITHFUL,
+                stored.to(ACC), pre_weight1, pre_weight2, pre_offset, pre_factor, EPS, WIDTH
             )
             if QUANTISED:
                 row = sample * tokens + token
@@ -156,11 +143,11 @@ def _backward_kernel(
     x_out,
     y,
     layer_scale,
-    w3,
-    w4,
+    post_w1,
+    post_w2,
     post_scale,
-    w1,
-    w2,
+    pre_w1,
+    pre_w2,
     pre_scale,
     dx,
     dy,
@@ -199,13 +186,13 @@ def _backward_kernel(
     if LAYER_SCALE:
         ls = load_vector(layer_scale, cols, inside, ACC)
     if POST:
-        weight3 = load_vector(w3, cols, inside, ACC)
-        gain3 = weight3 * load_vector(w4, cols, inside, ACC)
-        gain3 *= 1.0 + load_vector(post_scale + sample * post_scale_b, cols, inside, ACC)
+        post_weight1 = load_vector(post_w1, cols, inside, ACC)
+        post_gain = post_weight1 * load_vector(post_w2, cols, inside, ACC)
+        post_gain *= 1.0 + load_vector(post_scale + sample * post_scale_b, cols, inside, ACC)
     if PRE:
-        weight1 = load_vector(w1, cols, inside, ACC)
-        gain1 = weight1 * load_vector(w2, cols, inside, ACC)
-        gain1 *= 1.0 + load_vector(pre_scale + sample * pre_scale_b, cols, inside, ACC)
+        pre_weight1 = load_vector(pre_w1, cols, inside, ACC)
+        pre_gain = pre_weight1 * load_vector(pre_w2, cols, inside, ACC)
+        pre_gain *= 1.0 + load_vector(pre_scale + sample * pre_scale_b, cols, inside, ACC)
     post_p = tl.zeros((BLOCK,), ACC)
     post_q = tl.zeros((BLOCK,), ACC)
     post_r = tl.zeros((BLOCK,), ACC)
@@ -226,7 +213,7 @@ def _backward_kernel(
             row = load_row(y + sample * y_b, token, cols, y_n, y_d, inside, ACC)
         if PRE:
             through, inverse_rms, m = double_norm_gradient(
-                upstream, stream, weight1, gain1, EPS, WIDTH
+                upstream, stream, pre_weight1, pre_gain, EPS, WIDTH
             )
             d += through
             if PARAMETERS:
@@ -243,7 +230,7 @@ def _backward_kernel(
             unit = row
             if POST:
                 through, inverse_rms, m = double_norm_gradient(
-                    d, branch, weight3, gain3, EPS, WIDTH
+                    d, branch, post_weight1, post_gain, EPS, WIDTH
                 )
                 unit = row * inverse_rms
                 if PARAMETERS:
@@ -253,7 +240,9 @@ def _backward_kernel(
                 post_p += d * unit
             if LAYER_SCALE:
                 through *= ls
-            tl.store(dy + target, through.to(dy.dtype.element_ty), mask=inside)
+        else:
+            through = d
+        tl.store(dy + target, through.to(dy.dtype.element_ty), mask=inside)
     if PARAMETERS:
         if PRE:
             store_partial_sums(pre_partial, pre_p, pre_q, pre_r, cols, inside, WIDTH)
@@ -265,53 +254,50 @@ def _backward_kernel(
 
 
 def forward(
-    x: Tensor,
-    y: Tensor,
-    layer_scale: Tensor | None,
-    post: Norm | None,
-    pre: Norm | None,
-    *,
-    eps: float,
-    faithful: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``(x_out, h)``, each ``[B, N, D]``; h is None without ``pre``."""
-    h = None if pre is None else x.new_empty(x.shape)
-    return _forward(x, y, layer_scale, post, pre, h, None, eps, faithful), h
+    x: Tensor, y: Tensor, layer_scale: Tensor | None, *norms_and_eps: Any
+) -> tuple[Tensor, Tensor]:
+    """``(x_out, h)``, each ``[B, N, D]``; h is empty without ``pre``.
+
+    After ``layer_scale`` come the four tensors of post, the four of pre, and eps.
+    """
+    *norms, eps = norms_and_eps
+    h = x.new_empty(0 if norms[4] is None else x.shape)
+    return _forward(x, y, layer_scale, norms, h, None, eps), h
 
 
 def forward_quantised(
-    x: Tensor, y: Tensor, layer_scale: Tensor | None, post: Norm | None, pre: Norm, *, eps: float
+    x: Tensor, y: Tensor, layer_scale: Tensor | None, *norms_and_eps: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(x_out, h, scales)``: h ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
+    *norms, eps = norms_and_eps
     h, scales = quantised_like(x)
-    return _forward(x, y, layer_scale, post, pre, h, scales, eps, False), h, scales
+    return _forward(x, y, layer_scale, norms, h, scales, eps), h, scales
 
 
 def _forward(
     x: Tensor,
     y: Tensor,
     layer_scale: Tensor | None,
-    post: Norm | None,
-    pre: Norm | None,
-    h: Tensor | None,
+    norms: Sequence[Tensor | None],
+    h: Tensor,
     scales: Tensor | None,
     eps: float,
-    faithful: bool,
 ) -> Tensor:
     """Write h and its scales where they are wanted; x_out."""
     samples, tokens, width = x.shape
     x_out = x.new_empty(x.shape)
-    layer_scale, post, pre = _unit_strides(layer_scale, post, pre)
+    ls, post, pre = _parameters(layer_scale, norms)
     launch = forward_launch(width, samples * tokens)
-
-    def run(launch: RowLaunch) -> None:
-        chunks = cdiv(tokens, launch.rows)
+    if not x.numel():
+        return x_out
+    chunks = cdiv(tokens, launch.rows)
+    with on_device(x):
         _forward_kernel[(samples * chunks,)](
             x,
             y,
-            layer_scale,
-            *(post or _ABSENT),
-            *(pre or _ABSENT),
+            ls,
+            *(post or ABSENT),
+            *(pre or ABSENT),
             x_out,
             h,
             scales,
@@ -322,33 +308,18 @@ def _forward(
             *y.stride(),
             *((0, 0) if post is None else (post.shift.stride(0), post.scale.stride(0))),
             *((0, 0) if pre is None else (pre.shift.stride(0), pre.scale.stride(0))),
-            LAYER_SCALE=layer_scale is not None,
+            LAYER_SCALE=ls is not None,
             POST=post is not None,
             PRE=pre is not None,
             EPS=eps,
             WIDTH=width,
             BLOCK=launch.block,
-            ACC=accumulator(x, y, layer_scale, *(post or ()), *(pre or ())),
-            FAITHFUL=faithful,
+            ACC=accumulator(x, y, ls, *(post or ()), *(pre or ())),
             QUANTISED=scales is not None,
             num_warps=launch.num_warps,
             enable_fp_fusion=False,
         )
-
-    if x.numel():
-        name = "sandwich_join.forward" if scales is None else "sandwich_join.forward_quantised"
-        run_rows(name, x, launch, samples * tokens, run)
     return x_out
-
-
-class Gradients(NamedTuple):
-    """Of a join's inputs; None where there is nothing to differentiate, or nobody asked."""
-
-    x: Tensor
-    y: Tensor | None
-    layer_scale: Tensor | None
-    post: Norm | None
-    pre: Norm | None
 
 
 def backward(
@@ -357,34 +328,34 @@ def backward(
     x_out: Tensor,
     y: Tensor,
     layer_scale: Tensor | None,
-    post: Norm | None,
-    pre: Norm | None,
-    *,
-    eps: float,
-    parameters: bool,
-) -> Gradients:
-    """``dh`` belongs to ``pre``: both or neither. y's gradient is None where it equals x's."""
-    samples, tokens, width = x_out.shape
-    layer_scale, post, pre = _unit_strides(layer_scale, post, pre)
-    dx = x_out.new_empty(x_out.shape)
-    dy = None if post is None and layer_scale is None else y.new_empty(y.shape)
-    acc = accumulator(x_out, y, layer_scale, *(post or ()), *(pre or ()))
-    launch = backward_launch(width, samples * tokens)
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, y, layer_scale and the eight tensors of the norms.
 
-    def run(launch: RowLaunch) -> tuple[Tensor | None, Tensor | None]:
-        chunks = cdiv(tokens, launch.rows)
-        post_partial = pre_partial = None
-        if parameters and dy is not None:
-            post_partial = partial_sums(x_out, acc, (samples, chunks), 1 if post is None else 3)
-        if parameters and pre is not None:
-            pre_partial = partial_sums(x_out, acc, (samples, chunks))
+    ``rest`` are those tensors, eps, and whether gradients of parameters are wanted: they are empty
+    tensors if not, and where the parameter is absent. A gradient of None is zero.
+    """
+    *norms, eps, parameters = rest
+    samples, tokens, width = x_out.shape
+    ls, post, pre = _parameters(layer_scale, norms)
+    dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
+    acc = accumulator(x_out, y, ls, *(post or ()), *(pre or ()))
+    launch = backward_launch(width, samples * tokens)
+    chunks = cdiv(tokens, launch.rows)
+    dh = None if pre is None else dh  # that of an empty tensor
+    post_partial = pre_partial = None
+    if parameters and (post is not None or ls is not None):
+        post_partial = partial_sums(x_out, acc, (samples, chunks), 1 if post is None else 3)
+    if parameters and dh is not None:
+        pre_partial = partial_sums(x_out, acc, (samples, chunks))
+    with on_device(x_out):
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
                 dx_out,
                 dh,
                 x_out,
                 y,
-                layer_scale,
+                ls,
                 *((None,) * 3 if post is None else (post.w1, post.w2, post.scale)),
                 *((None,) * 3 if pre is None else (pre.w1, pre.w2, pre.scale)),
                 dx,
@@ -401,9 +372,9 @@ def backward(
                 0 if post is None else post.scale.stride(0),
                 0 if pre is None else pre.scale.stride(0),
                 STREAM=dx_out is not None,
-                LAYER_SCALE=layer_scale is not None,
+                LAYER_SCALE=ls is not None,
                 POST=post is not None,
-                PRE=pre is not None,
+                PRE=dh is not None,
                 EPS=eps,
                 WIDTH=width,
                 BLOCK=launch.block,
@@ -413,31 +384,25 @@ def backward(
                 maxnreg=register_limit(launch, BACKWARD_PROGRAMS),
                 enable_fp_fusion=False,
             )
-        return post_partial, pre_partial
-
-    post_partial, pre_partial = run_rows(
-        "sandwich_join.backward", x_out, launch, samples * tokens, run
-    )
-    dls = dpost = dpre = None
-    with on_device(x_out):
+        dls = dpost = dpre = None
         if post_partial is not None and post is not None:
-            dpost, dls = parameter_gradients(post_partial, post, layer_scale, eps=eps, acc=acc)
-        elif post_partial is not None and layer_scale is not None:
-            dls = layer_scale.new_empty(width)
+            dpost, dls = parameter_gradients(post_partial, post, ls, eps=eps, acc=acc)
+        elif post_partial is not None and ls is not None:
+            dls = ls.new_empty(width)
             column_sum(post_partial.view(-1, width), dls, acc)
         if pre_partial is not None and pre is not None:
             dpre, _ = parameter_gradients(pre_partial, pre, None, eps=eps, acc=acc)
-    return Gradients(dx, dy, dls, dpost, dpre)
+        elif parameters and pre is not None:
+            dpre = (torch.zeros_like(u) for u in pre)
+    found = (dls, *(dpost or ABSENT), *(dpre or ABSENT))
+    return dx, dy, *(x_out.new_empty(0) if g is None else g for g in found)
 
 
-_ABSENT = (None,) * 4
+ABSENT = (None,) * 4
 
 
-def _unit_strides(
-    layer_scale: Tensor | None, post: Norm | None, pre: Norm | None
-) -> tuple[Tensor | None, Norm | None, Norm | None]:
-    return (
-        None if layer_scale is None else unit_stride(layer_scale),
-        None if post is None else post.with_unit_strides(),
-        None if pre is None else pre.with_unit_strides(),
-    )
+def _parameters(
+    layer_scale: Tensor | None, norms: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Modulation | None, Modulation | None]:
+    ls = None if layer_scale is None else unit_stride(layer_scale)
+    return ls, Modulation.of(norms[:4]), Modulation.of(norms[4:])

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.double_norm import (
-    Norm,
+    Modulation,
     double_norm,
     double_norm_gradient,
     load_norm,
@@ -22,12 +22,12 @@ from blip3o_kernels.double_norm import (
     store_partial_sums,
 )
 from blip3o_kernels.launch import (
-    RowLaunch,
     accumulator,
     backward_launch,
     forward_launch,
+    on_device,
     register_limit,
-    run_rows,
+    unit_stride,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
 from blip3o_kernels.tiles import load_row, load_vector, token_range
@@ -64,7 +64,6 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
-    FAITHFUL: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
@@ -75,21 +74,7 @@ def _forward_kernel(
     )
     for token in range(first, last):
         row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
-        h = double_norm(
-            row,
-            weight1,
-            weight2,
-            offset,
-            factor,
-            x.dtype.element_ty,
-            w1.dtype.element_ty,
-            w2.dtype.element_ty,
-            shift.dtype.element_ty,
-            scale.dtype.element_ty,
-            EPS,
-            WIDTH,
-            FAITHFUL,
-        )
+        h = double_norm(row, weight1, weight2, offset, factor, EPS, WIDTH)
         target = sample * tokens + token
         if QUANTISED:
             store_quantised(out, out_scales, target, h, cols, inside, WIDTH)
@@ -146,70 +131,77 @@ def _backward_kernel(
         store_partial_sums(partial, p, q, r, cols, inside, WIDTH)
 
 
-def forward(x: Tensor, norm: Norm, *, eps: float, faithful: bool) -> Tensor:
+def forward(x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """``[B, N, D]`` to ``[B, N, D]``."""
     out = x.new_empty(x.shape)
-    _forward(x, norm, out, None, eps, faithful)
+    _forward(x, (w1, w2, shift, scale), out, None, eps)
     return out
 
 
-def forward_quantised(x: Tensor, norm: Norm, *, eps: float) -> tuple[Tensor, Tensor]:
+def forward_quantised(
+    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """``[B, N, D]`` to ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
     out, scales = quantised_like(x)
-    _forward(x, norm, out, scales, eps, False)
+    _forward(x, (w1, w2, shift, scale), out, scales, eps)
     return out, scales
 
 
 def _forward(
-    x: Tensor, norm: Norm, out: Tensor, scales: Tensor | None, eps: float, faithful: bool
+    x: Tensor, norm: tuple[Tensor, ...], out: Tensor, scales: Tensor | None, eps: float
 ) -> None:
     samples, tokens, width = x.shape
-    norm = norm.with_unit_strides()
+    w1, w2, shift, scale = map(unit_stride, norm)
     launch = forward_launch(width, samples * tokens)
     programs = FORWARD_PROGRAMS if scales is None else QUANTISED_PROGRAMS
-
-    def run(launch: RowLaunch) -> None:
-        chunks = cdiv(tokens, launch.rows)
+    if not out.numel():
+        return
+    chunks = cdiv(tokens, launch.rows)
+    with on_device(x):
         _forward_kernel[(samples * chunks,)](
             x,
-            *norm,
+            w1,
+            w2,
+            shift,
+            scale,
             out,
             scales,
             tokens,
             launch.rows,
             chunks,
             *x.stride(),
-            norm.shift.stride(0),
-            norm.scale.stride(0),
+            shift.stride(0),
+            scale.stride(0),
             EPS=eps,
             WIDTH=width,
             BLOCK=launch.block,
-            ACC=accumulator(x, *norm),
-            FAITHFUL=faithful,
+            ACC=accumulator(x, w1, w2, shift, scale),
             QUANTISED=scales is not None,
             num_warps=launch.num_warps,
             maxnreg=register_limit(launch, programs),
             enable_fp_fusion=False,
         )
 
-    if out.numel():
-        name = "sandwich_norm.forward" if scales is None else "sandwich_norm.forward_quantised"
-        run_rows(name, x, launch, samples * tokens, run)
-
 
 def backward(
-    dout: Tensor, x: Tensor, norm: Norm, *, eps: float, parameters: bool
-) -> tuple[Tensor, Norm | None]:
-    """Gradients of ``x`` and, with ``parameters``, of the norm."""
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and, with ``parameters``, of w1, w2, shift and scale, else empty tensors."""
     samples, tokens, width = x.shape
     dx = x.new_empty(x.shape)
-    norm = norm.with_unit_strides()
+    norm = Modulation(*map(unit_stride, (w1, w2, shift, scale)))
     acc = accumulator(x, *norm)
     launch = backward_launch(width, samples * tokens)
-
-    def run(launch: RowLaunch) -> Norm | None:
-        chunks = cdiv(tokens, launch.rows)
-        partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
+    chunks = cdiv(tokens, launch.rows)
+    partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
+    with on_device(x):
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
                 dout,
@@ -235,7 +227,5 @@ def backward(
                 enable_fp_fusion=False,
             )
         if partial is None:
-            return None
-        return parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]
-
-    return dx, run_rows("sandwich_norm.backward", x, launch, samples * tokens, run)
+            return dx, *(x.new_empty(0) for _ in norm)
+        return dx, *parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]

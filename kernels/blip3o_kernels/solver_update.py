@@ -80,7 +80,6 @@ def forward(
     velocity: Tensor,
     slopes: Tensor,
     coefficients: Tensor,
-    *,
     slot: Tensor | None,
     clamp: Tensor | None,
     guidance_scale: float,

@@ -3,14 +3,13 @@
 Forward, per column of the output: reads 2 elements, writes 1; quantised, a byte, and a scale a row.
 Backward: with s = sigmoid(gate), ``d_up = g gate s`` and ``d_gate = g up s (1 + gate (1 - s))``;
 reads 3 elements, writes 2. Nothing but ``gate_up`` is saved.
-Accumulates in fp32 (fp64 for fp64). ``faithful`` rounds ``silu(gate)`` to the dtype before the
-product.
+Accumulates in fp32 (fp64 for fp64).
 """
 
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import rounded, sigmoid
+from blip3o_kernels.arithmetic import sigmoid
 from blip3o_kernels.launch import (
     ElementwiseLaunch,
     accumulator,
@@ -38,7 +37,6 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ACC: tl.constexpr,
-    FAITHFUL: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     row, col, inside = tile(rows, width, ROWS, COLS)
@@ -47,8 +45,6 @@ def _forward_kernel(
     gate = tl.load(source, mask=inside, other=0.0).to(ACC)
     up = tl.load(source + half, mask=inside, other=0.0).to(ACC)
     silu = gate * sigmoid(gate)
-    if FAITHFUL:
-        silu = rounded(silu, out.dtype.element_ty)
     if QUANTISED:
         product = (silu * up).to(tl.float32)
         scale = row_scale(product, 1)[:, None]
@@ -90,12 +86,12 @@ def _backward_kernel(
     tl.store(target + width, (g * gate * s).to(out.dtype.element_ty), mask=inside)
 
 
-def forward(gate_up: Tensor, *, faithful: bool) -> Tensor:
+def forward(gate_up: Tensor) -> Tensor:
     """``[..., 2I]`` to ``[..., I]``."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     if out.numel():
-        _forward(gate_up, out, None, elementwise_launch(out.numel() // width, width), 4, faithful)
+        _forward(gate_up, out, None, elementwise_launch(out.numel() // width, width), 4)
     return out
 
 
@@ -108,7 +104,7 @@ def forward_quantised(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     out, scales = quantised_like(gate_up, width)
     if out.numel():
         launch, num_warps = whole_rows_launch(scales.numel(), width)
-        _forward(gate_up, out, scales, launch, num_warps, False)
+        _forward(gate_up, out, scales, launch, num_warps)
     return out, scales
 
 
@@ -118,7 +114,6 @@ def _forward(
     scales: Tensor | None,
     launch: ElementwiseLaunch,
     num_warps: int,
-    faithful: bool,
 ) -> None:
     source = batched_rows(gate_up)
     tokens = source.shape[1]
@@ -134,7 +129,6 @@ def _forward(
             ROWS=launch.rows,
             COLS=launch.columns,
             ACC=accumulator(gate_up),
-            FAITHFUL=faithful,
             QUANTISED=scales is not None,
             num_warps=num_warps,
             enable_fp_fusion=False,

@@ -151,11 +151,11 @@ Tensor with_three_axes(const Tensor& x) {
 }
 
 /// The parameters of a norm in one dtype.
-struct Site {
+struct Modulation {
   Tensor w1, w2, shift, scale;
   blip3o_modulation c;
 
-  Site(const Tensor& of_w1, const Tensor& of_w2, const Tensor& of_shift, const Tensor& of_scale,
+  Modulation(const Tensor& of_w1, const Tensor& of_w2, const Tensor& of_shift, const Tensor& of_scale,
        int wanted)
       : w1(whole(of_w1, wanted)),
         w2(whole(of_w2, wanted)),
@@ -165,27 +165,27 @@ struct Site {
           scale.data_ptr(), shift.stride(0), scale.stride(0)} {}
 };
 
-std::optional<Site> site_of(const Optional& w1, const Optional& w2, const Optional& shift,
+std::optional<Modulation> modulation_of(const Optional& w1, const Optional& w2, const Optional& shift,
                             const Optional& scale, int wanted) {
   if (!w1) return std::nullopt;
-  return Site(*w1, *w2, *shift, *scale, wanted);
+  return Modulation(*w1, *w2, *shift, *scale, wanted);
 }
 
-const blip3o_modulation* address(const std::optional<Site>& site) {
-  return site ? &site->c : nullptr;
+const blip3o_modulation* address(const std::optional<Modulation>& modulation) {
+  return modulation ? &modulation->c : nullptr;
 }
 
-/// Gradients of a norm's parameters; none without a site.
-struct SiteGrads {
+/// Gradients of a norm's parameters; none without a norm.
+struct ModulationGrads {
   Optional w1, w2, shift, scale;
   blip3o_modulation_grads c{};
 
-  SiteGrads(const std::optional<Site>& site, bool wanted, int parameter) {
-    if (!site || !wanted) return;
-    w1 = fresh(site->w1, parameter);
-    w2 = fresh(site->w2, parameter);
-    shift = fresh(site->shift, parameter);
-    scale = fresh(site->scale, parameter);
+  ModulationGrads(const std::optional<Modulation>& modulation, bool wanted, int parameter) {
+    if (!modulation || !wanted) return;
+    w1 = fresh(modulation->w1, parameter);
+    w2 = fresh(modulation->w2, parameter);
+    shift = fresh(modulation->shift, parameter);
+    scale = fresh(modulation->scale, parameter);
     c = {w1->data_ptr(), w2->data_ptr(), shift->data_ptr(), scale->data_ptr()};
   }
 };
@@ -195,12 +195,12 @@ Tensor given_back(const Optional& gradient, const Optional& of, const Tensor& li
   return gradient && of ? as(*gradient, dtype(*of)) : nothing(like);
 }
 
-Tensor workspace(blip3o_shape shape, int sites, const Tensor& like) {
-  const int64_t floats = blip3o_sandwich_workspace(shape, sites);
+Tensor workspace(blip3o_shape shape, int modulations, const Tensor& like) {
+  const int64_t floats = blip3o_sandwich_workspace(shape, modulations);
   return fresh(Sizes(&floats, 1), BLIP3O_FLOAT32, like);
 }
 
-Tensor swiglu(Tensor gate_up, bool faithful) {
+Tensor swiglu(Tensor gate_up) {
   const Place place(gate_up);
   const int activation = activation_dtype(gate_up);
   const Rows rows(with_three_axes(gate_up), activation);
@@ -210,7 +210,7 @@ Tensor swiglu(Tensor gate_up, bool faithful) {
   sizes[gate_up.dim() - 1] /= 2;
   Tensor out = fresh(Sizes(sizes.data(), gate_up.dim()), activation, gate_up);
   check(blip3o_swiglu_forward(activation, shape_of(*rows.owner, gate_up.size(-1) / 2), rows.c,
-                              faithful, out.data_ptr(), place.stream()),
+                              out.data_ptr(), place.stream()),
         "swiglu");
   return out;
 }
@@ -228,7 +228,7 @@ Tensor swiglu_backward(Tensor grad, Tensor gate_up) {
 }
 
 void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads, bool adjoint,
-          bool faithful, Tensor& out, const char* op) {
+          Tensor& out, const char* op) {
   const Place place(out);
   const int activation = activation_dtype(out);
   const int parameter = dtype(cos) == activation && dtype(sin) == activation ? activation
@@ -237,28 +237,27 @@ void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads,
   const int64_t kv_heads = out.size(2) / cos.size(1) - heads;
   check(blip3o_rope({activation, parameter}, shape_of(out, cos.size(1)),
                     static_cast<int>(heads - kv_heads), static_cast<int>(kv_heads), rows.c,
-                    cosines.data_ptr(), sines.data_ptr(), adjoint, faithful, out.data_ptr(),
-                    place.stream()),
+                    cosines.data_ptr(), sines.data_ptr(), adjoint, out.data_ptr(), place.stream()),
         op);
 }
 
-Tensor rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithful) {
+Tensor rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads) {
   Tensor out = fresh(qkv, activation_dtype(qkv));
-  turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, faithful, out, "rope");
+  turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, out, "rope");
   return out;
 }
 
-void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, bool faithful) {
+void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads) {
   if (qkv.is_contiguous()) {
-    turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, faithful, qkv, "rope_");
+    turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, qkv, "rope_");
   } else {
-    torch::stable::copy_(qkv, rope(qkv, cos, sin, heads, faithful));
+    torch::stable::copy_(qkv, rope(qkv, cos, sin, heads));
   }
 }
 
 Tensor rope_backward(Tensor grad, Tensor cos, Tensor sin, int64_t heads) {
   Tensor out = fresh(grad, activation_dtype(grad));
-  turn(Rows(grad, dtype(grad)), cos, sin, heads, true, false, out, "rope_backward");
+  turn(Rows(grad, dtype(grad)), cos, sin, heads, true, out, "rope_backward");
   return out;
 }
 
@@ -300,18 +299,17 @@ Tensor rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool
   return out;
 }
 
-Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps,
-                     bool faithful) {
+Tensor sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, double eps) {
   const Place place(x);
   const int activation = activation_dtype(x);
   const Optional given[] = {w1, w2, shift, scale};
   const int parameter =
       parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
   const Rows rows(x, activation);
-  const Site site(w1, w2, shift, scale, parameter);
+  const Modulation modulation(w1, w2, shift, scale, parameter);
   Tensor h = fresh(x, activation);
   check(blip3o_sandwich_norm_forward({activation, parameter}, shape_of(x, x.size(2)), rows.c,
-                                     site.c, static_cast<float>(eps), faithful, h.data_ptr(),
+                                     modulation.c, static_cast<float>(eps), h.data_ptr(),
                                      place.stream()),
         "sandwich_norm");
   return h;
@@ -326,46 +324,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_backward(
   const int parameter =
       parameter_dtype<4>(activation, {&given[0], &given[1], &given[2], &given[3]});
   const Rows rows(x, activation), dh(grad, activation);
-  const std::optional<Site> site = Site(w1, w2, shift, scale, parameter);
-  const SiteGrads grads(site, parameters, parameter);
+  const std::optional<Modulation> modulation = Modulation(w1, w2, shift, scale, parameter);
+  const ModulationGrads grads(modulation, parameters, parameter);
   Tensor dx = fresh(x, activation);
   const blip3o_shape shape = shape_of(x, x.size(2));
   Optional scratch;
   if (parameters) scratch = workspace(shape, 1, x);
   check(blip3o_sandwich_norm_backward(
-            {activation, parameter}, shape, dh.c, rows.c, site->c, static_cast<float>(eps),
+            {activation, parameter}, shape, dh.c, rows.c, modulation->c, static_cast<float>(eps),
             dx.data_ptr(), grads.c, static_cast<float*>(scratch ? scratch->data_ptr() : nullptr),
             place.stream()),
         "sandwich_norm_backward");
-  return {dx, given_back(grads.w1, w1, w1), given_back(grads.w2, w2, w2),
-          given_back(grads.shift, shift, shift), given_back(grads.scale, scale, scale)};
+  return {dx, given_back(grads.w1, w1, x), given_back(grads.w2, w2, x),
+          given_back(grads.shift, shift, x), given_back(grads.scale, scale, x)};
 }
 
-std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scale, Optional w3,
-                                         Optional w4, Optional post_shift, Optional post_scale,
-                                         Optional w1, Optional w2, Optional pre_shift,
-                                         Optional pre_scale, double eps, bool faithful) {
+std::tuple<Tensor, Tensor> sandwich_join(Tensor x, Tensor y, Optional layer_scale, Optional post_w1,
+                                         Optional post_w2, Optional post_shift, Optional post_scale,
+                                         Optional pre_w1, Optional pre_w2, Optional pre_shift,
+                                         Optional pre_scale, double eps) {
   const Place place(x);
   const int activation = common_dtype(x, y);
-  if (w1 && activation != dtype(x)) {
+  if (pre_w1 && activation != dtype(x)) {
     // Computed in fp32 and stored narrower: the next sub-layer must see the stored numbers.
-    Tensor x_out = std::get<0>(sandwich_join(x, y, layer_scale, w3, w4, post_shift, post_scale, {},
-                                             {}, {}, {}, eps, faithful));
-    return {x_out, sandwich_norm(x_out, *w1, *w2, *pre_shift, *pre_scale, eps, faithful)};
+    Tensor x_out = std::get<0>(sandwich_join(x, y, layer_scale, post_w1, post_w2, post_shift,
+                                             post_scale, {}, {}, {}, {}, eps));
+    return {x_out, sandwich_norm(x_out, *pre_w1, *pre_w2, *pre_shift, *pre_scale, eps)};
   }
   const int parameter =
-      parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
-                                      &pre_shift, &pre_scale});
+      parameter_dtype<9>(activation, {&layer_scale, &post_w1, &post_w2, &post_shift, &post_scale,
+                                      &pre_w1, &pre_w2, &pre_shift, &pre_scale});
   const Rows stream(x, activation), branch(y, activation);
   Optional ls;
   if (layer_scale) ls = whole(*layer_scale, parameter);
-  const auto post = site_of(w3, w4, post_shift, post_scale, parameter);
-  const auto pre = site_of(w1, w2, pre_shift, pre_scale, parameter);
+  const auto post = modulation_of(post_w1, post_w2, post_shift, post_scale, parameter);
+  const auto pre = modulation_of(pre_w1, pre_w2, pre_shift, pre_scale, parameter);
   Tensor x_out = fresh(x, activation);
   Tensor h = pre ? fresh(x, activation) : nothing(x);
   check(blip3o_sandwich_join_forward({activation, parameter}, shape_of(x, x.size(2)), stream.c,
                                      branch.c, address(ls), address(post), address(pre),
-                                     static_cast<float>(eps), faithful, x_out.data_ptr(),
+                                     static_cast<float>(eps), x_out.data_ptr(),
                                      pre ? h.data_ptr() : nullptr, place.stream()),
         "sandwich_join");
   return {as(x_out, dtype(x)), h};
@@ -375,41 +373,42 @@ using Eleven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
                           Tensor, Tensor>;
 
 Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor y,
-                              Optional layer_scale, Optional w3, Optional w4, Optional post_shift,
-                              Optional post_scale, Optional w1, Optional w2, Optional pre_shift,
-                              Optional pre_scale, double eps, bool parameters) {
+                              Optional layer_scale, Optional post_w1, Optional post_w2,
+                              Optional post_shift, Optional post_scale, Optional pre_w1,
+                              Optional pre_w2, Optional pre_shift, Optional pre_scale, double eps,
+                              bool parameters) {
   const Place place(x_out);
   const int activation = common_dtype(x_out, y);
   const int parameter =
-      parameter_dtype<9>(activation, {&layer_scale, &w3, &w4, &post_shift, &post_scale, &w1, &w2,
-                                      &pre_shift, &pre_scale});
+      parameter_dtype<9>(activation, {&layer_scale, &post_w1, &post_w2, &post_shift, &post_scale,
+                                      &pre_w1, &pre_w2, &pre_shift, &pre_scale});
   const Rows stream(x_out, activation), branch(y, activation);
+  if (!pre_w1) dh.reset();  // the gradient of an empty tensor
   const Rows of_x_out(dx_out, activation), of_h(dh, activation);
-  Optional ls, dls, dy, scratch;
+  Optional ls, dls, scratch;
   if (layer_scale) ls = whole(*layer_scale, parameter);
-  const auto post = site_of(w3, w4, post_shift, post_scale, parameter);
-  const auto pre = site_of(w1, w2, pre_shift, pre_scale, parameter);
-  const SiteGrads dpost(post, parameters, parameter), dpre(pre, parameters, parameter);
+  const auto post = modulation_of(post_w1, post_w2, post_shift, post_scale, parameter);
+  const auto pre = modulation_of(pre_w1, pre_w2, pre_shift, pre_scale, parameter);
+  const ModulationGrads dpost(post, parameters, parameter), dpre(pre, parameters, parameter);
   if (ls && parameters) dls = fresh(*ls, parameter);
-  Tensor dx = fresh(x_out, activation);
-  if (ls || post) dy = fresh(y, activation);
+  Tensor dx = fresh(x_out, activation), dy = fresh(y, activation);
   const blip3o_shape shape = shape_of(x_out, x_out.size(2));
   if (parameters) scratch = workspace(shape, 2, x_out);
   check(blip3o_sandwich_join_backward(
             {activation, parameter}, shape, of_x_out.c, of_h.c, stream.c, branch.c, address(ls),
             address(post), address(pre), static_cast<float>(eps), dx.data_ptr(),
-            dy ? dy->data_ptr() : nullptr, dls ? dls->data_ptr() : nullptr, dpost.c, dpre.c,
+            dy.data_ptr(), dls ? dls->data_ptr() : nullptr, dpost.c, dpre.c,
             static_cast<float*>(scratch ? scratch->data_ptr() : nullptr), place.stream()),
         "sandwich_join_backward");
   return {as(dx, dtype(x_out)),
-          given_back(dy, y, x_out),
+          as(dy, dtype(y)),
           given_back(dls, layer_scale, x_out),
-          given_back(dpost.w1, w3, x_out),
-          given_back(dpost.w2, w4, x_out),
+          given_back(dpost.w1, post_w1, x_out),
+          given_back(dpost.w2, post_w2, x_out),
           given_back(dpost.shift, post_shift, x_out),
           given_back(dpost.scale, post_scale, x_out),
-          given_back(dpre.w1, w1, x_out),
-          given_back(dpre.w2, w2, x_out),
+          given_back(dpre.w1, pre_w1, x_out),
+          given_back(dpre.w2, pre_w2, x_out),
           given_back(dpre.shift, pre_shift, x_out),
           given_back(dpre.scale, pre_scale, x_out)};
 }
@@ -438,9 +437,10 @@ void solver_update(Tensor x, Tensor velocity, Tensor slopes, Tensor coefficients
 
 }  // namespace
 
-#define SITES                                                                              \
-  "Tensor? layer_scale, Tensor? w3, Tensor? w4, Tensor? post_shift, Tensor? post_scale, " \
-  "Tensor? w1, Tensor? w2, Tensor? pre_shift, Tensor? pre_scale, float eps, "
+#define GIVEN                                                                              \
+  "Tensor? layer_scale, Tensor? post_w1, Tensor? post_w2, Tensor? post_shift, "           \
+  "Tensor? post_scale, Tensor? pre_w1, Tensor? pre_w2, Tensor? pre_shift, Tensor? pre_scale, " \
+  "float eps"
 #define TABLES "Tensor cos, Tensor sin, int heads"
 
 // Tests bind the kernels to host tensors, under another name.
@@ -453,23 +453,23 @@ void solver_update(Tensor x, Tensor velocity, Tensor slopes, Tensor coefficients
 #define IMPLEMENTATIONS(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 
 LIBRARY(BLIP3O_NAMESPACE, m) {
-  m.def("swiglu(Tensor gate_up, bool faithful) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
-  m.def("rope(Tensor qkv, " TABLES ", bool faithful) -> Tensor");
-  m.def("rope_(Tensor(a!) qkv, " TABLES ", bool faithful) -> ()");
+  m.def("rope(Tensor qkv, " TABLES ") -> Tensor");
+  m.def("rope_(Tensor(a!) qkv, " TABLES ") -> ()");
   m.def("rope_backward(Tensor grad, " TABLES ") -> Tensor");
   m.def(
       "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool rotates_keys) "
       "-> Tensor");
   m.def(
-      "sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps, "
-      "bool faithful) -> Tensor");
+      "sandwich_norm(Tensor x, Tensor w1, Tensor w2, Tensor shift, Tensor scale, float eps) "
+      "-> Tensor");
   m.def(
       "sandwich_norm_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor shift, "
       "Tensor scale, float eps, bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("sandwich_join(Tensor x, Tensor y, " SITES "bool faithful) -> (Tensor, Tensor)");
-  m.def("sandwich_join_backward(Tensor? dx_out, Tensor? dh, Tensor x_out, Tensor y, " SITES
-        "bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+  m.def("sandwich_join(Tensor x, Tensor y, " GIVEN ") -> (Tensor, Tensor)");
+  m.def("sandwich_join_backward(Tensor? dx_out, Tensor? dh, Tensor x_out, Tensor y, " GIVEN
+        ", bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
         "Tensor, Tensor, Tensor)");
   m.def(
       "solver_update(Tensor x, Tensor velocity, Tensor(a!) slopes, Tensor coefficients, "

@@ -51,13 +51,10 @@ typedef struct {
   void *w1, *w2, *shift, *scale;
 } blip3o_modulation_grads;
 
-/*
- * h = norm(x). faithful != 0 rounds wherever two RMSNorm modules and AdaLN would round; otherwise only
- * the result is rounded.
- */
+/* h = norm(x). */
 BLIP3O_API int blip3o_sandwich_norm_forward(blip3o_dtypes dtypes, blip3o_shape shape,
                                             blip3o_rows x, blip3o_modulation modulation, float eps,
-                                            int faithful, void* h, cudaStream_t stream);
+                                            void* h, cudaStream_t stream);
 
 /*
  * modulation.shift is not read. `workspace` holds blip3o_sandwich_workspace(shape, 1) floats; NULL:
@@ -76,11 +73,11 @@ BLIP3O_API int blip3o_sandwich_norm_backward(blip3o_dtypes dtypes, blip3o_shape 
 BLIP3O_API int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
                                             blip3o_rows y, const void* layer_scale,
                                             const blip3o_modulation* post,
-                                            const blip3o_modulation* pre, float eps, int faithful,
-                                            void* x_out, void* h, cudaStream_t stream);
+                                            const blip3o_modulation* pre, float eps, void* x_out,
+                                            void* h, cudaStream_t stream);
 
 /*
- * dx_out or dh absent: zero. dy NULL: not wanted (without layer_scale and post it is dx). Gradients of what the forward was not given are not written.
+ * dx_out or dh absent: zero. Gradients of what the forward was not given are not written.
  * `workspace` holds blip3o_sandwich_workspace(shape, 2) floats; NULL: only dx and dy are wanted.
  */
 BLIP3O_API int blip3o_sandwich_join_backward(
@@ -90,8 +87,8 @@ BLIP3O_API int blip3o_sandwich_join_backward(
     blip3o_modulation_grads dpost, blip3o_modulation_grads dpre, float* workspace,
     cudaStream_t stream);
 
-/* Floats of scratch for the backward of an op with `sites` modulations. */
-BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int sites);
+/* Floats of scratch for the backward of an op with so many modulations. */
+BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int modulations);
 
 /*
  * Rotates H query and K key heads of packed rows [(H + 2K) d] and copies the value heads. cos, sin
@@ -100,7 +97,7 @@ BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int sites);
  */
 BLIP3O_API int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_heads,
                            int num_kv_heads, blip3o_rows qkv, const void* cos, const void* sin,
-                           int adjoint, int faithful, void* out, cudaStream_t stream);
+                           int adjoint, void* out, cudaStream_t stream);
 
 /*
  * softmax(rope(q) rope(k)^T / sqrt(d)) v, fp16 or bf16. shape: batch, queries N, d; d is 64. q rows [H d], k and v
@@ -113,8 +110,8 @@ BLIP3O_API int blip3o_rope_attention(int dtype, blip3o_shape shape, int64_t keys
                                      int rotates_keys, void* out, cudaStream_t stream);
 
 /* silu(gate) * up of rows [2I], gate first. shape.width is I. */
-BLIP3O_API int blip3o_swiglu_forward(int dtype, blip3o_shape shape, blip3o_rows gate_up,
-                                     int faithful, void* out, cudaStream_t stream);
+BLIP3O_API int blip3o_swiglu_forward(int dtype, blip3o_shape shape, blip3o_rows gate_up, void* out,
+                                     cudaStream_t stream);
 
 BLIP3O_API int blip3o_swiglu_backward(int dtype, blip3o_shape shape, blip3o_rows dout,
                                       blip3o_rows gate_up, void* dgate_up, cudaStream_t stream);

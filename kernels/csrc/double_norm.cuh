@@ -5,16 +5,17 @@
 //
 // Backward, with gain = w1 w2 (1 + scale), g = gain dh and c = sum(g x):
 //
-//   dx = r g - square x q                q = r^3 c / D
+//   dx = r g - square x pull             pull = r^3 c / D
 //
-// and for the parameters, summing over the rows of a sample (Z, A) or over all rows (Q),
+// and for the parameters, summing over the rows of a sample (P, Q) or over all rows (R),
 //
-//   Z = sum dh    A = sum r x dh    Q = sum q x^2
-//   dshift = Z    dscale = w1 w2 A    dw2 = sum_b (1 + scale) w1 A    dw1 = sum_b (1 + scale) w2 A - w1 Q
+//   P = sum r x dh    Q = sum dh    R = sum pull x^2
+//   dscale = w1 w2 P    dshift = Q
+//   dw2 = sum_b (1 + scale) w1 P    dw1 = sum_b (1 + scale) w2 P - w1 R
 //
 // When x stands for s y, a branch scaled by s, gain s and square s^2 take the places of gain and square
-// and everything is said of y: dy is that dx, A and Q of x are s A and s^2 Q of y, and
-// ds = sum_b gain A - s square Q.
+// and everything is said of y: dy is that dx, P and R of x are s P and s^2 R of y, and
+// ds = sum_b gain P - s square R.
 #pragma once
 
 namespace blip3o {
@@ -24,14 +25,15 @@ __device__ __forceinline__ float double_norm_scale(float sum, float inverse_widt
   return rsqrtf(sum * inverse_width + eps * eps);
 }
 
-/// q of a row from r and c.
+/// pull of a row from r and c.
 __device__ __forceinline__ float double_norm_pull(float r, float c, float inverse_width) {
   return r * r * r * (c * inverse_width);
 }
 
 /// One element of dx.
-__device__ __forceinline__ float double_norm_dx(float g, float x, float square, float r, float q) {
-  return r * g - square * x * q;
+__device__ __forceinline__ float double_norm_dx(float g, float x, float square, float r,
+                                                float pull) {
+  return r * g - square * x * pull;
 }
 
 }  // namespace blip3o

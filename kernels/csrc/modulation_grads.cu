@@ -7,16 +7,16 @@ inline constexpr int kColumns = 32;
 inline constexpr int kStrides = 16;
 
 template <typename P>
-struct GradSite {
-  Site<P> site;
+struct GradTarget {
+  Modulation<P> modulation;
   const P* layer_scale;
   P *dw1, *dw2, *dshift, *dscale, *dlayer_scale;
   int slot;
 };
 
 template <typename P>
-struct ModulationGrads {
-  GradSite<P> sites[2];
+struct GradArguments {
+  GradTarget<P> targets[2];
   const float* partial;
   int batch, per_sample, slots, width, tiles;
   float eps;
@@ -46,9 +46,9 @@ __device__ __forceinline__ float2 sum_over_strides(float2 mine) {
   return total;
 }
 
-/// Z and A of one sample: dshift and dscale.
+/// Q and P of one sample: dshift and dscale.
 template <typename P>
-__device__ __forceinline__ void sample_grads(const ModulationGrads<P>& a, const GradSite<P>& out,
+__device__ __forceinline__ void sample_grads(const GradArguments<P>& a, const GradTarget<P>& out,
                                              int batch, int column) {
   float2 sums = make_float2(0.f, 0.f);
   const int64_t unit_stride = static_cast<int64_t>(a.slots) * kSums * a.width;
@@ -64,16 +64,16 @@ __device__ __forceinline__ void sample_grads(const ModulationGrads<P>& a, const 
   }
   sums = sum_over_strides(sums);
   if (threadIdx.y != 0 || column >= a.width) return;
-  const float w1 = at(out.site.w1, column, 1.f), w2 = at(out.site.w2, column, 1.f);
+  const float w1 = at(out.modulation.w1, column, 1.f), w2 = at(out.modulation.w2, column, 1.f);
   const float layer_scale = at(out.layer_scale, column, 1.f);
   const int64_t index = static_cast<int64_t>(batch) * a.width + column;
   put(out.dshift, index, sums.x);
   put(out.dscale, index, w1 * w2 * layer_scale * sums.y);
 }
 
-/// sum_b (1 + scale) A and Q of all samples: dw1, dw2 and the gradient of the layer scale.
+/// sum_b (1 + scale) P and R of all samples: dw1, dw2 and the gradient of the layer scale.
 template <typename P>
-__device__ __forceinline__ void weight_grads(const ModulationGrads<P>& a, const GradSite<P>& out,
+__device__ __forceinline__ void weight_grads(const GradArguments<P>& a, const GradTarget<P>& out,
                                              int column) {
   float2 sums = make_float2(0.f, 0.f);
   const int64_t unit_stride = static_cast<int64_t>(a.slots) * kSums * a.width;
@@ -82,7 +82,8 @@ __device__ __forceinline__ void weight_grads(const ModulationGrads<P>& a, const 
 #pragma unroll 4
     for (int unit = threadIdx.y; unit < a.batch * a.per_sample; unit += kStrides) {
       const float* of_unit = partial + unit * unit_stride + column;
-      const P* scale_row = out.site.present() ? out.site.scale_row(unit / a.per_sample) : nullptr;
+      const P* scale_row =
+          out.modulation.present() ? out.modulation.scale_row(unit / a.per_sample) : nullptr;
       const float scale = at(scale_row, column, 0.f);
       sums.x += (1.f + scale) * of_unit[a.width];
       sums.y += of_unit[2 * a.width];
@@ -90,23 +91,23 @@ __device__ __forceinline__ void weight_grads(const ModulationGrads<P>& a, const 
   }
   sums = sum_over_strides(sums);
   if (threadIdx.y != 0 || column >= a.width) return;
-  const float w1 = at(out.site.w1, column, 1.f), w2 = at(out.site.w2, column, 1.f);
+  const float w1 = at(out.modulation.w1, column, 1.f), w2 = at(out.modulation.w2, column, 1.f);
   const float layer_scale = at(out.layer_scale, column, 1.f);
   put(out.dw1, column, w2 * layer_scale * sums.x - w1 * layer_scale * layer_scale * sums.y);
   put(out.dw2, column, w1 * layer_scale * sums.x);
   put(out.dlayer_scale, column, w1 * w2 * sums.x - layer_scale * (w1 * w1 + a.eps) * sums.y);
 }
 
-/// Blocks: site, then sample with one more for the weights, then tile of columns.
+/// Blocks: modulation, then sample with one more for the weights, then tile of columns.
 template <typename P>
-__global__ void __launch_bounds__(kColumns* kStrides) modulation_grads(const ModulationGrads<P> a) {
+__global__ void __launch_bounds__(kColumns* kStrides) modulation_grads(const GradArguments<P> a) {
   await_previous();
   const int block = blockIdx.x;
   const int which = block / a.tiles;
   const int column = (block - which * a.tiles) * kColumns + threadIdx.x;
-  const int site = which > a.batch;
-  const int sample = which - site * (a.batch + 1);
-  const GradSite<P>& out = a.sites[site];
+  const int second = which > a.batch;
+  const int sample = which - second * (a.batch + 1);
+  const GradTarget<P>& out = a.targets[second];
   if (sample == a.batch) {
     weight_grads(a, out, column);
   } else if (out.dshift != nullptr) {
@@ -117,11 +118,11 @@ __global__ void __launch_bounds__(kColumns* kStrides) modulation_grads(const Mod
 }  // namespace
 
 int launch_modulation_grads(int parameter_dtype, blip3o_shape shape, const Units& units,
-                            const float* partial, int slots, const SiteGrads* sites, int count,
-                            float eps, cudaStream_t stream) {
+                            const float* partial, int slots, const ModulationGrads* wanted,
+                            int count, float eps, cudaStream_t stream) {
   return with_dtype(parameter_dtype, [&](auto parameter) {
     using P = decltype(parameter);
-    ModulationGrads<P> a{};
+    GradArguments<P> a{};
     a.partial = partial;
     a.batch = static_cast<int>(shape.batch);
     a.per_sample = units.per_sample;
@@ -130,8 +131,8 @@ int launch_modulation_grads(int parameter_dtype, blip3o_shape shape, const Units
     a.tiles = ceil_div(a.width, kColumns);
     a.eps = eps;
     for (int i = 0; i < count; ++i) {
-      const SiteGrads& from = sites[i];
-      a.sites[i] = {Site<P>(from.modulation),
+      const ModulationGrads& from = wanted[i];
+      a.targets[i] = {Modulation<P>(from.modulation),
                     static_cast<const P*>(from.layer_scale),
                     static_cast<P*>(from.grads.w1),
                     static_cast<P*>(from.grads.w2),

@@ -6,16 +6,17 @@
 
 namespace blip3o {
 
-/// Partial sums that a unit writes for each of its sites: Z, A, Q of double_norm.cuh, each [width].
+/// Partial sums that a unit writes for each of its modulations: Q, P, R of double_norm.cuh, each
+/// [width].
 inline constexpr int kSums = 3;
 
 /// A modulation (null: none), the layer scale before it (null: 1), and where gradients go.
-struct SiteGrads {
+struct ModulationGrads {
   const blip3o_modulation* modulation;
   const void* layer_scale;
   blip3o_modulation_grads grads;
   void* dlayer_scale;
-  int slot;  // the site's number in the partial sums
+  int slot;  // its place in the partial sums
 };
 
 /// Rows of one unit in a backward: enough units to fill a device, long enough that partial sums are
@@ -30,7 +31,7 @@ inline int backward_rows(blip3o_shape shape) {
 
 /// Reduces `partial` [units][slots][kSums][width] and writes every gradient that has a place.
 int launch_modulation_grads(int parameter_dtype, blip3o_shape shape, const Units& units,
-                            const float* partial, int slots, const SiteGrads* sites, int count,
-                            float eps, cudaStream_t stream);
+                            const float* partial, int slots, const ModulationGrads* wanted,
+                            int count, float eps, cudaStream_t stream);
 
 }  // namespace blip3o

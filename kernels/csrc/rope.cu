@@ -21,7 +21,7 @@ struct Rope {
 };
 
 /// An item is one pack of a head's lower half and the same pack of its upper half.
-template <typename T, typename P, int kPack, bool kAdjoint, bool kFaithful>
+template <typename T, typename P, int kPack, bool kAdjoint>
 __global__ void __launch_bounds__(kElementwiseThreads) rope(const Rope<T, P> a) {
   await_previous();
   const int row = a.items.row();
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kElementwiseThreads) rope(const Rope<T, P> a) 
     load(low, from + first);
     load(high, from + first + a.half);
     if (item < a.turned) {
-      rotate<T, P, kPack, kAdjoint, kFaithful>(low, high, cos + column, sin + column, a.half);
+      rotate<kPack, kAdjoint>(low, high, cos + column, sin + column, a.half);
     }
     store(to + first, low);
     store(to + first + a.half, high);
@@ -50,16 +50,15 @@ __global__ void __launch_bounds__(kElementwiseThreads) rope(const Rope<T, P> a) 
 
 template <typename T, typename P, int kPack>
 int launch_rope(Rope<T, P>& a, blip3o_shape shape, int num_heads, int num_kv_heads, int adjoint,
-                int faithful, cudaStream_t stream) {
+                cudaStream_t stream) {
   const int packs = a.half / kPack;
   a.items = Items(shape, static_cast<int64_t>(num_heads + 2 * num_kv_heads) * packs);
   a.turned = (num_heads + num_kv_heads) * packs;
   const int64_t blocks = a.items.blocks();
   if (blocks == 0) return cudaSuccess;
   const dim3 threads = a.items.threads();
-  if (adjoint) return launch<rope<T, P, kPack, true, false>>(blocks, threads, a, stream);
-  return with_flag(faithful != 0, [&](auto rounding) {
-    return launch<rope<T, P, kPack, false, rounding>>(blocks, threads, a, stream);
+  return with_flag(adjoint != 0, [&](auto transposed) {
+    return launch<rope<T, P, kPack, transposed>>(blocks, threads, a, stream);
   });
 }
 
@@ -67,8 +66,8 @@ int launch_rope(Rope<T, P>& a, blip3o_shape shape, int num_heads, int num_kv_hea
 }  // namespace blip3o
 
 int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_heads, int num_kv_heads,
-                blip3o_rows qkv, const void* cos, const void* sin, int adjoint, int faithful,
-                void* out, cudaStream_t stream) {
+                blip3o_rows qkv, const void* cos, const void* sin, int adjoint, void* out,
+                cudaStream_t stream) {
   using namespace blip3o;
   const int64_t width = (num_heads + 2 * static_cast<int64_t>(num_kv_heads)) * shape.width;
   if (num_heads < 0 || num_kv_heads < 0 || shape.width % 2 != 0 || !countable(shape, width)) {
@@ -86,9 +85,8 @@ int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_heads, int num
     a.out = static_cast<T*>(out);
     const bool whole_words =
         a.half % kPack<T> == 0 && aligned(qkv, sizeof(T)) && aligned({cos, sin, out});
-    return whole_words ? launch_rope<T, P, kPack<T>>(a, shape, num_heads, num_kv_heads, adjoint,
-                                                     faithful, stream)
-                       : launch_rope<T, P, 1>(a, shape, num_heads, num_kv_heads, adjoint, faithful,
-                                              stream);
+    return whole_words
+               ? launch_rope<T, P, kPack<T>>(a, shape, num_heads, num_kv_heads, adjoint, stream)
+               : launch_rope<T, P, 1>(a, shape, num_heads, num_kv_heads, adjoint, stream);
   });
 }

@@ -80,7 +80,7 @@ struct Part {
       load(low, at);
       load(high, at + kHalf);
       const int angle = token * kHead + column();
-      rotate<T, float, kEight, false, false>(low, high, cos + angle, sin + angle, kHalf);
+      rotate<kEight, false>(low, high, cos + angle, sin + angle, kHalf);
       store(at, low);
       store(at + kHalf, high);
     }

@@ -6,7 +6,7 @@
 namespace blip3o {
 
 /// `cos` and `sin` point at the lower entries; the upper ones are `half` further. Halves may differ.
-template <typename T, typename P, int kCount, bool kAdjoint, bool kFaithful>
+template <int kCount, bool kAdjoint, typename P>
 __device__ __forceinline__ void rotate(float (&low)[kCount], float (&high)[kCount], const P* cos,
                                        const P* sin, int half) {
   float cos_low[kCount], cos_high[kCount], sin_low[kCount], sin_high[kCount];
@@ -20,9 +20,6 @@ __device__ __forceinline__ void rotate(float (&low)[kCount], float (&high)[kCoun
     if constexpr (kAdjoint) {
       low[i] = a * cos_low[i] + b * sin_high[i];
       high[i] = b * cos_high[i] - a * sin_low[i];
-    } else if constexpr (kFaithful) {
-      low[i] = rounded<T>(a * rounded<T>(cos_low[i])) + rounded<T>(-b * rounded<T>(sin_low[i]));
-      high[i] = rounded<T>(b * rounded<T>(cos_high[i])) + rounded<T>(a * rounded<T>(sin_high[i]));
     } else {
       low[i] = a * cos_low[i] - b * sin_low[i];
       high[i] = b * cos_high[i] + a * sin_high[i];

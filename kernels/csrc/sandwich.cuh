@@ -1,4 +1,4 @@
-// What sandwich_norm and sandwich_join share: who computes what, and the parameters of a site.
+// What sandwich_norm and sandwich_join share: who computes what, and the parameters of a norm.
 //
 // A *unit* is a group of threads (whole warps) that owns some consecutive rows of one sample. Every
 // thread owns the same kElements columns of each of them, in packs of 16 bytes of the activation, so
@@ -169,12 +169,12 @@ __device__ __forceinline__ void sum_over_unit(float (&values)[kCount], int group
 
 /// A modulation; all null where there is none, which is the identity.
 template <typename P>
-struct Site {
+struct Modulation {
   const P *w1, *w2, *shift, *scale;
   int64_t shift_stride, scale_stride;
 
-  Site() = default;
-  explicit Site(const blip3o_modulation* from)
+  Modulation() = default;
+  explicit Modulation(const blip3o_modulation* from)
       : w1(from ? static_cast<const P*>(from->w1) : nullptr),
         w2(from ? static_cast<const P*>(from->w2) : nullptr),
         shift(from ? static_cast<const P*>(from->shift) : nullptr),
@@ -196,16 +196,16 @@ struct Weights {
   Share gain, square, shift;
 };
 
-/// Of the identity unless the site is `present`. A backward does not use the shift.
+/// Of the identity unless the modulation is `present`. A backward does not use the shift.
 template <bool kShift, typename P, typename C>
-__device__ __forceinline__ Weights load_weights(const Site<P>& site, bool present,
+__device__ __forceinline__ Weights load_weights(const Modulation<P>& modulation, bool present,
                                                 const P* layer_scale, int64_t batch, float eps,
                                                 const C& columns) {
   Weights out;
-  if constexpr (kShift) out.shift = columns.load(site.shift_row(batch), present);
-  const Share w1 = columns.load(site.w1, present, 1.f);
-  const Share w2 = columns.load(site.w2, present, 1.f);
-  const Share scale = columns.load(site.scale_row(batch), present);
+  if constexpr (kShift) out.shift = columns.load(modulation.shift_row(batch), present);
+  const Share w1 = columns.load(modulation.w1, present, 1.f);
+  const Share w2 = columns.load(modulation.w2, present, 1.f);
+  const Share scale = columns.load(modulation.scale_row(batch), present);
   const Share s = columns.load_or(layer_scale, 1.f);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
@@ -235,30 +235,30 @@ __device__ __forceinline__ void norm_rows(Share (&x)[kRows], const Weights& weig
   }
 }
 
-/// What the parameters of a site need, summed over the rows of a unit: Z, A, Q of double_norm.cuh.
-struct SiteSums {
-  Share z, a, q;
+/// What the parameters of a norm need, summed over the rows of a unit: Q, P, R of double_norm.cuh.
+struct ModulationSums {
+  Share q, p, r;
 
   /// One element of a row x with gradient d.
-  __device__ __forceinline__ void add(int i, float d, float x, float r, float pull) {
-    z[i] += d;
-    a[i] += r * x * d;
-    q[i] += pull * x * x;
+  __device__ __forceinline__ void add(int i, float d, float x, float scale, float pull) {
+    q[i] += d;
+    p[i] += scale * x * d;
+    r[i] += pull * x * x;
   }
 
   template <typename C>
   __device__ __forceinline__ void store(float* to, const C& columns) const {
-    columns.store(to, z);
-    columns.store(to + columns.width, a);
-    columns.store(to + 2 * columns.width, q);
+    columns.store(to, q);
+    columns.store(to + columns.width, p);
+    columns.store(to + 2 * columns.width, r);
   }
 };
 
-inline bool aligned(const blip3o_modulation* site, int64_t element_bytes) {
-  return site == nullptr ||
-         (aligned({site->w1, site->w2, site->shift, site->scale}) &&
-          site->shift_stride * element_bytes % kAccessBytes == 0 &&
-          site->scale_stride * element_bytes % kAccessBytes == 0);
+inline bool aligned(const blip3o_modulation* modulation, int64_t element_bytes) {
+  return modulation == nullptr ||
+         (aligned({modulation->w1, modulation->w2, modulation->shift, modulation->scale}) &&
+          modulation->shift_stride * element_bytes % kAccessBytes == 0 &&
+          modulation->scale_stride * element_bytes % kAccessBytes == 0);
 }
 
 /// Whether the width has a kernel and rows can be counted in an int.

@@ -3,12 +3,11 @@
 //   x' = x + norm(layer_scale y; post)      h = norm(x'; pre)
 //
 // The backward needs c of the pre-norm and then c of the post-norm, which depends on the first through
-// the gradient of x'. It does so linearly, so that sums of one round give both: with r, q, square of the
-// pre-norm, g = gain dh of the pre-norm and k = gain y of the post-norm,
+// the gradient of x'. It does so linearly, so that sums of one round give both: with r, pull, square
+// of the pre-norm, g = gain dh of the pre-norm and k = gain y of the post-norm,
 //
-//   dx = dx_out + r g - square x' q
-//   c_post = sum(dx k) = sum(dx_out k) + r sum(g k) - q sum(square x' k)
-#include "faithful.cuh"
+//   dx = dx_out + r g - square x' pull
+//   c_post = sum(dx k) = sum(dx_out k) + r sum(g k) - pull sum(square x' k)
 #include "modulation_grads.cuh"
 
 namespace blip3o {
@@ -21,7 +20,7 @@ struct JoinForward {
   float inverse_width, eps;
   Rows<T> x, y;
   const P* layer_scale;
-  Site<P> post, pre;
+  Modulation<P> post, pre;
   T *x_out, *h;
 };
 
@@ -38,39 +37,7 @@ __device__ __forceinline__ void add_and_store(Share (&x)[kRows], const Share (&y
   }
 }
 
-/// y := the branch that is added to the stream, rounded where modules would round it.
-template <typename T, typename P, typename C>
-__device__ __forceinline__ void faithful_branch(Share (&y)[kRows], const JoinForward<T, P>& a,
-                                                int64_t batch, const C& columns) {
-  if (a.layer_scale == nullptr) {
-    if (a.post.present()) {
-      faithful_norm_rows<T>(y, a.post, batch, a.units, a.inverse_width, a.eps, columns);
-    }
-    return;
-  }
-  const Share s = columns.load(a.layer_scale);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) y[r][i] = rounded<P>(y[r][i] * s[i]);
-  }
-  if (a.post.present()) {
-    faithful_norm_rows<P>(y, a.post, batch, a.units, a.inverse_width, a.eps, columns);
-  }
-}
-
-/// x := x', h := what follows it, rounded where modules would round.
-template <typename T, typename P, typename C>
-__device__ __forceinline__ void faithful_join(Share (&x)[kRows], Share (&y)[kRows],
-                                              const JoinForward<T, P>& a, const Unit& unit,
-                                              const C& columns) {
-  faithful_branch(y, a, unit.batch, columns);
-  add_and_store(x, y, a, unit, columns);
-  if (!a.pre.present()) return;
-  faithful_norm_rows<T>(x, a.pre, unit.batch, a.units, a.inverse_width, a.eps, columns);
-}
-
-/// The same in fp32; parameters are asked for before anything is waited for.
+/// x := x', y := scratch, then x := h; parameters are asked for before anything is waited for.
 template <typename T, typename P, typename C>
 __device__ __forceinline__ void join(Share (&x)[kRows], Share (&y)[kRows],
                                      const JoinForward<T, P>& a, const Unit& unit,
@@ -92,7 +59,7 @@ __device__ __forceinline__ void join(Share (&x)[kRows], Share (&y)[kRows],
   if (has_pre) norm_rows(x, pre, a.units, a.inverse_width, a.eps);
 }
 
-template <typename T, typename P, bool kAligned, bool kFaithful>
+template <typename T, typename P, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) join_forward(const JoinForward<T, P> a) {
   await_previous();
   const Unit unit = a.units.here();
@@ -104,11 +71,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_forward(const JoinForward<T,
     x[r] = columns.load(a.x.row(unit.batch, unit.token + r), unit.has(r));
     y[r] = columns.load(a.y.row(unit.batch, unit.token + r), unit.has(r));
   }
-  if constexpr (kFaithful) {
-    faithful_join(x, y, a, unit, columns);
-  } else {
-    join(x, y, a, unit, columns);
-  }
+  join(x, y, a, unit, columns);
   if (!a.pre.present()) return;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -123,13 +86,13 @@ struct JoinBackward {
   float inverse_width, eps;
   Rows<T> dx_out, dh, x, y;
   const P* layer_scale;
-  Site<P> post, pre;
+  Modulation<P> post, pre;
   T *dx, *dy;
   float *partial_post, *partial_pre;  // null: nothing there wants a gradient
   int slots;
 };
 
-/// r and q of both norms of a row.
+/// r and pull of both norms of a row.
 struct JoinScales {
   float pre, pull_pre, post, pull_post;
 };
@@ -161,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<
   const Weights post =
       load_weights<false>(a.post, a.post.present(), a.layer_scale, unit.batch, a.eps, columns);
 
-  SiteSums of_pre{}, of_post{};
+  ModulationSums of_pre{}, of_post{};
 #pragma unroll 1
   for (int r = 0; r < a.units.rows; ++r) {
     const int token = unit.token + r;
@@ -198,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<
       of_post.add(i, dx[i], y[i], scales.post, scales.pull_post);
     }
     columns.store(a.dx + a.units.row(unit, r) * a.width, dx);
-    if (a.dy != nullptr) columns.store(a.dy + a.units.row(unit, r) * a.width, dy);
+    columns.store(a.dy + a.units.row(unit, r) * a.width, dy);
   }
   if (a.units.index() >= a.units.count) return;
   const int64_t offset = static_cast<int64_t>(a.units.index()) * a.slots * kSums * a.width;
@@ -212,8 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<
 int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
                                  blip3o_rows y, const void* layer_scale,
                                  const blip3o_modulation* post, const blip3o_modulation* pre,
-                                 float eps, int faithful, void* x_out, void* h,
-                                 cudaStream_t stream) {
+                                 float eps, void* x_out, void* h, cudaStream_t stream) {
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
   return with_dtypes(dtypes, [&](auto activation, auto parameter) {
@@ -227,16 +189,15 @@ int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3
     a.x = Rows<T>(x);
     a.y = Rows<T>(y);
     a.layer_scale = static_cast<const P*>(layer_scale);
-    a.post = Site<P>(post);
-    a.pre = Site<P>(pre);
+    a.post = Modulation<P>(post);
+    a.pre = Modulation<P>(pre);
     a.x_out = static_cast<T*>(x_out);
     a.h = static_cast<T*>(h);
     const bool whole_words = a.width % kPack<T> == 0 && aligned(x, sizeof(T)) &&
                              aligned(y, sizeof(T)) && aligned({layer_scale, x_out, h}) &&
                              aligned(post, sizeof(P)) && aligned(pre, sizeof(P));
-    return with_flags(whole_words, faithful != 0, [&](auto words, auto rounding) {
-      return launch<join_forward<T, P, words, rounding>>(a.units.blocks(), a.units.threads(), a,
-                                                         stream);
+    return with_flag(whole_words, [&](auto words) {
+      return launch<join_forward<T, P, words>>(a.units.blocks(), a.units.threads(), a, stream);
     });
   });
 }
@@ -251,15 +212,15 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
   const Units units(shape, backward_rows(shape));
-  SiteGrads sites[2];
+  ModulationGrads wanted[2];
   int slots = 0;
   if (workspace != nullptr && (post != nullptr || layer_scale != nullptr)) {
-    sites[slots] = {post, layer_scale, dpost, dlayer_scale, slots};
+    wanted[slots] = {post, layer_scale, dpost, dlayer_scale, slots};
     ++slots;
   }
   const int post_slots = slots;
   if (workspace != nullptr && pre != nullptr) {
-    sites[slots] = {pre, nullptr, dpre, nullptr, slots};
+    wanted[slots] = {pre, nullptr, dpre, nullptr, slots};
     ++slots;
   }
   const int error = with_dtypes(dtypes, [&](auto activation, auto parameter) {
@@ -275,8 +236,8 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
     a.x = Rows<T>(x_out);
     a.y = Rows<T>(y);
     a.layer_scale = static_cast<const P*>(layer_scale);
-    a.post = Site<P>(post);
-    a.pre = Site<P>(pre);
+    a.post = Modulation<P>(post);
+    a.pre = Modulation<P>(pre);
     a.dx = static_cast<T*>(dx);
     a.dy = static_cast<T*>(dy);
     a.partial_post = post_slots > 0 ? workspace : nullptr;
@@ -292,6 +253,6 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
     });
   });
   if (error != cudaSuccess || slots == 0) return error;
-  return launch_modulation_grads(dtypes.parameter, shape, units, workspace, slots, sites, slots, eps,
+  return launch_modulation_grads(dtypes.parameter, shape, units, workspace, slots, wanted, slots, eps,
                                  stream);
 }

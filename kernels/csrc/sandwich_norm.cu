@@ -1,5 +1,4 @@
 // h = rms(rms(x; w1); w2) * (1 + scale) + shift, and its backward. Arithmetic: double_norm.cuh.
-#include "faithful.cuh"
 #include "modulation_grads.cuh"
 
 namespace blip3o {
@@ -11,11 +10,11 @@ struct NormForward {
   int width;
   float inverse_width, eps;
   Rows<T> x;
-  Site<P> site;
+  Modulation<P> modulation;
   T* h;
 };
 
-template <typename T, typename P, bool kAligned, bool kFaithful>
+template <typename T, typename P, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) norm_forward(const NormForward<T, P> a) {
   await_previous();
   const Unit unit = a.units.here();
@@ -26,12 +25,9 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const NormForward<T,
   for (int r = 0; r < kRows; ++r) {
     x[r] = columns.load(a.x.row(unit.batch, unit.token + r), unit.has(r));
   }
-  if constexpr (kFaithful) {
-    faithful_norm_rows<T>(x, a.site, unit.batch, a.units, a.inverse_width, a.eps, columns);
-  } else {
-    const Weights weights = load_weights<true, P>(a.site, true, nullptr, unit.batch, a.eps, columns);
-    norm_rows(x, weights, a.units, a.inverse_width, a.eps);
-  }
+  const Weights weights =
+      load_weights<true, P>(a.modulation, true, nullptr, unit.batch, a.eps, columns);
+  norm_rows(x, weights, a.units, a.inverse_width, a.eps);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (unit.has(r)) columns.store(a.h + a.units.row(unit, r) * a.width, x[r]);
@@ -44,7 +40,7 @@ struct NormBackward {
   int width;
   float inverse_width, eps;
   Rows<T> dh, x;
-  Site<P> site;
+  Modulation<P> modulation;
   T* dx;
   float* partial;
 };
@@ -54,9 +50,10 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward(const NormBackward<
   await_previous();
   const Unit unit = a.units.here();
   const Columns<T, kAligned> columns{a.units.group, a.width};
-  const Weights weights = load_weights<false, P>(a.site, true, nullptr, unit.batch, a.eps, columns);
+  const Weights weights =
+      load_weights<false, P>(a.modulation, true, nullptr, unit.batch, a.eps, columns);
 
-  SiteSums of_site{};
+  ModulationSums sums_of_rows{};
   for (int offset = 0; offset < a.units.rows; offset += kRows) {
     Share dh[kRows], x[kRows];
 #pragma unroll
@@ -85,20 +82,20 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward(const NormBackward<
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         dx[i] = double_norm_dx(weights.gain[i] * dh[r][i], x[r][i], weights.square[i], scale, pull);
-        of_site.add(i, dh[r][i], x[r][i], scale, pull);
+        sums_of_rows.add(i, dh[r][i], x[r][i], scale, pull);
       }
       columns.store(a.dx + a.units.row(unit, offset + r) * a.width, dx);
     }
   }
   if (a.partial == nullptr || a.units.index() >= a.units.count) return;
-  of_site.store(a.partial + static_cast<int64_t>(a.units.index()) * kSums * a.width, columns);
+  sums_of_rows.store(a.partial + static_cast<int64_t>(a.units.index()) * kSums * a.width, columns);
 }
 
 }  // namespace
 }  // namespace blip3o
 
 int blip3o_sandwich_norm_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows x,
-                                 blip3o_modulation modulation, float eps, int faithful, void* h,
+                                 blip3o_modulation modulation, float eps, void* h,
                                  cudaStream_t stream) {
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
@@ -108,12 +105,11 @@ int blip3o_sandwich_norm_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3
     const Units units(shape, kRows);
     const int width = static_cast<int>(shape.width);
     const NormForward<T, P> a{
-        units, width, 1.f / width, eps, Rows<T>(x), Site<P>(&modulation), static_cast<T*>(h)};
+        units, width, 1.f / width, eps, Rows<T>(x), Modulation<P>(&modulation), static_cast<T*>(h)};
     const bool whole_words = width % kPack<T> == 0 && aligned(x, sizeof(T)) && aligned(h) &&
                              aligned(&modulation, sizeof(P));
-    return with_flags(whole_words, faithful != 0, [&](auto words, auto rounding) {
-      return launch<norm_forward<T, P, words, rounding>>(units.blocks(), units.threads(), a,
-                                                           stream);
+    return with_flag(whole_words, [&](auto words) {
+      return launch<norm_forward<T, P, words>>(units.blocks(), units.threads(), a, stream);
     });
   });
 }
@@ -129,9 +125,8 @@ int blip3o_sandwich_norm_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
     using T = decltype(activation);
     using P = decltype(parameter);
     const int width = static_cast<int>(shape.width);
-    const NormBackward<T, P> a{units,      width,      1.f / width,         eps,
-                               Rows<T>(dh), Rows<T>(x), Site<P>(&modulation), static_cast<T*>(dx),
-                               workspace};
+    const NormBackward<T, P> a{units, width, 1.f / width, eps, Rows<T>(dh), Rows<T>(x),
+                               Modulation<P>(&modulation), static_cast<T*>(dx), workspace};
     const bool whole_words = width % kPack<T> == 0 && aligned(dh, sizeof(T)) &&
                              aligned(x, sizeof(T)) && aligned({dx, workspace}) &&
                              aligned(&modulation, sizeof(P));
@@ -140,12 +135,14 @@ int blip3o_sandwich_norm_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
     });
   });
   if (error != cudaSuccess || workspace == nullptr) return error;
-  const SiteGrads site{&modulation, nullptr, grads, nullptr, 0};
-  return launch_modulation_grads(dtypes.parameter, shape, units, workspace, 1, &site, 1, eps, stream);
+  const ModulationGrads wanted{&modulation, nullptr, grads, nullptr, 0};
+  return launch_modulation_grads(dtypes.parameter, shape, units, workspace, 1, &wanted, 1, eps,
+                                 stream);
 }
 
-int64_t blip3o_sandwich_workspace(blip3o_shape shape, int sites) {
+int64_t blip3o_sandwich_workspace(blip3o_shape shape, int modulations) {
   using namespace blip3o;
-  const int64_t floats = Units(shape, backward_rows(shape)).count * sites * kSums * shape.width;
+  const int64_t units = Units(shape, backward_rows(shape)).count;
+  const int64_t floats = units * modulations * kSums * shape.width;
   return floats > 0 ? floats : 1;  // the memory of an empty tensor would be NULL
 }

@@ -16,7 +16,7 @@ struct Swiglu {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
-template <typename T, int kPack, bool kFaithful>
+template <typename T, int kPack>
 __global__ void __launch_bounds__(kElementwiseThreads) swiglu_forward(const Swiglu<T> a) {
   await_previous();
   const int row = a.items.row();
@@ -30,10 +30,7 @@ __global__ void __launch_bounds__(kElementwiseThreads) swiglu_forward(const Swig
     load(gate, from + column);
     load(up, from + a.width + column);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const float silu = gate[i] * sigmoid(gate[i]);
-      up[i] *= kFaithful ? rounded<T>(silu) : silu;
-    }
+    for (int i = 0; i < kPack; ++i) up[i] *= gate[i] * sigmoid(gate[i]);
     store(to + column, up);
   }
 }
@@ -75,20 +72,19 @@ Swiglu<T> arguments(blip3o_shape shape, blip3o_rows gate_up, blip3o_rows dout, v
 }  // namespace
 }  // namespace blip3o
 
-int blip3o_swiglu_forward(int dtype, blip3o_shape shape, blip3o_rows gate_up, int faithful,
-                          void* out, cudaStream_t stream) {
+int blip3o_swiglu_forward(int dtype, blip3o_shape shape, blip3o_rows gate_up, void* out,
+                          cudaStream_t stream) {
   using namespace blip3o;
   if (!countable(shape, 2 * shape.width)) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto activation) {
     using T = decltype(activation);
     const bool whole_words =
         shape.width % kPack<T> == 0 && aligned(gate_up, sizeof(T)) && aligned(out);
-    return with_flags(whole_words, faithful != 0, [&](auto words, auto rounding) -> int {
+    return with_flag(whole_words, [&](auto words) -> int {
       constexpr int kCount = words ? kPack<T> : 1;
       const Swiglu<T> a = arguments<T>(shape, gate_up, {}, out, kCount);
       if (a.items.blocks() == 0) return cudaSuccess;
-      return launch<swiglu_forward<T, kCount, rounding>>(a.items.blocks(), a.items.threads(), a,
-                                                         stream);
+      return launch<swiglu_forward<T, kCount>>(a.items.blocks(), a.items.threads(), a, stream);
     });
   });
 }

@@ -117,13 +117,6 @@ int with_flag(bool flag, Run run) {
   return flag ? run(std::true_type{}) : run(std::false_type{});
 }
 
-template <typename Run>
-int with_flags(bool first, bool second, Run run) {
-  return with_flag(first, [&](auto a) -> int {
-    return with_flag(second, [&](auto b) -> int { return run(a, b); });
-  });
-}
-
 /// Calls `run` with a value of the dtype's C++ type.
 template <typename Run>
 int with_dtype(int dtype, Run run) {

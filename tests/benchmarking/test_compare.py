@@ -4,7 +4,7 @@ import pytest
 from benchmarking.records import measurement, record
 
 from blip3o_fast.benchmarking.compare import check_device, compare, noise_band
-from blip3o_fast.benchmarking.table import render_comparison
+from blip3o_fast.benchmarking.record_text import render_comparison
 
 
 def against(old, new, **options):

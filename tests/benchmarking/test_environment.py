@@ -7,7 +7,13 @@ import torch
 
 import blip3o_fast
 from blip3o_fast.benchmarking import environment
-from blip3o_fast.benchmarking.environment import describe_environment, device_name, find_commit
+from blip3o_fast.benchmarking.environment import (
+    COMMIT,
+    describe_commit,
+    describe_environment,
+    device_name,
+    find_commit,
+)
 
 
 def git(folder, *words):
@@ -54,3 +60,13 @@ def test_no_clone(tmp_path, monkeypatch):
     assert find_commit(tmp_path) == (None, None)
     monkeypatch.setenv("PATH", "")
     assert find_commit(tmp_path) == (None, None)
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+    for found, expected in (((None, None), ("cafe", None)), (("beef", True), ("beef", True))):
+        monkeypatch.setattr(environment, "find_commit", lambda root, found=found: found)
+        monkeypatch.setenv(COMMIT, "cafe")
+        assert describe_commit() == expected
+    monkeypatch.setattr(environment, "find_commit", lambda root: (None, None))
+    monkeypatch.delenv(COMMIT)
+    assert describe_commit() == (None, None)

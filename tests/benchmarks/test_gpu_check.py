@@ -45,7 +45,8 @@ class Rehearsal:
 
     def __init__(self, folder):
         self.folder, self.tree, self.out = folder, folder / "tree", folder / "out"
-        self.bin = folder / "bin"
+        self.bin, self.temporary = folder / "bin", folder / "temporary"
+        self.temporary.mkdir()
         shutil.copytree(
             ROOT / "benchmarks", self.tree / "benchmarks", ignore=shutil.ignore_patterns("results")
         )
@@ -74,6 +75,7 @@ class Rehearsal:
             "PYTHON": str(self.bin / "python"),
             "PATH": path or f"{self.bin}:{os.environ['PATH']}",
             "CUDA_HOME": "/nowhere",
+            "TMPDIR": str(self.temporary),
         }
 
     def start(self, *arguments, path=None, **options):
@@ -142,6 +144,18 @@ def test_every_step_runs_in_its_order_and_is_told_the_commit(rehearsal):
 
 
 def test_without_history_and_commit_nothing_is_made_up(rehearsal):
+    """Least of all the commit of a clone in which the copy lies."""
+    git = [
+        "git",
+        "-C",
+        str(rehearsal.folder),
+        "-c",
+        "user.name=n",
+        "-c",
+        "user.email=e@example.org",
+    ]
+    for words in (["init"], ["commit", "--allow-empty", "-m", "another project"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
     rehearsal.acts(environment='echo "<$BLIP3O_FAST_COMMIT>"')
     rehearsal.run("--steps", "environment")
     assert rehearsal.results()["environment.log"] == b"<>\n"
@@ -255,11 +269,10 @@ def test_a_full_file_system(rehearsal, full):
         if full == "out":
             rehearsal.out = small
         else:
-            os.environ["TMPDIR"] = str(small)
+            rehearsal.temporary = small
         status, said = rehearsal.run("--steps", ",".join(names))
         steps, results = rehearsal.steps(), rehearsal.results()
     finally:
-        os.environ.pop("TMPDIR", None)
         subprocess.run(["umount", str(small)], check=True)
     if full == "out":
         assert status == 0 and "not replaced" in said
@@ -411,6 +424,7 @@ def test_bad_arguments(arguments, said, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_step_runs_on_a_cpu_from_a_plain_copy(tmp_path):
     """Not installed, without history; the commit that is named reaches every record."""
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "__pycache__")

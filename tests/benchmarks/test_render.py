@@ -55,7 +55,7 @@ def made(kind, **values):
         for f in dataclasses.fields(kind)
         if f.default is missing and f.default_factory is missing
     }
-    return kind(**{**dict.fromkeys(names, 0.0), **values})
+    return kind(**{**dict.fromkeys(names, 0), **values})
 
 
 def measurement(contender, median, ours, **values):
@@ -333,7 +333,7 @@ def test_fp8_stands_beside_bf16_and_fp32(root):
         ("[]", "expected a result of"),
         ('{"kind": "x"}', "expected a result of"),
         ('{"benchmark": "published_cpu"}', "difference, environment"),
-        ('{"kind": "blip3o-fast benchmarks", "format": 1}', "expected the fields of a record"),
+        ('{"kind": "blip3o-fast benchmarks", "format": 1}', "record: missing settings"),
     ],
 )
 def test_a_file_that_is_no_result_is_named(root, capsys, content, said):

@@ -173,7 +173,7 @@ def test_the_record_is_written_after_every_check(monkeypatch, tmp_path, capsys):
             seen.append(json.loads(path.read_text())["checks"])
 
     monkeypatch.setattr(smoke, "ask", one_by_one)
-    assert smoke.main(["reference", "--json", str(path)]) == 0
+    assert smoke.main(["reference", "--device", "cpu", "--json", str(path)]) == 0
     assert [len(checks) for checks in seen] == [1, 2, 3]
     assert capsys.readouterr().out.splitlines()[-1] == "3 good"
 
@@ -190,7 +190,13 @@ def test_the_record_is_written_after_every_check(monkeypatch, tmp_path, capsys):
 def test_exit_status(monkeypatch, verdicts, status):
     answers = [smoke.Answer("it", verdict, 0.0, "") for verdict in verdicts]
     monkeypatch.setattr(smoke, "ask", lambda options, names: iter(answers))
-    assert smoke.main([]) == status
+    assert smoke.main(["--device", "cpu"]) == status
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert smoke.main([]) == 1
+    assert "expected a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["gpus"], ["--ops", "matmul"]])

@@ -137,7 +137,7 @@ def test_a_payload_is_refused_and_nothing_runs(tmp_path, capsys, nested, options
         (("--samples_per_shard", "0"), 2, "samples_per_shard: expected at least 1, got 0"),
         (("--verify_rows", "0"), 2, "verify_rows: expected at least 1, got 0"),
         (("--max_shards", "-1"), 2, "max_shards: expected at least 1, got -1"),
-        (("--heldout_fraction", "1"), 2, "heldout_fraction: expected 0 or more and less than 1"),
+        (("--heldout_fraction", "1"), 2, "heldout_fraction: expected at least 0 and below 1"),
         (("--tokens", "99"), 1, "tokens: expected 256 or 257, got 99"),
         (("--grid", "1", "2", "3"), 1, "tokens: expected 6 for grid"),
     ],

@@ -84,7 +84,7 @@ def test_published_coco_file_through_the_published_command(files):
     ("options", "status", "message"),
     [
         (("--num_inference_steps", "0"), 2, "num_inference_steps: expected at least 1, got 0"),
-        (("--evaluations", "0"), 2, "evaluations: expected numbers >= 1"),
+        (("--evaluations", "0"), 2, "evaluations: expected at least 1, got (0,)"),
         (("--training_mode", "cls_patch"), 2, "training_mode: expected patch_only"),
         (("--model_path", "nowhere"), 1, "nowhere: expected a checkpoint folder"),
         (("--embeddings_dir", "nowhere"), 1, "nowhere"),

@@ -150,7 +150,7 @@ def test_tower_options(images, tmp_path, asked):
         (("--num_workers", -1), "num_workers: expected at least 1, got -1"),
         (("--crops", -1), "crops: expected at least 0, got -1"),
         (("--max_samples", 0), "max_samples: expected at least 1, got 0"),
-        (("--heldout_fraction", 1), "heldout_fraction: expected 0 or more and below 1, got 1"),
+        (("--heldout_fraction", 1), "heldout_fraction: expected at least 0 and below 1, got 1"),
         (("--mirror",), "mirror: expected crops of 1 or more"),
         (("--device", "toaster"), "device: expected auto, cpu, cuda or cuda:N, got 'toaster'"),
         (("--device", "cuda:99"), "device: expected one of"),
@@ -205,8 +205,11 @@ def test_bad_arguments(words, capsys):
 
 
 def test_sigterm_keeps_the_samples_so_far(images, tmp_path, monkeypatch, capsys):
+    asked = []
+
     def forward(pixels):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
         return patch_means(pixels)
 
     monkeypatch.setattr(command, "load_towers", lambda *args, **options: fake_pair(forward))

@@ -12,12 +12,11 @@ import pytest
 import torch
 from small_data import small_model, write_shards
 
-from blip3o_fast import SamplingPlan
-from blip3o_fast.cli import generate
+from blip3o_fast import SamplingPlan, translation
 from blip3o_fast.cli.main import main
 from blip3o_fast.data import EmbeddingDataset, ShardWriter
 from blip3o_fast.data.tensorfile import read_header
-from blip3o_fast.evaluation.evaluate import sample_seed
+from blip3o_fast.seeds import sample_seed
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +72,7 @@ def test_goes_on_where_it_stopped(given, tmp_path, monkeypatch, capsys):
             raise OSError("the machine went away")
         return sample_seed(records, seed)
 
-    monkeypatch.setattr("blip3o_fast.evaluation.evaluate.sample_seed", failing)
+    monkeypatch.setattr("blip3o_fast.translation.sample_seed", failing)
     assert main([*given, "--output_dir", str(cut)]) == 1
     assert not (cut / "manifest.json").exists()
     monkeypatch.undo()
@@ -185,13 +184,13 @@ def test_a_bad_sample_stops_the_work_and_keeps_what_was_done(given, tmp_path, ca
 
 
 def test_untranslated(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "_STRETCH", 7)
+    monkeypatch.setattr(translation, "_STRETCH", 7)
     data = EmbeddingDataset(tmp_path / "shards")
     done = {f"sample{i}" for i in (0, 1, 7, 9, 22)}
     expected = [i for i in range(24) if i not in (0, 1, 7, 9, 22)]
-    assert generate.untranslated(data, done).tolist() == expected
-    assert generate.untranslated(data, set()).tolist() == list(range(24))
+    assert translation.untranslated(data, done).tolist() == expected
+    assert translation.untranslated(data, set()).tolist() == list(range(24))
 
 
 def test_batches():
-    assert [part.tolist() for part in generate.batches(np.arange(3), 2)] == [[0, 1], [2]]
+    assert [part.tolist() for part in translation.batches(np.arange(3), 2)] == [[0, 1], [2]]

@@ -10,6 +10,10 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from blip3o_fast.ops import OPS, Impl, _dispatch
+from blip3o_fast.ops._record import Fused
+from blip3o_fast.ops._registration import bind
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "kernels" / "csrc"
 SOURCES = sorted(CSRC.glob("*.cu"))
@@ -61,9 +65,18 @@ def emulated_kernels() -> Path:
     return library
 
 
+def emulate_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``impl=Impl.CUDA`` runs the kernels on the host, on CPU tensors."""
+    for name, fused in host_operators().items():
+        monkeypatch.setitem(OPS[name].fused, Impl.CUDA, fused)
+    none = "this op has no CUDA C++ kernel"
+    refusal = lambda op, x: none if op.cuda is None else op.cuda(x)  # noqa: E731
+    monkeypatch.setattr(_dispatch, "_cuda_refusal", refusal)
+
+
 @cache
-def load_host_operators() -> None:
-    """Load the operators of ``binding.cpp`` over those kernels: ``torch.ops.blip3o_fast_host``."""
+def host_operators() -> dict[str, Fused]:
+    """The operators of ``binding.cpp`` over those kernels, ``blip3o_fast_host``, by op."""
     kernels = emulated_kernels()
     compiler, headers = host_compiler()
     home = Path(torch.__file__).parent
@@ -75,3 +88,5 @@ def load_host_operators() -> None:
     target = folder() / "libbound.so"
     subprocess.run([compiler, *flags, *sources, *libraries, "-o", str(target)], check=True)
     torch.ops.load_library(target)
+    ops = (op for op in OPS.values() if op.cuda is not None)
+    return {op.name: bind(op, "blip3o_fast_host") for op in ops}

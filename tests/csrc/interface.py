@@ -60,7 +60,6 @@ def signatures() -> dict[str, list[Any]]:
             Rows,
             CModulation,
             c_float,
-            c_int,
             pointer,
             pointer,
         ],
@@ -69,20 +68,20 @@ def signatures() -> dict[str, list[Any]]:
             *(ModulationGrads, pointer, pointer),
         ],
         "blip3o_sandwich_join_forward": [
-            *(*head, Rows, Rows, pointer, site, site, c_float, c_int, pointer, pointer, pointer),
+            *(*head, Rows, Rows, pointer, site, site, c_float, pointer, pointer, pointer),
         ],
         "blip3o_sandwich_join_backward": [
             *(*head, Rows, Rows, Rows, Rows, pointer, site, site, c_float),
             *(pointer, pointer, pointer, ModulationGrads, ModulationGrads, pointer, pointer),
         ],
         "blip3o_rope": [
-            *(*head, c_int, c_int, Rows, pointer, pointer, c_int, c_int, pointer, pointer),
+            *(*head, c_int, c_int, Rows, pointer, pointer, c_int, pointer, pointer),
         ],
         "blip3o_rope_attention": [
             *(c_int, Shape, c_int64, c_int, c_int, Rows, Rows, Rows),
             *(pointer, pointer, c_int, pointer, pointer),
         ],
-        "blip3o_swiglu_forward": [c_int, Shape, Rows, c_int, pointer, pointer],
+        "blip3o_swiglu_forward": [c_int, Shape, Rows, pointer, pointer],
         "blip3o_swiglu_backward": [c_int, Shape, Rows, Rows, pointer, pointer],
         "blip3o_solver_update": [
             *(c_int, Shape, Rows, Rows, Slopes, pointer, pointer, c_float, pointer, pointer),
@@ -170,9 +169,8 @@ class Kernels:
         scale: Tensor,
         *,
         eps: float = 1e-6,
-        faithful: bool = False,
     ) -> Tensor:
-        return _SandwichNorm.apply(self, eps, faithful, x, w1, w2, shift, scale)
+        return _SandwichNorm.apply(self, eps, x, w1, w2, shift, scale)
 
     def sandwich_join(
         self,
@@ -183,17 +181,12 @@ class Kernels:
         pre: Modulation | None,
         *,
         eps: float = 1e-6,
-        faithful: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         none = (None,) * 4
-        return _SandwichJoin.apply(
-            self, eps, faithful, x, y, layer_scale, *(post or none), *(pre or none)
-        )
+        return _SandwichJoin.apply(self, eps, x, y, layer_scale, *(post or none), *(pre or none))
 
-    def rope(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int, *, faithful: bool = False
-    ) -> Tensor:
-        return _Rope.apply(self, qkv, cos, sin, heads, kv, faithful)
+    def rope(self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int) -> Tensor:
+        return _Rope.apply(self, qkv, cos, sin, heads, kv)
 
     def rope_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, rotates_keys: bool
@@ -209,8 +202,8 @@ class Kernels:
             self.run("rope_attention", *sizes, *views, *tables, pointer(result))
         return result
 
-    def swiglu(self, gate_up: Tensor, *, faithful: bool = False) -> Tensor:
-        return _Swiglu.apply(self, gate_up, faithful)
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return _Swiglu.apply(self, gate_up)
 
     def solver_update(
         self,
@@ -239,7 +232,7 @@ class Kernels:
 
 class _SandwichNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, eps: float, faithful: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, kernels: Kernels, eps: float, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.kernels, ctx.eps = kernels, eps
         x, *site = tensors
@@ -248,7 +241,7 @@ class _SandwichNorm(torch.autograd.Function):
             h = out.new(x.shape, x.dtype)
             kernels.run(
                 *("sandwich_norm_forward", dtypes, Shape(*x.shape), rows(x)),
-                *(modulation(Modulation(*site)), eps, faithful, pointer(h)),
+                *(modulation(Modulation(*site)), eps, pointer(h)),
             )
         return h
 
@@ -265,12 +258,12 @@ class _SandwichNorm(torch.autograd.Function):
                 *(modulation(Modulation(*site)), ctx.eps, pointer(dx), grads(dsite)),
                 pointer(ctx.kernels.workspace(out, shape, 1)),
             )
-        return None, None, None, dx, *dsite
+        return None, None, dx, *dsite
 
 
 class _SandwichJoin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, eps: float, faithful: bool, *tensors: Any) -> Any:
+    def forward(ctx: Any, kernels: Kernels, eps: float, *tensors: Any) -> Any:
         x, y, layer_scale, *sites = tensors
         post, pre = _site(sites[:4]), _site(sites[4:])
         with Outputs() as out:
@@ -278,7 +271,7 @@ class _SandwichJoin(torch.autograd.Function):
             h = None if pre is None else out.new(x.shape, x.dtype)
             kernels.run(
                 *("sandwich_join_forward", _dtypes(tensors), Shape(*x.shape), rows(x), rows(y)),
-                *(pointer(layer_scale), post, pre, eps, faithful, pointer(x_out), pointer(h)),
+                *(pointer(layer_scale), post, pre, eps, pointer(x_out), pointer(h)),
             )
         ctx.save_for_backward(x_out, *tensors[1:])
         ctx.kernels, ctx.eps = kernels, eps
@@ -301,7 +294,7 @@ class _SandwichJoin(torch.autograd.Function):
                 *(pointer(dls), grads(dsites[:4]), grads(dsites[4:])),
                 pointer(ctx.kernels.workspace(out, shape, 2)),
             )
-        return None, None, None, dx, dy, dls, *dsites
+        return None, None, dx, dy, dls, *dsites
 
 
 def _site(tensors: Sequence[Tensor | None]) -> Any:
@@ -326,7 +319,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         dqkv = _turn(ctx.kernels, dout, *ctx.saved_tensors, *ctx.flags, adjoint=True)
-        return None, dqkv, None, None, None, None, None
+        return None, dqkv, None, None, None, None
 
 
 def _turn(
@@ -336,7 +329,6 @@ def _turn(
     sin: Tensor,
     heads: int,
     kv: int,
-    faithful: bool,
     *,
     adjoint: bool,
 ) -> Tensor:
@@ -345,21 +337,21 @@ def _turn(
     with Outputs() as out:
         result = out.new(qkv.shape, qkv.dtype)
         tables = pointer(cos), pointer(sin)
-        arguments = (rows(qkv), *tables, adjoint, faithful, pointer(result))
+        arguments = (rows(qkv), *tables, adjoint, pointer(result))
         kernels.run("rope", dtypes, shape, heads, kv, *arguments)
     return result
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, gate_up: Tensor, faithful: bool) -> Tensor:
+    def forward(ctx: Any, kernels: Kernels, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.kernels = kernels
         B, N, W = gate_up.shape
         with Outputs() as out:
             result = out.new((B, N, W // 2), gate_up.dtype)
             shape = Shape(B, N, W // 2)
-            arguments = (DTYPES[gate_up.dtype], shape, rows(gate_up), faithful, pointer(result))
+            arguments = (DTYPES[gate_up.dtype], shape, rows(gate_up), pointer(result))
             kernels.run("swiglu_forward", *arguments)
         return result
 
@@ -370,4 +362,4 @@ class _Swiglu(torch.autograd.Function):
             result = out.new(gate_up.shape, gate_up.dtype)
             arguments = (Shape(*dout.shape), rows(dout), rows(gate_up), pointer(result))
             ctx.kernels.run("swiglu_backward", DTYPES[gate_up.dtype], *arguments)
-        return None, result, None
+        return None, result

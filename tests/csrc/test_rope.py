@@ -55,16 +55,6 @@ def test_the_adjoint_is_the_transposed_map(kernels: Kernels) -> None:
     judge("inner product", left.float(), left.float(), right)
 
 
-@pytest.mark.parametrize(("dtype", "param"), PAIRS)
-def test_faithful_rounding_is_bitwise(
-    kernels: Kernels, dtype: torch.dtype, param: torch.dtype
-) -> None:
-    qkv = randn(2, 5, 8 * 16, dtype=dtype)
-    turned = tables(5, 16, param)
-    ours = kernels.rope(qkv, *turned, 4, 2, faithful=True)
-    assert torch.equal(ours, reference.rope(qkv, *turned, 4, 2))
-
-
 @pytest.mark.parametrize("shape", [(0, 5, 64), (2, 0, 64)])
 def test_empty(kernels: Kernels, shape: tuple[int, ...]) -> None:
     qkv = torch.empty(shape)

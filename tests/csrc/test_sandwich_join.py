@@ -60,9 +60,9 @@ def inputs(
     ]
 
 
-def ours(kernels: Kernels, *, faithful: bool = False):
+def ours(kernels: Kernels):
     def op(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        joined = kernels.sandwich_join(*unpacked(tensors), eps=EPS, faithful=faithful)
+        joined = kernels.sandwich_join(*unpacked(tensors), eps=EPS)
         return tuple(u for u in joined if u is not None)
 
     return op
@@ -108,16 +108,6 @@ def test_gradients_over_many_units(kernels: Kernels) -> None:
     """Enough rows that a unit walks more than the fewest, and weights gather several samples."""
     tensors = inputs(40, 257, 8, torch.float32, torch.float32)
     check(ours(kernels), spec, tensors)
-
-
-@pytest.mark.parametrize("parts", ["scale post pre", "post pre", "scale pre"])
-def test_faithful_rounding_follows_the_modules(kernels: Kernels, parts: str) -> None:
-    for dtype, param in PAIRS[1:3]:
-        tensors = inputs(2, 9, 768, dtype, param, parts=parts)
-        pairs = zip(ours(kernels, faithful=True)(*tensors), spec(*tensors), strict=True)
-        for got, theirs in pairs:
-            assert (got != theirs).float().mean() < 0.02
-            torch.testing.assert_close(got, theirs, rtol=2**-6, atol=2e-2)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (2, 0)])

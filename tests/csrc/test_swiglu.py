@@ -34,14 +34,6 @@ def test_extremes_stay_finite(kernels: Kernels) -> None:
     torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 0.0, 0.0, 100.0, 1e4]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_faithful_rounding_follows_the_modules(kernels: Kernels, dtype: torch.dtype) -> None:
-    gate_up = randn(4, 16, 256, dtype=dtype, scale=2.0)
-    ours, theirs = kernels.swiglu(gate_up, faithful=True), reference.swiglu(gate_up)
-    assert (ours != theirs).float().mean() < 0.002
-    assert (kernels.swiglu(gate_up) != theirs).float().mean() > 0.05, "the modes do not differ"
-
-
 @pytest.mark.parametrize("shape", [(0, 5, 64), (2, 0, 64), (2, 5, 0)])
 def test_empty(kernels: Kernels, shape: tuple[int, ...]) -> None:
     gate_up = torch.empty(shape, requires_grad=True)

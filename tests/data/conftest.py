@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.manifest import DTYPES, Encoder, Manifest, Split
+from blip3o_fast.data.manifest import Encoder, Manifest, Split
 from blip3o_fast.data.shards import SampleRecord, ShardWriter
+from blip3o_fast.devices import DTYPES
 
 TOKENS, EVA_WIDTH, CLIP_WIDTH = 4, 6, 5
 

@@ -21,7 +21,7 @@ from published_files import (
 from blip3o_fast.data import EmbeddingDataset, Manifest, Wishes, convert
 from blip3o_fast.data import conversion as conversion_module
 from blip3o_fast.data.conversion import fp16_is_exact, verify_conversion, write_planned
-from blip3o_fast.data.planning import open_sources, plan_conversion
+from blip3o_fast.data.conversion_plan import open_sources, plan_conversion
 from blip3o_fast.data.tensorfile import file_sha256
 
 
@@ -128,7 +128,7 @@ def test_sources_that_differ_need_a_choice(tmp_path):
         ({"tokens": 255}, "tokens: expected 256 or 257, got 255"),
         ({"tokens": 300}, "tokens: expected 256 or 257, got 300"),
         ({"grid": (1, 10, 10)}, "tokens: expected 100 for grid"),
-        ({"dtype": "fp8"}, "dtype: expected one of bf16, fp16, fp32"),
+        ({"dtype": "fp8"}, "dtype: expected fp32, bf16, fp16"),
         ({"heldout_fraction": 1.0}, "heldout_fraction"),
     ],
 )

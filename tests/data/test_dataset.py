@@ -115,8 +115,8 @@ def test_an_empty_side_is_refused(make_dataset, split, fraction):
     ("options", "message"),
     [
         ({"split": "test"}, "split: expected train, heldout or all, got 'test'"),
-        ({"heldout_fraction": 1.0}, "heldout_fraction: expected 0 or more and less than 1"),
-        ({"heldout_fraction": -0.1}, "heldout_fraction: expected 0 or more"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction: expected at least 0 and below 1"),
+        ({"heldout_fraction": -0.1}, "heldout_fraction: expected at least 0"),
         ({"tokens": 6}, r"tokens: expected 4, or 5 \(with a token mean in front\), got 6"),
         ({"tokens": 3}, "tokens: expected 4, or 5"),
         ({"max_shards": 0}, "max_shards: expected at least 1, got 0"),

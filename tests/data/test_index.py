@@ -9,7 +9,7 @@ import pytest
 
 from blip3o_fast.data.dataset import EmbeddingDataset, photo_is_heldout
 from blip3o_fast.data.index import photo_hashes
-from blip3o_fast.data.records import (
+from blip3o_fast.data.sidecar import (
     MARK_EVERY,
     RecordFile,
     SampleRecord,

@@ -13,7 +13,7 @@ from published_files import (
 )
 
 from blip3o_fast.data.legacy import published_files, read_published
-from blip3o_fast.data.records import SampleRecord
+from blip3o_fast.data.sidecar import SampleRecord
 
 
 def source_of(tmp_path, content, protocol=4):

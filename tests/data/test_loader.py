@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_fast.data.access import RandomAccessFile
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.data.manifest import Manifest
@@ -256,6 +257,25 @@ def test_a_batch_belongs_to_its_consumer(dataset):
         for _ in range(6):
             next(loader)
         assert torch.equal(batch.eva, before)
+
+
+def test_every_byte_is_read_once_into_the_batch(dataset, monkeypatch):
+    """No copy but the one from the file: what is read lands in the memory of the tensors."""
+    read_into, pieces = RandomAccessFile.read_into, []
+
+    def watched(self, out, start):
+        pieces.append((out.__array_interface__["data"][0], out.nbytes))
+        read_into(self, out, start)
+
+    monkeypatch.setattr(RandomAccessFile, "read_into", watched)
+    batch = dataset.read([3, 17, 5])
+    expected = 0
+    for tower in (batch.eva, batch.clip):
+        begin, size = tower.data_ptr(), tower.numel() * tower.element_size()
+        inside = [n for at, n in pieces if begin <= at and at + n <= begin + size]
+        assert sum(inside) == size
+        expected += size
+    assert sum(size for _, size in pieces) == expected
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from published_files import shard_content, write_pickle
 
 from blip3o_fast.data.diskarray import _GLOBALS, DiskArray, read_pickle
-from blip3o_fast.data.pickles import Extent, PickleError
+from blip3o_fast.data.pickles import Extent, PickleError, _DataMachine
 
 PROTOCOLS = (2, 3, 4, 5)
 
@@ -269,11 +269,9 @@ def test_names_are_compared_whole(tmp_path, module, name):
     [
         (named("numpy", "ndarray"), "a call of numpy.ndarray"),
         (b"\x80\x04K\x01)R.", "a call of 1"),
-        (b"\x80\x04]K\x01\x93.", "a name made of list and int"),
         (b"\x80\x04}}b.", "a state for dict"),
         (b"\x80\x04]}b.", "a state for list"),
         (b"\x80\x04]K\x01K\x02s.", "items for list"),
-        (b"\x80\x04}K\x01a.", "items for dict"),
         (b"\x80\x04}(K\x01K\x02\x86K\x03u.", "a tuple as a key"),
         (b"\x80\x02cnumpy\nndarray\n.", None),
         (b"\x80\x02K\x01Q.", "a persistent object"),
@@ -294,6 +292,28 @@ def test_opcodes_that_ask_for_more_than_data(tmp_path, data, message):
         return
     with pytest.raises(PickleError, match=f"x.pkl: refused: .*{message}"):
         read(tmp_path, data)
+
+
+@pytest.mark.parametrize("data", [b"\x80\x04]K\x01\x93.", b"\x80\x04}K\x01a."])
+def test_opcodes_for_other_objects_are_errors(tmp_path, data):
+    """A name made of a list and a number; an item appended to a dict."""
+    with pytest.raises(PickleError, match=r"x\.pkl: malformed pickle"):
+        read(tmp_path, data)
+
+
+def test_the_opcodes_are_exactly_these():
+    """Each builds plain data, or goes through a method that this package replaced."""
+    names = {op.name for op in pickletools.opcodes if ord(op.code) in _DataMachine.dispatch}
+    assert names == {
+        *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE"),
+        *("NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+        *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+        *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        *("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
+        *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
+    }
 
 
 def test_the_table_of_names_is_exactly_this():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip3o_fast.data import atomic
+from blip3o_fast import atomic
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.manifest import Manifest
 from blip3o_fast.data.shards import SampleRecord, Shard, ShardWriter, merge_parts

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from blip3o_fast.data.records import SampleRecord
+from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tars import tar_source
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from blip3o_fast.evaluation import MetricAccumulator, Photo, Report, Result, token_map
-from blip3o_fast.evaluation.plots import DARK, LIGHT, Theme, draw_plots
+from blip3o_fast.evaluation.report_plots import draw_plots
+from blip3o_fast.report.style import DARK, LIGHT, Theme
 
 GRID = (1, 4, 4)
 EVALUATIONS = (1, 2, 3, 10, 100)

@@ -281,7 +281,7 @@ def test_misuse_is_refused():
 def test_token_count_must_not_change():
     accumulator = MetricAccumulator(torch.zeros(C))
     accumulator.add(torch.ones(1, N, C), torch.ones(1, N, C), ["a"])
-    with pytest.raises(ValueError, match="expected 6 tokens a sample as before, got 7"):
+    with pytest.raises(ValueError, match="expected 6 tokens per sample as before, got 7"):
         accumulator.add(torch.ones(1, N + 1, C), torch.ones(1, N + 1, C), ["b"])
 
 

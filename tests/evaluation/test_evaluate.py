@@ -7,7 +7,7 @@ from small_data import C, small_model, write_shards
 
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.evaluation import EvaluationSettings, evaluate_model, token_cosines
-from blip3o_fast.evaluation.evaluate import chosen, sample_seed, translate
+from blip3o_fast.evaluation.evaluate import chosen, translate
 from blip3o_fast.flow import find_solver
 
 
@@ -63,12 +63,6 @@ def test_so_many_evaluations_of_the_network(evaluations):
     """Counted as stages: the solver's per step, times the steps."""
     solver, steps = EvaluationSettings().method(evaluations)
     assert find_solver(solver).evaluations_per_step * steps == evaluations
-
-
-def test_seeds_are_of_the_sample_alone():
-    seeds = {sample_seed(f"k{i}", 0) for i in range(100)}
-    assert len(seeds) == 100 and sample_seed("k0", 0) != sample_seed("k0", 1)
-    assert all(0 <= s < 2**63 for s in seeds)
 
 
 def test_samples_are_spread_evenly(sides):

@@ -67,8 +67,8 @@ def test_a_failing_stage_ends_the_example(tmp_path):
 def photos(tmp_path_factory):
     """Ten real photos, small; two of them are held out of training."""
     from blip3o_fast.data.dataset import photo_is_heldout
+    from blip3o_fast.demo.photos import demo_photos
     from blip3o_fast.extraction.images import load_rgb
-    from blip3o_fast.extraction.photos import demo_photos
 
     folder = tmp_path_factory.mktemp("photos")
     refs = demo_photos()

@@ -1,6 +1,7 @@
 """Images to shards: what is written, what is skipped, and going on after an interruption."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,15 @@ from blip3o_fast.data import EmbeddingDataset, Manifest, Split
 from blip3o_fast.extraction.encoders import TowerPair
 from blip3o_fast.extraction.extract import (
     SKIPPED_FILE,
-    Settings,
+    ExtractionSettings,
     Stopped,
     extract,
     open_view,
 )
+from blip3o_fast.extraction.image_sources import ImageRef, folder_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels
-from blip3o_fast.extraction.sources import ImageRef, folder_images
 
-FP32 = Settings(dtype="fp32", batch_size=3, samples_per_shard=4)
+FP32 = ExtractionSettings(dtype="fp32", batch_size=3, samples_per_shard=4)
 
 
 def contents(folder):
@@ -75,7 +76,7 @@ def test_tokens_records_and_manifest(image_folder, towers, tmp_path):
 
 def test_cls_is_kept_first_on_request(image_folder, towers, tmp_path):
     refs = folder_images(image_folder)
-    extract(refs, towers, tmp_path / "out", FP32._replace(include_cls=True))
+    extract(refs, towers, tmp_path / "out", replace(FP32, include_cls=True))
     manifest = Manifest.load(tmp_path / "out")
     assert (manifest.tokens, manifest.has_cls) == (17, True)
     for ref, (_, _, eva, clip) in zip(refs, contents(tmp_path / "out").values(), strict=True):
@@ -90,7 +91,7 @@ def test_the_result_does_not_depend_on_batches_and_threads(
 ):
     refs = folder_images(image_folder)
     extract(refs, towers, tmp_path / "a", FP32)
-    other = FP32._replace(workers=workers, batch_size=batch_size, samples_per_shard=100)
+    other = replace(FP32, workers=workers, batch_size=batch_size, samples_per_shard=100)
     extract(refs, towers, tmp_path / "b", other)
     assert same(contents(tmp_path / "a"), contents(tmp_path / "b"))
 
@@ -112,7 +113,7 @@ def test_towers_may_look_at_different_sizes(image_folder, towers, tmp_path):
 
 def test_crops_can_be_cut_again_from_their_keys(image_folder, towers, tmp_path):
     refs = [ref._replace(crops=3) for ref in folder_images(image_folder)[:4]]
-    settings = FP32._replace(mirror=True, seed=7, split=Split(0.5))
+    settings = replace(FP32, mirror=True, seed=7, split=Split(0.5))
     assert extract(refs, towers, tmp_path / "out", settings).samples == 4 * 3 * 2
     found = contents(tmp_path / "out")
     assert list(found)[:3] == ["a/0.png#7.0", "a/0.png#7.0m", "a/0.png#7.1"]
@@ -248,9 +249,9 @@ def test_stopping_keeps_every_sample_so_far(image_folder, towers, tmp_path):
 
 def test_max_samples_counts_those_of_earlier_runs(image_folder, towers, tmp_path):
     refs, out = folder_images(image_folder), tmp_path / "out"
-    assert extract(refs, towers, out, FP32._replace(max_samples=5)) == (5, 5, ())
-    assert extract(refs, towers, out, FP32._replace(max_samples=5), resume=True) == (5, 0, ())
-    more = FP32._replace(max_samples=8)
+    assert extract(refs, towers, out, replace(FP32, max_samples=5)) == (5, 5, ())
+    assert extract(refs, towers, out, replace(FP32, max_samples=5), resume=True) == (5, 0, ())
+    more = replace(FP32, max_samples=8)
     assert extract(refs, towers, out, more, resume=True) == (8, 3, ())
     assert list(contents(out)) == [ref.key for ref in refs[:8]]
 
@@ -270,7 +271,7 @@ def test_features_that_are_not_finite_name_their_sample(image_folder, towers, tm
     eva = towers.eva._replace(forward=lambda x: towers.eva.forward(x + 4000).square())
     refs = folder_images(image_folder)
     with pytest.raises(ValueError, match=r"a/0\.png.*beyond the range of fp16"):
-        extract(refs, TowerPair(eva, towers.clip), tmp_path / "out", FP32._replace(dtype="fp16"))
+        extract(refs, TowerPair(eva, towers.clip), tmp_path / "out", replace(FP32, dtype="fp16"))
     assert not (tmp_path / "out").exists()
 
 
@@ -281,7 +282,7 @@ def test_folders_of_something_else(image_folder, towers, tmp_path):
     with pytest.raises(ValueError, match="already holds 10 samples"):
         extract(refs, towers, out, FP32)
     with pytest.raises(ValueError, match="another data set"):
-        extract(refs, towers, out, FP32._replace(include_cls=True), resume=True)
+        extract(refs, towers, out, replace(FP32, include_cls=True), resume=True)
     other = TowerPair(towers.eva._replace(revision="2"), towers.clip)
     with pytest.raises(ValueError, match="eva_encoder"):
         extract(refs, other, out, FP32, resume=True)
@@ -295,19 +296,19 @@ def test_folders_of_something_else(image_folder, towers, tmp_path):
         ({"workers": 0}, "workers: expected at least 1"),
         ({"max_samples": 0}, "max_samples: expected at least 1"),
         ({"samples_per_shard": 0}, "samples_per_shard: expected at least 1"),
-        ({"dtype": "int8"}, "dtype: expected one of"),
+        ({"dtype": "int8"}, "dtype: expected fp32, bf16, fp16"),
     ],
 )
 def test_bad_settings(towers, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        extract([], towers, tmp_path / "out", FP32._replace(**change))
+        extract([], towers, tmp_path / "out", replace(FP32, **change))
     assert not (tmp_path / "out").exists()
 
 
 def test_towers_that_do_not_fit(towers, tmp_path):
     clip = towers.clip._replace(has_cls=False)
     with pytest.raises(ValueError, match="include_cls: red has no CLS token"):
-        extract([], TowerPair(towers.eva, clip), tmp_path / "x", FP32._replace(include_cls=True))
+        extract([], TowerPair(towers.eva, clip), tmp_path / "x", replace(FP32, include_cls=True))
     wide = towers.clip._replace(grid=(2, 8))
     with pytest.raises(ValueError, match=r"expected one grid, got \(4, 4\), \(2, 8\)"):
         extract([], TowerPair(towers.eva, wide), tmp_path / "x", FP32)

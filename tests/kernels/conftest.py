@@ -7,8 +7,8 @@ On the CPU, Triton's kernels run in its interpreter and the CUDA kernels in the 
 import pytest
 import torch
 
-from blip3o_fast.ops import Impl, _cuda
-from tests.csrc.build import load_host_operators
+from blip3o_fast.ops import Impl, Op, _dispatch, cuda_build
+from tests.csrc.build import emulate_cuda
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,18 +22,16 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Put the implementation in its place."""
     if getattr(request, "param", None) is not Impl.CUDA:
         return
-    emulated = request.node.callspec.params["device"] == "cpu"
-    if emulated:
-        load_host_operators()
-        monkeypatch.setattr(_cuda, "operators", lambda: torch.ops.blip3o_fast_host)
-    elif not _cuda.cuda_build().loaded:
-        pytest.skip(_cuda.cuda_build().reason)
-    refusal = _cuda.refusal
+    if request.node.callspec.params["device"] == "cpu":
+        emulate_cuda(monkeypatch)
+    elif not cuda_build().loaded:
+        pytest.skip(cuda_build().reason)
+    refusal = _dispatch._cuda_refusal
 
-    def refused(op: str, x: torch.Tensor) -> str:
+    def refused(op: Op, x: torch.Tensor) -> str | None:
         if x.dtype is torch.float64:
             pytest.skip("the CUDA kernels take no float64")
-        return _cuda.limit(op, x) if emulated else refusal(op, x)
+        return refusal(op, x)
 
-    monkeypatch.setattr(_cuda, "refusal", refused)
+    monkeypatch.setattr(_dispatch, "_cuda_refusal", refused)
     monkeypatch.setattr(request.module, "IMPL", Impl.CUDA)

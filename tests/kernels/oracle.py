@@ -63,13 +63,24 @@ STEPS = 30
 
 
 def floor(dtype: torch.dtype, terms: int) -> float:
-    """What roundings alone may do to a result that is a sum of ``terms``."""
+    """What roundings alone may do to a well-conditioned result that is a sum of ``terms``."""
     once = dtype in (torch.float16, torch.bfloat16)
     return torch.finfo(dtype).eps if once else rounding_bound(dtype, STEPS + terms)
 
 
-def judge(name: str, ours: Tensor, same: Tensor, truth: Tensor, terms: int = 1) -> None:
-    """Fail unless ``ours``, whose numbers are sums of ``terms``, keeps the rule of this module."""
+def judge(
+    name: str,
+    ours: Tensor,
+    same: Tensor,
+    truth: Tensor,
+    terms: int = 1,
+    conditioning: float = 1.0,
+) -> None:
+    """Fail unless ``ours`` keeps the rule of this module.
+
+    Its numbers are sums of ``terms``; ``conditioning`` is what the op, by cancellation, makes of a
+    relative error of one.
+    """
     assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, not {list(truth.shape)}"
     assert ours.dtype == same.dtype, f"{name}: {ours.dtype}, not {same.dtype}"
     assert ours.isfinite().all(), f"{name}: not finite"
@@ -77,7 +88,7 @@ def judge(name: str, ours: Tensor, same: Tensor, truth: Tensor, terms: int = 1) 
         return
     wide = truth.double()
     error, allowed = (x.double() - wide for x in (ours, same))
-    unit = floor(ours.dtype, terms)
+    unit = conditioning * floor(ours.dtype, terms)
     for measure in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
         limit = 2 * measure(allowed) + unit * measure(wide)
         assert measure(error) <= limit, f"{name}: error {measure(error):.3e}, allowed {limit:.3e}"
@@ -90,11 +101,12 @@ def check(
     *,
     cotangent: str = "contiguous",
     differentiable: Sequence[int] | None = None,
+    conditioning: float = 1.0,
 ) -> None:
     """Judge every output and every gradient of ``ours``.
 
     ``cotangent`` is the layout of the incoming gradients; ``differentiable`` limits the inputs
-    whose gradients are compared.
+    whose gradients are compared; ``conditioning`` is that of ``judge``.
     """
     chosen = range(len(inputs)) if differentiable is None else differentiable
     wide = [None if x is None else x.detach().double() for x in inputs]
@@ -104,10 +116,10 @@ def check(
     assert len(got) == len(truth)
     longest = max(size for x in (*wide, *truth) if x is not None for size in x.shape)
     for i, values in enumerate(zip(got, same, truth, strict=True)):
-        judge(f"output {i}", *values, longest)
+        judge(f"output {i}", *values, longest, conditioning)
     for i, values in enumerate(zip(grads, same_grads, true_grads, strict=True)):
         shared = max(x.numel() for x in truth) // max(1, values[0].numel())
-        judge(f"gradient {i}", *values, longest + shared)
+        judge(f"gradient {i}", *values, longest + shared, conditioning)
 
 
 def _run(

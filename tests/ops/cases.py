@@ -1,6 +1,5 @@
-"""Every differentiable op as a function of tensors alone, with small inputs."""
+"""Every differentiable op as a function of its tensors alone, made from its record."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,88 +7,66 @@ import torch
 from torch import Tensor
 
 from blip3o_fast import ops
+from blip3o_fast.ops import OPS, Op, Sizes
+from blip3o_fast.ops._record import as_tuple
 from tests.kernels.oracle import randn
 
-EPS = 1e-5
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class Case:
     """``call(*tensors, impl=...)``; the first ``differentiable`` tensors receive gradients."""
 
-    name: str
-    call: Callable[..., Any]
-    shapes: Callable[[int, int, int], list[tuple[int, ...]]]
-    differentiable: int
+    op: Op
+    specimen: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
+    def differentiable(self) -> int:
+        """Absent tensors are no tensors."""
+        given = self.op.specimens(Sizes())[self.specimen][: self.op.differentiable]
+        return sum(x is not None for x in given)
 
     def inputs(self, batch=2, tokens=3, width=6, dtype=torch.float32, device="cpu") -> list[Tensor]:
-        shapes = self.shapes(batch, tokens, width)
-        return [
-            randn(*s, dtype=dtype, device=device, seed=i, offset=0.5) for i, s in enumerate(shapes)
-        ]
+        """Tensors of one of the op's specimens, whose sizes follow from ``width``."""
+        torch.manual_seed(0)
+        sizes = Sizes(
+            batch=batch,
+            tokens=tokens,
+            **dict.fromkeys(("width", "inner", "channels", "adapter"), width),
+            padded=width + 2,
+            head_width=2 * width,
+            dtype=dtype,
+            device=device,
+        )
+        return [x for x in self.op.specimens(sizes)[self.specimen] if isinstance(x, Tensor)]
 
     def leaves(self, **shape: Any) -> list[Tensor]:
         values = self.inputs(**shape)
         return [x.requires_grad_(i < self.differentiable) for i, x in enumerate(values)]
 
-
-def _sandwich_join(x, y, layer_scale, *norms, impl):
-    post, pre = ops.Modulation(*norms[:4]), ops.Modulation(*norms[4:])
-    return ops.sandwich_join(x, y, layer_scale, post, pre, eps=EPS, impl=impl)
-
-
-def _flow_loss(velocity, x_t, x_1, noise, t, *, impl):
-    return ops.flow_loss(
-        velocity,
-        x_t,
-        x_1,
-        noise,
-        t.abs() / (1 + t.abs()),
-        weights=ops.LossWeights(),
-        conventions="consistent",
-        masks=True,
-        impl=impl,
-    ).total
+    def call(self, *tensors: Tensor, impl: ops.Impl | None) -> Any:
+        """What has a gradient of the results."""
+        assert self.op.backward is not None
+        given = iter(tensors)
+        specimen = self.op.specimens(Sizes())[self.specimen]
+        arguments = (next(given) if isinstance(x, Tensor) else x for x in specimen)
+        return as_tuple(self.op(*arguments, impl=impl))[: self.op.backward.results]
 
 
-def _norm(b, w):
-    return [(w,), (w,), (b, w), (b, w)]
+CASES = [Case(op) for op in OPS.values() if op.backward is not None]
+"""The typical specimen of every op that has a gradient."""
+
+ALL_CASES = [Case(case.op, i) for case in CASES for i, _ in enumerate(case.op.specimens(Sizes()))]
+"""Every specimen of them."""
 
 
-CASES = [
-    Case("swiglu", lambda x, *, impl: ops.swiglu(x, impl=impl), lambda b, n, w: [(b, n, 2 * w)], 1),
-    Case(
-        "rope",
-        lambda x, c, s, *, impl: ops.rope(x, c, s, num_heads=2, num_kv_heads=1, impl=impl),
-        lambda b, n, w: [(b, n, 8 * w), (n, 2 * w), (n, 2 * w)],
-        1,
-    ),
-    Case(
-        "sandwich_norm",
-        lambda *tensors, impl: ops.sandwich_norm(*tensors, eps=EPS, impl=impl),
-        lambda b, n, w: [(b, n, w), *_norm(b, w)],
-        5,
-    ),
-    Case(
-        "sandwich_join",
-        _sandwich_join,
-        lambda b, n, w: [(b, n, w), (b, n, w), (w,), *_norm(b, w), *_norm(b, w)],
-        11,
-    ),
-    Case(
-        "adapter_norm",
-        lambda *tensors, impl: ops.adapter_norm(*tensors, eps=EPS, impl=impl),
-        lambda b, n, w: [(b, n, w + 2), (w,), (w,)],
-        3,
-    ),
-    Case(
-        "adapter_mix",
-        lambda *tensors, impl: ops.adapter_mix(*tensors, impl=impl),
-        lambda b, n, w: [(b, n, w)] * 3,
-        3,
-    ),
-    Case("flow_loss", _flow_loss, lambda b, n, w: [(b, n, w)] * 4 + [(b,)], 1),
-]
+def label(case: Case) -> str:
+    return f"{case.name}-{case.specimen}"
 
 
 def solver_update(x, velocity, slopes, coefficients, *, impl, **options):
@@ -106,5 +83,5 @@ def update_inputs(batch=2, tokens=3, width=6, rows=2, device="cpu") -> list[Tens
     return [randn(*s, device=device, seed=i) for i, s in enumerate(shapes)]
 
 
-def outputs(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+def outputs(results: Any) -> tuple[Tensor, ...]:
+    return as_tuple(results)

@@ -5,7 +5,7 @@ import torch
 
 from blip3o_fast import ops
 from tests.kernels.oracle import randn
-from tests.ops.cases import CASES, outputs, solver_update, update_inputs
+from tests.ops.cases import CASES, label, outputs, solver_update, update_inputs
 
 IMPLS = pytest.mark.parametrize(
     "impl", [ops.Impl.TRITON, ops.Impl.REFERENCE], ids=lambda i: i.value
@@ -19,7 +19,7 @@ def run(case, leaves, impl):
 
 
 @IMPLS
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_changes_nothing_inside_a_row_op(device, case, impl, dtype):
     plain = run(case, case.leaves(dtype=dtype, device=device), impl)
@@ -56,7 +56,7 @@ def test_attention_is_cast_like_a_product(device, backend):
     assert wide.dtype == torch.float64
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_a_device_without_autocast(case):
     """Shapes alone, on the meta device, which autocast does not know."""
     results = outputs(case.call(*case.inputs(device="meta"), impl=ops.Impl.REFERENCE))

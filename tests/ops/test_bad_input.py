@@ -1,10 +1,13 @@
 """What does not fit is refused with what was expected, what came and what to do."""
 
+import dataclasses
+import pickle
+
 import pytest
 import torch
 
 from blip3o_fast import ops
-from blip3o_fast.ops import Impl, ImplTable, _dispatch
+from blip3o_fast.ops import OPS, Impl, ImplTable, _dispatch, resolve_impl
 from tests.kernels.oracle import randn
 from tests.ops.cases import CASES, solver_update, update_inputs
 
@@ -56,9 +59,8 @@ def test_batches_that_differ(case, impl):
             r"gate_up: expected an even last axis \[..., 2I\], got \[2, 3, 7\]",
         ),
         ("swiglu", 0, (), r"gate_up: expected an even last axis"),
-        ("rope", 1, (3, 5), "cos: expected an even head width d, got 5"),
+        ("rope", 0, (2, 48), r"qkv: expected shape \[B, N, W\], got \[2, 48\]"),
         ("rope", 2, (4, 12), r"sin: expected shape \[N=3, d=12\], got \[4, 12\]"),
-        ("rope", 0, (2, 3, 47), r"qkv: expected shape \[B, N=3, W=48\], got \[2, 3, 47\]"),
         ("sandwich_norm", 0, (2, 6), r"x: expected shape \[B, N, D\], got \[2, 6\]"),
         ("sandwich_norm", 1, (7,), r"w1: expected shape \[D=6\], got \[7\]"),
         ("sandwich_norm", 3, (2, 3, 6), r"shift: expected shape \[B=2, D=6\], got \[2, 3, 6\]"),
@@ -156,14 +158,41 @@ def test_solver_update_never_drops_a_gradient_silently(device, position):
 
 def test_flow_loss_never_drops_a_gradient_silently(device):
     velocity, x_t, x_1, noise, t = BY_NAME["flow_loss"].inputs(device=device)
-    with pytest.raises(ValueError, match=r"require no gradient.*velocity alone"):
-        BY_NAME["flow_loss"].call(velocity, x_t.requires_grad_(), x_1, noise, t, impl=Impl.TRITON)
+    given = (velocity, x_t.requires_grad_(), x_1, noise, t)
+    with pytest.raises(ValueError, match=r"x_t: expected no gradient to be needed.*flow_loss"):
+        BY_NAME["flow_loss"].call(*given, impl=Impl.TRITON)
+    (total,) = BY_NAME["flow_loss"].call(*given, impl=None)
+    assert torch.autograd.grad(total, x_t)[0].any()
+
+
+def test_tables_that_want_a_gradient_get_it_from_the_reference(device):
+    """The fused rotation has a gradient in qkv alone."""
+    qkv, cos, sin = BY_NAME["rope"].inputs(device=device)
+    cos.requires_grad_()
+    with pytest.raises(ValueError, match=r"cos: expected no gradient to be needed.*rope"):
+        BY_NAME["rope"].call(qkv, cos, sin, impl=Impl.TRITON)
+    (turned,) = BY_NAME["rope"].call(qkv, cos, sin, impl=None)
+    assert torch.autograd.grad(turned.sum(), cos)[0].any()
 
 
 def test_rope_in_place_refuses_to_lose_a_gradient():
     qkv, cos, sin = BY_NAME["rope"].inputs()
     with pytest.raises(ValueError, match=r"inplace: expected torch.no_grad\(\)"):
         ops.rope(qkv.requires_grad_(), cos, sin, num_heads=2, num_kv_heads=1, inplace=True)
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    "width, d, message",
+    [
+        (48, 5, "cos: expected an even head width d, got 5"),
+        (47, 12, r"qkv: expected shape \[B, N=3, W=48\], got \[2, 3, 47\]"),
+    ],
+)
+def test_rope_of_heads_that_do_not_fit(impl, width, d, message):
+    qkv, table = torch.zeros(2, 3, width), torch.zeros(3, d)
+    with pytest.raises(ValueError, match=message):
+        ops.rope(qkv, table, table, num_heads=2, num_kv_heads=1, impl=impl)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(0, 0), (-1, 2)])
@@ -190,7 +219,7 @@ def test_triton_without_a_gpu_or_the_interpreter(case, monkeypatch):
     message = r"impl=TRITON on a torch.float32 tensor of width \d+ on cpu.*TRITON_INTERPRET=1"
     with pytest.raises(ValueError, match=message):
         case.call(*case.inputs(), impl=Impl.TRITON)
-    assert torch.is_tensor(case.call(*case.inputs(), impl=None)) or case.name == "sandwich_join"
+    assert all(map(torch.is_tensor, case.call(*case.inputs(), impl=None)))
 
 
 @each_case()
@@ -216,11 +245,13 @@ def test_table_of_implementations():
     table = ImplTable()
     table.set(Impl.TRITON, rope=Impl.REFERENCE)
     assert table.rope is Impl.REFERENCE and table.swiglu is Impl.TRITON
-    with pytest.raises(ValueError, match=r"unknown op 'norm'; expected one of sandwich_norm, "):
+    with pytest.raises(ValueError, match=r"unknown op 'norm'; expected one of .*, sandwich_norm, "):
         table.set(norm=Impl.TRITON)
     assert table.swiglu is Impl.TRITON
+    assert [field.name for field in dataclasses.fields(table)] == list(OPS)
+    assert ImplTable(*dataclasses.astuple(table)) == table == pickle.loads(pickle.dumps(table))
 
 
-def test_automatic_choice_on_a_cpu_is_the_reference():
-    x = randn(2, 3, 6)
-    assert _dispatch.resolve_impl(None, x) is Impl.REFERENCE
+@pytest.mark.parametrize("op", OPS)
+def test_automatic_choice_on_a_cpu_is_the_reference(op):
+    assert resolve_impl(None, randn(2, 3, 6), op=op) is Impl.REFERENCE

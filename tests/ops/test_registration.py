@@ -4,89 +4,44 @@ import pytest
 import torch
 
 from blip3o_fast import ops
-from tests.kernels.oracle import randn
-from tests.ops.cases import CASES, outputs, solver_update, update_inputs
+from blip3o_fast.ops import OPS, Sizes
+from tests.kernels.oracle import laid_out
+from tests.ops.cases import ALL_CASES, CASES, label, outputs, solver_update, update_inputs
 
 TRITON = ops.Impl.TRITON
 NAMESPACE = torch.ops.blip3o_fast
+FUSED = [op for op in OPS.values() if op.triton]
 
 
-def specimens(device):
-    """Arguments of every registered operator; strided where a model strides."""
-
-    def r(*shape, seed=0):
-        return randn(*shape, device=device, seed=seed)
-
-    x, y, w = r(2, 3, 8), r(2, 3, 8, seed=1), r(8)
-    shift, scale = r(2, 16).chunk(2, dim=-1)
-    norm = (w, w + 1, shift, scale)
-    qkv, table = r(2, 3, 20).transpose(0, 1).contiguous().transpose(0, 1), r(3, 4)
-    t, slot = torch.tensor([0.25, 0.75], device=device), torch.tensor([1], device=device)
-    path = (x, y, r(2, 3, 8, seed=2), r(2, 3, 8, seed=3), t)
-    total, _, image, factors = NAMESPACE.flow_loss(*path, [1.0, 0.5, 0.2, 0.3], False, True)
-    return {
-        "swiglu": [(x, False), (x, True), (r(2, 3, 16)[..., ::2], False)],
-        "swiglu_backward": [(r(2, 3, 4), x)],
-        "rope": [(qkv, table, table, 3, False)],
-        "rope_": [(qkv.clone(), table, table, 3, True)],
-        "rope_backward": [(qkv, table, table, 3)],
-        "sandwich_norm": [(x, *norm, 1e-6, False)],
-        "sandwich_norm_backward": [(y, x, *norm, 1e-6, flag) for flag in (False, True)],
-        "sandwich_join": [
-            (x, y, w, *norm, *norm, 1e-6, False),
-            (x, y, None, *[None] * 4, *norm, 1e-6, False),
-            (x, y, w, *norm, *[None] * 4, 1e-6, True),
-        ],
-        "sandwich_join_backward": [
-            (y, y, x, y, w, *norm, *norm, 1e-6, True),
-            (y, None, x, y, w, *norm, *[None] * 4, 1e-6, False),
-            (None, y, x, y, None, *[None] * 4, *norm, 1e-6, True),
-        ],
-        "sandwich_norm_quantised": [(x, *norm, 1e-6)],
-        "sandwich_join_quantised": [
-            (x, y, w, *norm, *norm, 1e-6),
-            (x, y, None, *[None] * 4, *norm, 1e-6),
-        ],
-        "swiglu_quantised": [(x,), (r(2, 3, 16)[..., ::2],)],
-        "adapter_norm": [(x, w[:5].contiguous(), w[:5].contiguous(), 1e-5, False)],
-        "adapter_norm_backward": [(y, x, w[:5].clone(), w[:5].clone(), 1e-5, f) for f in (0, 1)],
-        "adapter_mix": [(x, y, x + y, False)],
-        "adapter_mix_backward": [(y, x, y, x + y)],
-        "solver_update": [
-            (x, y, r(0, 2, 3, 8), r(2), None, None, 1.0, y.clone()),
-            (x, torch.cat((x, y)), r(2, 2, 3, 8), r(4), slot, r(1).abs(), 2.0, y.clone()),
-        ],
-        "flow_loss": [(*path, [1.0, 0.5, 0.2, 0.3], flag, flag) for flag in (False, True)],
-        "flow_loss_backward": [(total, *path, image, factors, False, True)],
-    }
-
-
-NAMES = (
-    *("swiglu", "swiglu_backward", "rope", "rope_", "rope_backward"),
-    *("sandwich_norm", "sandwich_norm_backward", "sandwich_join", "sandwich_join_backward"),
-    *("sandwich_norm_quantised", "sandwich_join_quantised", "swiglu_quantised"),
-    *("adapter_norm", "adapter_norm_backward", "adapter_mix", "adapter_mix_backward"),
-    *("solver_update", "flow_loss", "flow_loss_backward"),
-)
-
-
-def test_every_operator_has_a_specimen():
+def test_every_operator_belongs_to_a_record():
     registered = {
         name.partition("::")[2].partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("blip3o_fast::")
     }
-    assert registered == set(NAMES)
+    called = {operator.name for op in FUSED for operator, _ in op.calls(Sizes())}
+    assert registered == called == {operator.name for op in FUSED for operator in op.operators}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(device, name):
+@pytest.mark.parametrize("op", FUSED, ids=lambda op: op.name)
+def test_opcheck(device, op):
     """Schema (no undeclared writes or aliases), fake tensors, tracing with symbolic shapes."""
-    for arguments in specimens(device)[name]:
-        torch.library.opcheck(getattr(NAMESPACE, name), arguments)
+    for operator, arguments in op.calls(Sizes(device=device)):
+        torch.library.opcheck(getattr(NAMESPACE, operator.name), arguments)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("op", FUSED, ids=lambda op: op.name)
+def test_opcheck_where_a_gradient_is_recorded(device, op):
+    """Strided rows too."""
+    for first, *others in op.specimens(Sizes(device=device)):
+        arguments = (laid_out(first, "spread"), *others)
+        for x in arguments[: op.differentiable]:
+            if x is not None:
+                x.requires_grad_()
+        torch.library.opcheck(getattr(NAMESPACE, op.name), arguments)
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=label)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_one_graph_forward_and_backward(device, case, dynamic):
     def step(*tensors):
@@ -130,7 +85,7 @@ def test_the_reference_of_the_solver_update_compiles(device):
     assert torch.equal(values[2], mine[2])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_gradients_are_differentiable_once(device, case):
     leaves = case.leaves(device=device)
     total = sum(u.square().sum() for u in outputs(case.call(*leaves, impl=TRITON)))

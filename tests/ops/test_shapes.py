@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from blip3o_fast import ops
 from tests.kernels.oracle import check, laid_out
-from tests.ops.cases import CASES
+from tests.ops.cases import CASES, label
 
 LAYOUTS = ("contiguous", "sliced", "spread", "halves", "transposed", "expanded")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 @settings(
     max_examples=12,
     deadline=None,

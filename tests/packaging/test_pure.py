@@ -58,6 +58,8 @@ def test_wheel_holds_both_packages_and_their_data(built: tuple[Path, str]) -> No
         "blip3o_fast/py.typed",
         "blip3o_kernels/py.typed",
         "blip3o_fast/ops/cuda_choices.json",
+        "blip3o_fast/report/templates/evaluation.html",
+        "blip3o_fast/report/templates/page.css",
         "blip3o_kernels/swiglu.py",
     } <= names
     assert not [name for name in names if name.endswith((".so", ".cu", ".cpp"))]

@@ -71,6 +71,32 @@ def test_auto_asks_the_installer_for_nothing_and_1_for_what_is_missing(
     assert not plan.reason and plan.wanted == ("cmake>=3.24", "torch>=2.10")
 
 
+def test_cmake_is_found_beside_python(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where pip puts it; on the PATH there is none, or an old one."""
+    path, beside = tmp_path / "path", tmp_path / "beside"
+    for folder in (path, beside):
+        folder.mkdir()
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.setattr(script.sys, "executable", str(beside / "python"))
+    assert script.find_cmake() == ""
+    good = cmake(beside, "4.1.2")
+    assert script.find_cmake() == good
+    cmake(path, "3.20.0")
+    assert script.find_cmake() == good
+    on_path = cmake(path, "3.24.0")
+    assert script.find_cmake() == on_path
+
+
+def cmake(folder: Path, version: str) -> str:
+    """A CMake that only knows its version."""
+    path = folder / "cmake"
+    path.write_text(f"#!/bin/sh\necho 'cmake version {version}'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_torch_is_found_without_importing_it(script: ModuleType) -> None:
     include, version = script.find_torch()
     assert Path(include, "torch/csrc/stable/library.h").is_file()

@@ -4,8 +4,8 @@ Inside ``FakeGpu`` tensors on the CPU are real and tensors on ``cuda`` are torch
 those are counted, not computed. Whatever the host asks of the device it is told at once (numbers
 are 0, answers yes), and it is written down that a real device would have been waited for.
 
-It takes a process of its own, which ``start`` starts: where torch is built without CUDA,
-``guard.cpp`` has to be loaded before it, and what ``torch.cuda`` says is changed for good.
+It takes a process of its own, which ``start`` starts: ``guard.cpp`` has to be loaded before torch,
+and what ``torch.cuda`` says is changed for good.
 """
 
 import os
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.rehearsal.streams import Device
+from tests.rehearsal.streams import Device, Graph
 
 HERE = Path(__file__).parent
 SILENT = (
@@ -65,16 +66,11 @@ def compile_guard(folder: Path) -> Path:
 def start(module: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module``, which may make a ``FakeGpu``, to its end."""
     root = HERE.parents[1]
-    paths = [str(root), str(root / "kernels"), str(root / "tests"), os.environ.get("PYTHONPATH")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": "1",
-    }
+    paths = [str(root / folder) for folder in ("", "kernels", "tests", "benchmarks")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module]
     with TemporaryDirectory(prefix="blip3o-rehearsal-") as folder:
-        if torch.version.cuda is None:
-            environment["LD_PRELOAD"] = str(compile_guard(Path(folder)))
-        command = [sys.executable, "-m", module]
+        environment["LD_PRELOAD"] = str(compile_guard(Path(folder)))
         return subprocess.run(
             command, env=environment, cwd=root, capture_output=True, text=True, check=False
         )
@@ -103,15 +99,21 @@ class Record:
 
 
 class FakeGpu(TorchDispatchMode):
-    """See the module. ``streams`` are the device's; ``records`` are open, the innermost last."""
+    """See the module.
+
+    Attributes:
+        records: open ones, of the thread that opened them and of autograd's.
+        captures: a record of each graph that was captured.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.fakes = Fakes(allow_non_fake_inputs=True)
-        self.streams = Device()
+        self.device = CapturingDevice(self)
         self.records: list[Record] = []
         self.captures: list[Record] = []
         self._lock = threading.RLock()  # a mode of fake tensors serves one thread at a time
+        self._thread = threading.local()
 
     @contextmanager
     def recording(self) -> Iterator[Record]:
@@ -122,6 +124,13 @@ class FakeGpu(TorchDispatchMode):
             yield record
         finally:
             self.records.remove(record)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """In another thread: what it does is not recorded."""
+        self._thread.unseen = True
+        with self:
+            yield
 
     @contextmanager
     def present(self) -> Iterator[None]:
@@ -136,8 +145,16 @@ class FakeGpu(TorchDispatchMode):
 
     def waited(self, what: str) -> None:
         """The host waits for the device."""
-        for record in self.records:
+        for record in self._seeing():
             record.waits.append(what)
+
+    def launched(self, name: str) -> None:
+        """The host launches an op."""
+        for record in self._seeing():
+            record.launches[name] += 1
+
+    def _seeing(self) -> list[Record]:
+        return [] if getattr(self._thread, "unseen", False) else self.records
 
     def __torch_dispatch__(
         self,
@@ -162,12 +179,10 @@ class FakeGpu(TorchDispatchMode):
             return answer(*args, **options)
         if name in COPIES:
             return self._copy(func, name, args, options)
-        strange = [x for x in tensors if x.device.type == "cpu" and x.dim()]
-        if strange:
+        if any(x.device.type == "cpu" and x.dim() for x in tensors):
             self.waited(f"{func.name()} of a CPU tensor")
         if not (func.is_view or func.namespace == "prim" or name in SILENT):
-            for record in self.records:
-                record.launches[func.name()] += 1
+            self.launched(func.name())
         with self._lock, self.fakes:
             return func(*args, **options)
 
@@ -183,26 +198,41 @@ class FakeGpu(TorchDispatchMode):
 
     def _copy(self, func: Any, name: str, args: Sequence[Any], options: dict[str, Any]) -> Any:
         """A copy, perhaps between devices; one from the device gives zeros, or yes."""
-        target, source = (args[0], args[1]) if name == "copy_" else (None, args[0])
-        there = torch.device(options.get("device") or source.device)
-        if target is not None:
-            there = target.device
-        if there.type != source.device.type:
-            waits = not (options.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-            if waits and source.dim() + source.numel() > 0:
-                self.waited(f"{func.name()} from {source.device.type} to {there.type}")
-            elif self.streams.capturing is not None:
-                self.waited(f"{func.name()} from {source.device.type} to {there.type} in a capture")
-        for record in self.records:
-            record.launches[func.name()] += 1
-        if there.type == "cpu":
-            dtype = options.get("dtype") or (source if target is None else target).dtype
-            fill = dtype is torch.bool
-            if target is not None:
-                return target.fill_(fill)
-            return torch.full(source.shape, fill, dtype=dtype)
+        inplace = name == "copy_"
+        source = args[1] if inplace else args[0]
+        here, there = source.device.type, torch.device(options.get("device") or source.device).type
+        if inplace:
+            there = args[0].device.type
+        self.launched(func.name())
+        asynchronous = options.get("non_blocking") or (inplace and args[2:] == (True,))
+        if here != there and (not asynchronous or self.device.capturing is not None):
+            self.waited(f"{func.name()} from {here} to {there}")
+        if there == "cpu":
+            dtype = options.get("dtype") or source.dtype
+            target = args[0] if inplace else torch.empty(source.shape, dtype=dtype)
+            return target.fill_(target.dtype is torch.bool)
         with self._lock, self.fakes:
             return func(*args, **options)
+
+
+class CapturingDevice(Device):
+    """Streams and graphs of a ``FakeGpu``, which records each capture."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.waited = gpu.waited
+
+    def begin(self, graph: Graph) -> None:
+        """Begin a capture, and its record."""
+        super().begin(graph)
+        self.gpu.captures.append(Record())
+        self.gpu.records.append(self.gpu.captures[-1])
+
+    def end(self) -> None:
+        """End both."""
+        self.gpu.records.remove(self.gpu.captures[-1])
+        super().end()
 
 
 COPIES = ("_to_copy", "copy_")
@@ -248,21 +278,7 @@ class Generator(torch.Generator):
 
 def install(gpu: FakeGpu) -> None:
     """Have torch say what it says where there is a GPU, for the rest of the process."""
-    streams = gpu.streams
-    streams.waited = gpu.waited
-    streams.install(setattr)
-    begin, end = streams.begin, streams.end
-
-    def beginning(graph: Any) -> None:
-        begin(graph)
-        gpu.records.append(Record())
-        gpu.captures.append(gpu.records[-1])
-
-    def ending() -> None:
-        gpu.records.remove(gpu.captures[-1])
-        end()
-
-    streams.begin, streams.end = beginning, ending
+    gpu.device.install(setattr)
     nothing = {name: lambda *args, **options: None for name in SETTERS}
     zero = {name: lambda *args, **options: 0 for name in COUNTERS}
     known = {
@@ -280,6 +296,7 @@ def install(gpu: FakeGpu) -> None:
     # Lists of fakes go through one op, as lists of tensors do.
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     torch.backends.cuda.is_flash_attention_available = lambda: True
+    fake_tensor.init_gpu_context = lambda device: None
     torch.Generator = Generator
     Tensor.record_stream = lambda self, stream: None
     FakeTensor.new_tensor = lambda self, data: torch.tensor(
@@ -297,7 +314,7 @@ def install(gpu: FakeGpu) -> None:
     run = threading.Thread.run
 
     def run_beside(self: threading.Thread) -> None:
-        with gpu:
+        with gpu.beside():
             run(self)
 
     threading.Thread.run = run_beside

@@ -1,5 +1,5 @@
-// Preloaded before torch. A torch without CUDA refuses gradients of tensors that say that they are on
-// a GPU: autograd asks for the device's guard, and whether there is an accelerator. This answers both.
+// Preloaded before torch, which refuses gradients of tensors that say that they are on a GPU where
+// there is none: autograd asks for the device's guard, and whether there is an accelerator.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
 
@@ -14,7 +14,9 @@ struct PresentGpu : CUDAHooksInterface {
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
 };
 
-C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", PresentGpu)
+// Preferred: a torch that is built with CUDA registers its own afterwards.
+C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(
+    CUDAHooksRegistry, "CUDAHooks", c10::REGISTRY_PREFERRED, PresentGpu)
 
 using Guard = c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>;
 const c10::impl::DeviceGuardImplRegistrar registered(c10::DeviceType::CUDA, new Guard());

@@ -5,10 +5,13 @@
 translations take ``STEPS`` steps: nothing but sizes and repetitions depends on either.
 """
 
+import importlib
+import io
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -34,15 +37,13 @@ def main() -> None:
         for name, make in MODELS.items():
             with GPU:
                 model = make()
-            say(
-                walked="module",
-                name=name,
-                devices=sorted({x.device.type for _, x in tensors_of(model)}),
-            )
+            devices = {x.device.type for _, x in tensors_of(model)}
+            say(walked="module", name=name, devices=sorted(devices))
         for name, bait in BAITS.items():
             with gpu.recording() as record:
                 bait(torch.ones(3, device=GPU))
             say(walked="bait", name=name, waits=record.waits)
+        say(walked="script", name="every_op", lines=script("every_op"))
         for case in cases():
             for contender in case.contenders:
                 say(walked="contender", **walk(gpu, case, contender))
@@ -95,6 +96,14 @@ def walk(gpu: FakeGpu, case: Case, contender: Contender) -> dict[str, Any]:
     }
 
 
+def script(name: str) -> list[str]:
+    """What a script of ``benchmarks`` prints, which ends without a failure."""
+    with redirect_stdout(io.StringIO()) as printed:
+        status = importlib.import_module(name).main(["--device", "cuda"])
+    assert status == 0, printed.getvalue()
+    return printed.getvalue().splitlines()
+
+
 def facts(record: Record) -> dict[str, Any]:
     """JSON-ready."""
     return {"launches": dict(record.launches), "waits": record.waits}
@@ -127,6 +136,7 @@ BAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "nonzero": lambda x: x.nonzero(),
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
+    "indexed by the host": lambda x: x[torch.tensor([0, 2])],
     "copied to the host": lambda x: torch.empty(3).copy_(x),
     "copied to the device": lambda x: x.copy_(torch.ones(3)),
     "a list": lambda x: torch.tensor([1.0, 2.0], device=x.device),

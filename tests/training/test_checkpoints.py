@@ -6,8 +6,8 @@ import json
 import pytest
 
 from blip3o_fast import load_trained_model
+from blip3o_fast.processes import World
 from blip3o_fast.training import checkpoints, train
-from blip3o_fast.training.distributed import World
 
 WORLD = World()
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from blip3o_fast.processes import World
 from blip3o_fast.training import train
-from blip3o_fast.training.distributed import World
-from blip3o_fast.training.plan import make_plan
+from blip3o_fast.training.run_plan import make_plan
 from blip3o_fast.training.tracking import read_metrics
 from blip3o_fast.training.trainer import Trainer
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from blip3o_fast import load_trained_model
+from blip3o_fast.processes import World, join_world
 from blip3o_fast.training import checkpoints, train
-from blip3o_fast.training.distributed import World, join_world
 from blip3o_fast.training.tracking import read_metrics
 from tests.training.runs import small_options
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_fast import checkpoint
-from blip3o_fast.data import atomic
+from blip3o_fast import atomic, checkpoint
 from blip3o_fast.training import TrainingInterrupted, train
 from blip3o_fast.training.randomness import (
     determinism,

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blip3o_fast import ops
 from blip3o_fast.flow import interpolate
 from blip3o_fast.ops import Impl
-from blip3o_fast.training.distributed import World
-from blip3o_fast.training.plan import make_plan
+from blip3o_fast.processes import World
+from blip3o_fast.training.run_plan import make_plan
 from blip3o_fast.training.step import OptimizerStep
 from blip3o_fast.training.trainer import Trainer
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from rounding import rounding_bound
 
 from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.processes import World
 from blip3o_fast.sampling import cache
-from blip3o_fast.training.distributed import World
-from blip3o_fast.training.model import build_model
-from blip3o_fast.training.plan import make_plan
+from blip3o_fast.training.run_plan import make_plan
+from blip3o_fast.training.trainer import build_model
 from blip3o_fast.training.validation import Validation, Validator, heldout_sample, similarities
 
 

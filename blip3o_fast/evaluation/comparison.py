@@ -1,0 +1,86 @@
+"""The comparison table: its rows, shared by the terminal and the page, and its plain-text form."""
+
+import textwrap
+from typing import NamedTuple
+
+from blip3o_fast.evaluation.bootstrap import Estimate
+from blip3o_fast.evaluation.metrics import Metrics
+from blip3o_fast.evaluation.report import Report
+from blip3o_fast.report.columns import align
+
+MOST_ROWS = 8
+"""Up to so many rows of the DiT are all shown; of more, only the usual numbers of evaluations."""
+USUAL_EVALUATIONS = (1, 2, 4, 10, 25, 50, 100)
+HEADER = ("method", "token cosine", "image", "centred", "MSE", "R2", "R@1", "CKA")
+
+_WIDTH = 80
+
+
+class Row(NamedTuple):
+    """A method and its seven cells, as text."""
+
+    method: str
+    cells: tuple[str, ...]
+    is_best: bool = False
+
+
+def comparison_rows(report: Report) -> tuple[Row, ...]:
+    """Mean predictor, ridge, the DiT by number of evaluations, and at its best."""
+    rows = [
+        Row("mean predictor", metric_cells(report.mean.metrics)),
+        Row("ridge", metric_cells(report.ridge.metrics)),
+    ]
+    for result in report.dit:
+        if len(report.dit) <= MOST_ROWS or result.evaluations in USUAL_EVALUATIONS:
+            plural = "" if result.evaluations == 1 else "s"
+            rows.append(
+                Row(f"DiT, {result.evaluations} eval{plural}", metric_cells(result.metrics))
+            )
+    best = report.best
+    rows.append(Row(f"DiT, best ({best.evaluations})", metric_cells(best.metrics), is_best=True))
+    return tuple(rows)
+
+
+def terminal_table(report: Report) -> str:
+    """The table, the verdict and the basis of the numbers: plain text, usually 80 columns wide."""
+    rows = comparison_rows(report)
+    body = align([HEADER, *((row.method, *row.cells) for row in rows)])
+    rule = "-" * max(map(len, body))
+    body[-1:] = [rule, body[-1]]
+    body[3:3] = [rule]
+    body[1:1] = [rule]
+    notes = (report.verdict.sentence, basis(report))
+    return "\n".join((*body, "", *(textwrap.fill(note, _WIDTH) for note in notes)))
+
+
+def basis(report: Report) -> str:
+    """What the numbers are computed from, in a few sentences."""
+    metrics = report.best.metrics
+    photos = "photo" if metrics.sources == 1 else "photos"
+    return (
+        f"{metrics.samples} held-out samples of {metrics.sources} {photos}; brackets are "
+        f"{metrics.confidence:.0%} bootstrap intervals over photos. R@1: the true image is the "
+        f"nearest of {metrics.samples} (chance {1 / metrics.samples:.3f}). The best number of "
+        "evaluations was chosen on these samples."
+    )
+
+
+def with_interval(estimate: Estimate, digits: int = 3) -> str:
+    """``0.817 [0.811,0.823]``, or the value alone where there is no interval."""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.{digits}f}"
+    low, high = f"{estimate.low:.{digits}f}", f"{estimate.high:.{digits}f}"
+    return f"{estimate.value:.{digits}f} [{low},{high}]"
+
+
+def metric_cells(metrics: Metrics) -> tuple[str, ...]:
+    """The columns of ``HEADER`` after the first."""
+    return (
+        with_interval(metrics.token_cosine),
+        f"{metrics.image_cosine.value:.3f}",
+        f"{metrics.centred_cosine.value:.3f}",
+        f"{metrics.mse.value:#.3g}".rstrip("."),
+        f"{metrics.r2.value:.3f}",
+        f"{metrics.recall_generated_to_target[1].value:.3f}",
+        f"{metrics.cka:.3f}",
+    )

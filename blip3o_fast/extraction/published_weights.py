@@ -1,0 +1,152 @@
+"""Published weights, in a local folder or a hub repository, read without running its code.
+
+A folder holds ``config.json`` and one of, in this order of preference::
+
+    model.safetensors.index.json      and the shards that its weight_map names
+    model.safetensors
+    pytorch_model.bin.index.json      and the shards that its weight_map names
+    pytorch_model.bin
+
+A ``.bin`` is a pickle: it is read with ``weights_only=True``, which refuses everything but tensors.
+"""
+
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from blip3o_fast.checked import read_json
+
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ".index.json"
+
+
+class PublishedFolder(NamedTuple):
+    """A folder of weights: its parsed ``config.json``, its shards, and what identifies it."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: tuple[Path, ...]
+    revision: str
+
+
+def find_weights(path_or_hub_id: str | Path, revision: str | None = None) -> PublishedFolder:
+    """Locate published weights; a hub repository is downloaded, or found in the hub's cache.
+
+    Args:
+        path_or_hub_id: a folder, or ``owner/name`` on the hub (needs the extra ``extract``).
+        revision: commit, tag or branch of the hub repository; a local folder has none.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, or it lacks its configuration or weights.
+        ValueError: when a JSON file is malformed or names a file outside the folder.
+        ImportError: when a hub id needs huggingface_hub, naming the extra.
+    """
+    folder, commit = Path(path_or_hub_id), None
+    if not folder.is_dir():
+        folder = _download(str(path_or_hub_id), revision)
+        commit = folder.name
+    shards = _shards(folder)
+    return PublishedFolder(folder, read_json(folder / CONFIG), shards, commit or digest(folder))
+
+
+def read_shards(folder: PublishedFolder, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors whose keys start with ``prefix``, one shard after another, on the CPU.
+
+    Safetensors are read tensor by tensor and a ``.bin`` is mapped into memory, so a consumer that
+    converts each tensor as it comes holds one copy of the weights.
+
+    Raises:
+        ValueError: when a shard is damaged or holds anything but tensors.
+    """
+    for shard in folder.shards:
+        read = _read_safetensors if shard.suffix == ".safetensors" else _read_bin
+        yield from read(shard, prefix)
+
+
+def digest(folder: Path) -> str:
+    """Identify a local folder by its configuration and its files' names and sizes.
+
+    Hashing tens of gigabytes would take longer than loading them.
+    """
+    facts = hashlib.sha256((folder / CONFIG).read_bytes())
+    for shard in _shards(folder):
+        facts.update(f"{shard.name} {shard.stat().st_size}\n".encode())
+    return f"local-{facts.hexdigest()[:12]}"
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: expected {CONFIG} beside the weights, found none")
+    for name in WEIGHTS:
+        if (folder / f"{name}{_INDEX}").is_file():
+            return _indexed(folder, folder / f"{name}{_INDEX}")
+        if (folder / name).is_file():
+            return (folder / name,)
+    raise FileNotFoundError(f"{folder}: expected {' or '.join(WEIGHTS)} or an index of either")
+
+
+def _indexed(folder: Path, index: Path) -> tuple[Path, ...]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected a weight_map of keys to files")
+    shards = []
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index}: expected file names inside the folder, got {name!r}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: named by {index.name}, but missing")
+        shards.append(folder / name)
+    return tuple(shards)
+
+
+def _read_safetensors(shard: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
+                if key.startswith(prefix):
+                    yield key, file.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{shard}: damaged or truncated ({error}); fetch it again") from None
+
+
+def _read_bin(shard: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    # Files of before torch 1.6 are no zip archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(shard)
+    try:
+        tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{shard}: expected a file of tensors ({reason})") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{shard}: expected a dict of tensors, got {type(tensors).__name__}")
+    for key in list(tensors):
+        tensor = tensors.pop(key)
+        if isinstance(key, str) and key.startswith(prefix) and isinstance(tensor, Tensor):
+            yield key, tensor
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
+        raise FileNotFoundError(f"{hub_id}: expected a folder of weights or a hub id owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            f"{hub_id}: no such folder, and the hub needs: pip install 'blip3o-fast[extract]'"
+        ) from None
+    suffixes = [Path(name).suffix for name in WEIGHTS]
+    for suffix in suffixes:
+        patterns = [CONFIG, f"*{suffix}", f"*{suffix}{_INDEX}"]
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        if any(folder.glob(f"*{suffix}")):
+            return folder
+    raise FileNotFoundError(f"{hub_id}: expected files {' or '.join(suffixes)}, found none")

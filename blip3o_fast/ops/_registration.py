@@ -1,0 +1,124 @@
+"""How the record of an op becomes operators of torch.
+
+A compiler sees one operator, with a fake and a gradient of its own: it never traces the autograd
+function. Eager code calls that function, which costs one pass of the dispatcher less.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable as _once_differentiable
+
+from blip3o_fast.ops import _cuda
+from blip3o_fast.ops._dispatch import Impl, choose
+from blip3o_fast.ops._record import Backward, Fused, Op, as_tuple
+
+# torch's stubs forbid a ``backward`` that names its gradients.
+once_differentiable = cast(Callable[[Callable[..., Any]], Any], _once_differentiable)
+
+OPS: dict[str, Op] = {}
+"""Every op by name."""
+
+
+def register(op: Op) -> Op:
+    """Define the operators of ``op`` and add it to ``OPS``."""
+    if op.triton:
+        library = _library("blip3o_fast")
+        for operator in op.operators:
+            library.define(operator.name + operator.schema)
+            launch = _launcher(op.name, operator.launcher)
+            for key in ("CPU", "CUDA"):
+                library.impl(operator.name, launch, key)
+        op.fused[Impl.TRITON] = bind(op, "blip3o_fast")
+    if op.cuda is not None and _cuda.cuda_build().loaded:
+        op.fused[Impl.CUDA] = bind(op, "blip3o_fast_cuda")
+    OPS[op.name] = op
+    return op
+
+
+def bind(op: Op, namespace: str) -> Fused:
+    """Give the operators of a namespace, whose schemas are those of ``op``, fakes and gradients."""
+    library, registered = _library(namespace), getattr(torch.ops, namespace)
+    operators: dict[str, Callable[..., Any]] = {}
+    for operator in op.operators:
+        if hasattr(registered, operator.name):
+            qualified = f"{namespace}::{operator.name}"
+            torch.library.register_fake(qualified, operator.fake, lib=library)
+            operators[operator.launcher] = getattr(registered, operator.name).default
+    if op.backward is None:
+        return Fused(operators, operators["forward"])
+    record = _differentiable(op, op.backward, operators["forward"], operators["backward"])
+    library.impl(op.name, record, "Autograd")
+
+    def eager(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            return record(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operators["forward"](*arguments)
+
+    return Fused(operators, eager)
+
+
+def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
+    """The implementation that ``op`` runs on ``x``.
+
+    None chooses for a CUDA tensor: the CUDA kernel where it was measured faster or Triton is not
+    installed, else Triton. On a CPU: ATen's few passes where no gradient is recorded and the op has
+    them. Else the reference. A named implementation is never replaced by another.
+
+    Raises:
+        ValueError: if the named implementation cannot run here, saying why and what to do.
+    """
+    return choose(OPS[op], impl, x)
+
+
+def _differentiable(
+    op: Op, rule: Backward, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    rows = op.rows
+    tensors = rule.schema.partition(" -> ")[0].count("Tensor") - rule.results
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = forward(*arguments)
+            saved = rule.saved(arguments, results)
+            ctx.save_for_backward(*saved[:tensors])
+            ctx.others = saved[tensors:]
+            ctx.set_materialize_grads(False)
+            if rule.results < len(as_tuple(results)):
+                ctx.mark_non_differentiable(*results[rule.results :])
+            return results
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            needed, gradients = ctx.needs_input_grad, gradients[: rule.results]
+            if all(g is None for g in gradients):
+                return (None,) * len(needed)
+            flag = (any(needed[rows:]),) if rule.chooses else ()
+            found = as_tuple(backward(*gradients, *ctx.saved_tensors, *ctx.others, *flag))
+            absent = (None,) * (len(needed) - len(found))
+            return *(g if n else None for g, n in zip(found, needed, strict=False)), *absent
+
+    return Function.apply
+
+
+def _launcher(module: str, function: str) -> Callable[..., Any]:
+    """Imports Triton when it is first called."""
+
+    @cache
+    def launcher() -> Callable[..., Any]:
+        return getattr(import_module(f"blip3o_kernels.{module}"), function)
+
+    return lambda *arguments: launcher()(*arguments)
+
+
+@cache
+def _library(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "FRAGMENT")

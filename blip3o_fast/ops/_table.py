@@ -1,0 +1,43 @@
+"""The implementation of each op that a model runs.
+
+Every module beside this one is imported first and registers its op, so a new file is a new field.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+from blip3o_fast.ops._dispatch import Impl
+from blip3o_fast.ops._registration import OPS
+
+for _module in iter_modules([str(Path(__file__).parent)]):
+    if not _module.name.startswith("_"):
+        import_module(f"blip3o_fast.ops.{_module.name}")
+
+
+@dataclass
+class ImplTable:
+    """The implementation of each op of one model; None leaves the choice to ``resolve_impl``.
+
+    ``rope_attention`` is for sampling, which rotates by ``rope`` where that is None and no single
+    kernel was measured faster.
+    """
+
+    __annotations__ = dict.fromkeys(OPS, Impl | None)  # the fields; the defaults follow
+    vars().update(dict.fromkeys(OPS))
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *impls: Impl | None, **per_op: Impl | None) -> None: ...
+
+        def __getattr__(self, op: str) -> Impl | None: ...
+
+    def set(self, impl: Impl | None = None, **per_op: Impl | None) -> None:
+        """Choose ``impl`` for every op, then the exceptions named in ``per_op``."""
+        for name in per_op:
+            if name not in OPS:
+                raise ValueError(f"unknown op {name!r}; expected one of {', '.join(OPS)}")
+        for name in OPS:
+            setattr(self, name, per_op.get(name, impl))

@@ -1,0 +1,256 @@
+"""Translation of a folder of EVA shards to a folder of CLIP shards.
+
+A sample's noise depends only on its key and the seed, not on the batch size, the number of
+processes or interruptions. Called again, an interrupted translation continues where it stopped.
+Under torchrun every process translates its share, one GPU each. Threads read the next batches and
+write the last ones while the device computes.
+"""
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from blip3o_fast.checked import Count, check
+from blip3o_fast.config import DiTConfig
+from blip3o_fast.conventions import GridName
+from blip3o_fast.data import (
+    BackgroundWriter,
+    BatchReader,
+    EmbeddingDataset,
+    Encoder,
+    Manifest,
+    ShardWriter,
+    merge_parts,
+    read_ahead,
+)
+from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
+from blip3o_fast.errors import OptionError
+from blip3o_fast.flow.solvers import SolverName
+from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
+from blip3o_fast.processes import World, join_world
+from blip3o_fast.sampling import SamplingPlan
+from blip3o_fast.seeds import sample_seed
+from blip3o_fast.signals import StopSignals
+
+_STRETCH = 8192  # records in memory at once
+
+
+@dataclass(frozen=True)
+class TranslationOptions:
+    """What to translate, by what, and how.
+
+    Attributes:
+        model_path: checkpoint folder, training run, .pt file or owner/name.
+        embeddings_dir: folder of shards with EVA embeddings.
+        output_dir: folder for the CLIP shards; continued if unfinished.
+        split: side to translate.
+        num_inference_steps: solver steps; a single euler step gives the conditional mean.
+        solver: solver of the ODE; heun and midpoint call the network twice per step.
+        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
+        time_grid: times of the solver's steps; None: those of the model's conventions.
+        seed: decides the noise of a sample together with its key.
+        batch_size: samples that a process translates at once.
+        samples_per_shard: rows of a full shard.
+        dtype: element type of weights and activations; fp8: most matrix products in e4m3, less
+            exact, on GPUs that have it; None: as stored.
+        store_dtype: element type of the shards.
+        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
+        device: device to run on; auto: cuda if there is a GPU.
+        graph: replay steps as CUDA graphs; None: only on CUDA.
+        compile: apply torch.compile to each call of the network.
+        progress: show a bar with samples/s and time left.
+
+    Raises:
+        OptionError: naming the option, what was expected and what came.
+    """
+
+    model_path: str
+    embeddings_dir: str
+    output_dir: str
+    split: Literal["all", "train", "heldout"] = "all"
+    num_inference_steps: Count = 50
+    solver: SolverName = "heun"
+    guidance_scale: float = 1.0
+    time_grid: GridName | None = None
+    seed: int = 0
+    batch_size: Count = 64
+    samples_per_shard: Count = 256
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
+    store_dtype: DtypeName = "fp16"
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    device: DeviceName = "auto"
+    graph: bool | None = None
+    compile: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check(self, error=OptionError)
+
+
+class Translated(NamedTuple):
+    """What a process did.
+
+    Attributes:
+        samples: those to translate, by all processes and earlier runs.
+        added: those that this process translated now.
+        stopped: whether a signal ended the work early.
+        is_main: whether this is the process that speaks for all.
+    """
+
+    samples: int
+    added: int
+    stopped: bool
+    is_main: bool
+
+
+def translate_folder(options: TranslationOptions) -> Translated:
+    """Translate what is not translated yet.
+
+    Raises:
+        OptionError: before anything is written, naming the option that does not fit.
+        FileNotFoundError: if the model or the shards are missing.
+        ValueError: naming the shard, the row and the key, if a sample holds NaN or Inf; or if the
+            folder holds a translation of other facts.
+    """
+    device = find_device(options.device)
+    model = load_trained_model(
+        options.model_path,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
+    )
+    data = open_source(options, model)
+    plan = make_sampler(options, model, device)
+    with join_world("auto", device) as world, StopSignals() as signals:
+        if device.type == "cuda":
+            device = torch.device("cuda", world.local_rank)
+        model.to(device)
+        added = translate_share(options, plan, data, world, device, signals)
+        stopped = world.agree(signals.asked())
+        if world.is_main and not stopped:
+            merge_parts(options.output_dir)
+        return Translated(len(data), added, stopped, world.is_main)
+
+
+def open_source(options: TranslationOptions, model: BLIP3oDiT) -> EmbeddingDataset:
+    """The samples to translate; whatever does not fit the model is refused."""
+    config = model.config
+    data = EmbeddingDataset(options.embeddings_dir, split=options.split, tokens=config.num_tokens)
+    if data.eva_width != config.eva_embedding_size:
+        raise OptionError(
+            f"embeddings_dir: expected EVA width {config.eva_embedding_size}, that of the model, "
+            f"got {data.eva_width}"
+        )
+    if Path(options.output_dir).resolve() == data.folder.resolve():
+        raise OptionError(f"output_dir: expected another folder than {data.folder}")
+    return data
+
+
+def make_sampler(
+    options: TranslationOptions, model: BLIP3oDiT, device: torch.device
+) -> SamplingPlan:
+    """The sampler that the options ask for, if it can run on the device."""
+    dtypes = {**DTYPES, "fp8": torch.float8_e4m3fn}
+    try:
+        plan = SamplingPlan(
+            model,
+            steps=options.num_inference_steps,
+            solver=options.solver,
+            guidance_scale=options.guidance_scale,
+            time_grid=options.time_grid,
+            dtype=None if options.dtype is None else dtypes[options.dtype],
+            graph=options.graph,
+            compile=options.compile,
+        )
+        plan.check_device(device)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    return plan
+
+
+def translated_facts(
+    options: TranslationOptions, config: DiTConfig, data: EmbeddingDataset
+) -> Manifest:
+    """The manifest of the result; a folder of other facts is not continued."""
+    source = data.manifest.eva_encoder
+    how = (
+        f"{options.num_inference_steps} {options.solver} steps, guidance "
+        f"{options.guidance_scale:g}, {options.time_grid or config.conventions} times, "
+        f"{options.dtype or 'stored'} weights, seed {options.seed}"
+    )
+    return data.manifest.replace(
+        tokens=data.tokens,
+        has_cls=data.has_cls,
+        eva_width=0,
+        clip_width=config.clip_embedding_size,
+        dtype=options.store_dtype,
+        eva_encoder=None,
+        clip_encoder=Encoder(
+            f"blip3o_fast {options.model_path}",
+            layer=how,
+            preprocessing=f"translated from {source.name if source else data.folder.name}",
+        ),
+        shards=(),
+        notes={},
+    )
+
+
+def translate_share(
+    options: TranslationOptions,
+    plan: SamplingPlan,
+    data: EmbeddingDataset,
+    world: World,
+    device: torch.device,
+    signals: StopSignals,
+) -> int:
+    """This process's share; the number of samples that it translated."""
+    count = 0
+    with ShardWriter(
+        options.output_dir,
+        facts=translated_facts(options, plan.model.config, data),
+        samples_per_shard=options.samples_per_shard,
+        resume=True,
+        part=f"r{world.rank}" if world.size > 1 else "",
+        merge=False,
+    ) as writer:
+        missing = untranslated(data, writer.done)
+        world.barrier()  # nobody writes before everybody has seen what is missing
+        mine = missing[world.rank :: world.size].copy()
+        del missing
+        silent = not (options.progress and world.is_main)
+        with (
+            tqdm(total=len(mine), desc="generate", unit="sample", disable=silent) as bar,
+            BatchReader(data, options.batch_size, device=device, records=True) as reader,
+            BackgroundWriter(writer) as background,
+        ):
+            for batch in read_ahead(reader, batches(mine, options.batch_size)):
+                if signals.asked():
+                    break
+                seeds = [sample_seed(key, options.seed) for key in batch.keys]
+                clip = plan(batch.eva.float(), seeds=seeds)
+                background.add(None, clip, batch.records.read())
+                count += len(seeds)
+                bar.update(len(seeds))
+    world.barrier()
+    return count
+
+
+def untranslated(data: EmbeddingDataset, done: Set[str]) -> np.ndarray:
+    """Samples whose key is not done, by index, int64; a stretch of records at a time in memory."""
+    if not done:
+        return np.arange(len(data))
+    left = [
+        stretch[[record.key not in done for record in data.records(stretch)]]
+        for stretch in batches(np.arange(len(data)), _STRETCH)
+    ]
+    return np.concatenate(left)
+
+
+def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Consecutive stretches of at most ``size``."""
+    return (indices[start : start + size] for start in range(0, len(indices), size))

@@ -1,0 +1,78 @@
+import dataclasses
+
+import pytest
+
+from blip3o_fast.evaluation import Estimate, terminal_table
+from blip3o_fast.evaluation.comparison import comparison_rows, metric_cells, with_interval
+
+
+def test_rows_are_baselines_every_count_and_best(report):
+    rows = comparison_rows(report)
+    counts = [f"DiT, {n} eval{'s' * (n > 1)}" for n in (1, 2, 3, 10, 100)]
+    assert [row.method for row in rows] == ["mean predictor", "ridge", *counts, "DiT, best (1)"]
+    assert [row.is_best for row in rows] == [False] * 7 + [True]
+
+
+def test_of_many_counts_the_usual_are_shown(report):
+    last = report.dit[-1]
+    more = [dataclasses.replace(last, evaluations=n) for n in (101, 102, 103, 104)]
+    many = dataclasses.replace(report, dit=(*report.dit, *more))
+    methods = [row.method for row in comparison_rows(many)][2:]
+    counts = [f"DiT, {n} eval{'s' * (n > 1)}" for n in (1, 2, 10, 100)]
+    assert methods == [*counts, "DiT, best (1)"]
+
+
+def test_cells_are_the_metrics(report):
+    metrics = report.ridge.metrics
+    token = metrics.token_cosine
+    assert metric_cells(metrics) == (
+        f"{token.value:.3f} [{token.low:.3f},{token.high:.3f}]",
+        f"{metrics.image_cosine.value:.3f}",
+        f"{metrics.centred_cosine.value:.3f}",
+        f"{metrics.mse.value:.3f}",
+        f"{metrics.r2.value:.3f}",
+        f"{metrics.recall_generated_to_target[1].value:.3f}",
+        f"{metrics.cka:.3f}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("mse", "text"), [(0.4, "0.400"), (12.34, "12.3"), (123.4, "123"), (1.5e-5, "1.50e-05")]
+)
+def test_mse_keeps_three_digits(report, mse, text):
+    metrics = dataclasses.replace(report.ridge.metrics, mse=Estimate(mse))
+    assert metric_cells(metrics)[3] == text
+
+
+def test_intervals():
+    assert with_interval(Estimate(0.5, 0.25, 0.75), 2) == "0.50 [0.25,0.75]"
+    assert with_interval(Estimate(0.5)) == "0.500"
+
+
+def test_terminal_table_is_aligned_and_fits_a_terminal(report):
+    lines = terminal_table(report).splitlines()
+    rows = comparison_rows(report)
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split()[:3] == ["method", "token", "cosine"]
+    ends = {line.rindex(row.cells[-1]) + len(row.cells[-1]) for row, line in _pairs(rows, lines)}
+    assert ends == {len(lines[0])}
+    for row, line in _pairs(rows, lines):
+        assert all(cell in line for cell in row.cells)
+    assert terminal_table(report).isascii()
+
+
+def _pairs(rows, lines):
+    found = [(row, [line for line in lines if line.startswith(row.method + " ")]) for row in rows]
+    assert all(len(matches) == 1 for _, matches in found)
+    return [(row, matches[0]) for row, matches in found]
+
+
+@pytest.mark.parametrize(
+    ("noise", "sentence"),
+    [(0.3, "The DiT beats ridge regression:"), (0.9, "The DiT does not beat ridge regression:")],
+)
+def test_the_table_says_who_wins(make_report, noise, sentence):
+    table = terminal_table(make_report(best_noise=noise))
+    assert sentence in table
+    assert "24 held-out samples of 8 photos" in " ".join(table.split())
+    assert "(chance 0.042)" in " ".join(table.split())
