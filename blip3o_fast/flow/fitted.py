@@ -163,9 +163,13 @@ class FittedSolver:
         return choose_fitted(load_solvers(folder), evaluations)
 
 
-def choose_fitted(solvers: dict[int, FittedSolver], evaluations: int) -> FittedSolver:
-    """The solver of so many evaluations."""
-    if evaluations not in solvers:
+def choose_fitted(solvers: dict[int, FittedSolver], evaluations: int | None) -> FittedSolver:
+    """The solver of so many evaluations.
+
+    Raises:
+        ValueError: if there is none, naming those that there are.
+    """
+    if evaluations is None or evaluations not in solvers:
         known = ", ".join(map(str, sorted(solvers))) or "none"
         raise ValueError(
             f"solver: expected a fitted solver of {evaluations} evaluations, the model has those "

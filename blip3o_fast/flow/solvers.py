@@ -192,8 +192,8 @@ SOLVERS: dict[str, Solver] = {
 if TYPE_CHECKING:
     SolverName = str
 else:
-    SolverName = Literal[tuple(SOLVERS)]
-"""A name of ``SOLVERS``; command lines offer all of them."""
+    SolverName = Literal[(*SOLVERS, "fitted")]
+"""A name of ``SOLVERS``, or ``fitted``; command lines offer all of them."""
 
 
 def find_solver(name: str) -> Solver:

@@ -21,10 +21,10 @@ error that is stored.
 Memory: count + 2 states a condition, and twice that in fp64 for one batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ DAMPINGS = (1e-8, 1e-6, 1e-4)
 REFERENCE_STEPS = 128
 FEWEST_CONDITIONS = 4
 BATCH = 8
+
+
+Key = TypeVar("Key")
 
 
 class Samples(NamedTuple):
@@ -165,6 +168,24 @@ def default_reference(model: DiT, guidance_scale: float) -> SamplingPlan:
     return SamplingPlan(model, steps=steps, solver=solver, guidance_scale=guidance_scale)
 
 
+def solver_errors(
+    plans: Mapping[Key, SamplingPlan],
+    reference: SamplingPlan,
+    eva: Tensor,
+    generator: torch.Generator | None = None,
+) -> dict[Key, float]:
+    """Relative error of the final state of each plan against the reference, from the same noise.
+
+    Args:
+        plans: of one model.
+        reference: with many evaluations.
+        eva: conditions ``[n, N, E]``, better none that a solver was fitted to.
+        generator: of the noise.
+    """
+    samples = _follow(reference, eva, {0, len(reference.grid)}, generator)
+    return {key: _error(plan, samples, len(reference.grid)) for key, plan in plans.items()}
+
+
 def warped_nodes(steps: int, count: int, warp: float) -> tuple[int, ...]:
     """Steps of the reference at which ``count`` evaluations begin, and its end."""
     even = np.linspace(0, 1, count + 1)
@@ -267,20 +288,20 @@ class _Fit:
         return replace(
             fitted,
             conditions=(len(known.eva), len(unseen.eva)),
-            error=self.error(fitted, unseen, nodes[-1]),
-            fitted_error=self.error(fitted, known, nodes[-1]),
+            error=_error(self.plan(fitted), unseen, nodes[-1]),
+            fitted_error=_error(self.plan(fitted), known, nodes[-1]),
         )
 
-    def error(self, solver: FittedSolver, samples: Samples, last: int) -> float:
-        """Relative error of the final states, by the product's own sampler."""
-        wrong = right = 0.0
-        plan = self.plan(solver)
-        for batch in samples.batches():
-            seen: list[Tensor] = []
-            plan(batch.eva, batch.nodes[0], callback=lambda _, x, seen=seen: seen.append(x))
-            wrong += (seen[-1] - batch.nodes[last]).double().square().sum().item()
-            right += batch.nodes[last].double().square().sum().item()
-        return (wrong / right) ** 0.5
+
+def _error(plan: SamplingPlan, samples: Samples, last: int) -> float:
+    """Relative error of the final states at step ``last`` of the reference."""
+    wrong = right = 0.0
+    for batch in samples.batches():
+        seen: list[Tensor] = []
+        plan(batch.eva, batch.nodes[0], callback=lambda _, x, seen=seen: seen.append(x))
+        wrong += (seen[-1] - batch.nodes[last]).double().square().sum().item()
+        right += batch.nodes[last].double().square().sum().item()
+    return (wrong / right) ** 0.5
 
 
 def _damped(

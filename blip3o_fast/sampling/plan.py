@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.conventions import GridName
-from blip3o_fast.flow import Callback, FittedSolver, Trajectory, find_solver
+from blip3o_fast.flow import Callback, FittedSolver, Trajectory, choose_fitted, find_solver
 from blip3o_fast.flow import time_grid as make_grid
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, e4m3_refusal
@@ -80,8 +80,8 @@ class SamplingPlan:
     Args:
         model: any device; its train or eval mode does not matter, sampling never drops units.
         steps: S, at least 1; None for a fitted solver, which has its own.
-        solver: a name of ``flow.SOLVERS``, which say when to use them, or what ``fit_solver`` made
-            for this model.
+        solver: a name of ``flow.SOLVERS``, which say when to use them; what ``fit_solver`` made for
+            this model; or ``fitted``, which is the one of ``model.fitted`` with S evaluations.
         guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
         time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0 to 1;
             None follows the model's conventions.
@@ -118,6 +118,8 @@ class SamplingPlan:
         self.model, self.dtype, self.impl = model, dtype, impl
         self.graph, self.compile, self.working_memory = graph, compile, working_memory
         self.guidance_scale = float(guidance_scale)
+        if solver == "fitted":
+            solver = choose_fitted(model.fitted, steps)
         if isinstance(solver, FittedSolver):
             if steps not in (None, len(solver)) or time_grid is not None:
                 raise ValueError(
