@@ -114,6 +114,7 @@ class GraphStore:
             self.captured.clear()
             self.windows.clear()
             self.pool = None
+            torch.cuda.empty_cache()
 
 
 class Window:

@@ -188,8 +188,28 @@ class SamplingPlan:
         with _on(device), torch.autocast(device.type, enabled=False):
             engine = find_engine(model, dtype, self.impl, compiled=self.compile)
             table = engine.table(model, self.grid, self.solver, x.dtype)
-            x = self._sample(engine, table, eva, x, graph, progress, callback)
-            return (x / model.config.simple_scale_factor).to(eva.dtype)
+            limit = micro_batch(
+                model.config,
+                engine.working_dtype,
+                device,
+                guided=self.guided,
+                working_memory=self.working_memory,
+            )
+            out = torch.empty_like(x)
+            with engine.graphs.running(device) if graph else nullcontext():
+                engine.batch_limit = walk(
+                    lambda part, shared: self._start(
+                        engine, table, eva[part], x[part], graph, shared
+                    ),
+                    len(eva),
+                    table.ends_step,
+                    out,
+                    limit=min(limit, engine.batch_limit or limit),
+                    release=engine.graphs.clear,
+                    progress=progress,
+                    callback=callback,
+                )
+            return (out / model.config.simple_scale_factor).to(eva.dtype)
 
     @torch.no_grad()
     def start(self, eva: Tensor, x: Tensor) -> Trajectory:
@@ -226,45 +246,6 @@ class SamplingPlan:
     def guided(self) -> bool:
         """Whether both halves of guidance are evaluated."""
         return self.guidance_scale != 1.0
-
-    def _sample(
-        self,
-        engine: Engine,
-        table: TimeTable,
-        eva: Tensor,
-        noise: Tensor,
-        graph: bool,
-        progress: bool,
-        callback: Callback | None,
-    ) -> Tensor:
-        out = torch.empty_like(noise)
-        limit = micro_batch(
-            engine.network.config,
-            engine.working_dtype,
-            eva.device,
-            guided=self.guided,
-            working_memory=self.working_memory,
-        )
-
-        def start(part: slice, shared: bool) -> Run:
-            return self._start(engine, table, eva[part], noise[part], graph, shared)
-
-        def release() -> None:
-            engine.graphs.clear()
-            torch.cuda.empty_cache()
-
-        with engine.graphs.running(eva.device) if graph else nullcontext():
-            engine.batch_limit = walk(
-                start,
-                eva.shape[0],
-                table.ends_step,
-                out,
-                limit=min(limit, engine.batch_limit or limit),
-                release=release,
-                progress=progress,
-                callback=callback,
-            )
-        return out
 
     def _start(
         self,
