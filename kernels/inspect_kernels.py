@@ -1,13 +1,13 @@
-"""Compile every kernel ahead of time, for GPUs that need not be there, and print what came out.
+"""Compile every Triton kernel ahead of time, for GPUs that need not be there, and judge it.
 
     python kernels/inspect_kernels.py [--arch 80 90 100] [--dtype bf16 ...] [--op swiglu ...]
 
-Each launcher is called as the library calls it, on CPU tensors, with a driver that names a target
-instead of a device; compilation is real, the launch is left out. The table shows registers, stack
-(spills and local arrays), shared memory, 16-byte loads and stores, and the instructions that a
-kernel should not hold: fp64 arithmetic below fp64, local memory, atomics. Exit status 1 means that
-a kernel holds one of these, spills, or moves the rows of an aligned width in less than 16 bytes (8
-for rows of e4m3, which sm_80 does not have).
+Each operator of each op is called on the specimens of its record, on CPU tensors, with a driver
+that names a target instead of a device; compilation is real, the launch is left out. The table
+shows registers, stack (spills and local arrays), shared memory, 16-byte loads and stores, and the
+instructions that a kernel should not hold: fp64 arithmetic below fp64, local memory, atomics. Exit
+status 1 means that a kernel holds one of these, spills, or moves the rows of an aligned width in
+less than 16 bytes (8 for rows of e4m3, which sm_80 does not have).
 """
 
 import argparse
@@ -17,41 +17,42 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from blip3o_kernels import (
-    adapter_mix,
-    adapter_norm,
-    flow_loss,
-    rope,
-    sandwich_join,
-    sandwich_norm,
-    solver_update,
-    swiglu,
-)
-from blip3o_kernels.double_norm import Norm
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
+
+from blip3o_fast.ops import OPS, Op, Sizes
 
 ARCHS = (80, 90, 100)
 E4M3_ARCH = 89
 """The first that converts to e4m3."""
 
-TOKENS = 256
-WIDTH = 768
-HEAD = 64
-CLIP_WIDTH = 1024
-ADAPTER_WIDTH, ADAPTER_PADDED = 3541, 3584
-EPS = 1e-6
+BASE = Sizes(
+    batch=2,
+    tokens=256,
+    width=768,
+    inner=3072,
+    channels=1024,
+    heads=12,
+    kv_heads=4,
+    head_width=64,
+    adapter=3541,
+    padded=3584,
+)
+"""Sizes of the published base model, and a wider MLP."""
+
+FUSED = {name: op for name, op in OPS.items() if op.triton}
 
 
 class Precision(NamedTuple):
@@ -100,124 +101,6 @@ class Compiled(NamedTuple):
     cubin: bytes
 
 
-def _rows(p: Precision, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=p.activation)
-
-
-def _parameter(p: Precision, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=p.parameter)
-
-
-def _norm(p: Precision) -> Norm:
-    shift, scale = _parameter(p, 2, 2 * WIDTH).chunk(2, dim=-1)
-    return Norm(_parameter(p, WIDTH), _parameter(p, WIDTH), shift, scale)
-
-
-def _swiglu(p: Precision) -> None:
-    gate_up = _rows(p, 2, TOKENS, 6144)
-    swiglu.backward(swiglu.forward(gate_up), gate_up)
-
-
-def _sandwich_norm(p: Precision) -> None:
-    x = _rows(p, 2, TOKENS, WIDTH)
-    sandwich_norm.forward(x, _norm(p), eps=EPS)
-    for parameters in (False, True):
-        sandwich_norm.backward(x, x, _norm(p), eps=EPS, parameters=parameters)
-
-
-def _sandwich_join(p: Precision) -> None:
-    x, ls = _rows(p, 2, TOKENS, WIDTH), _parameter(p, WIDTH)
-    sandwich_join.forward(x, x, ls, _norm(p), _norm(p), eps=EPS)
-    for parameters in (False, True):
-        sandwich_join.backward(x, x, x, x, ls, _norm(p), _norm(p), eps=EPS, parameters=parameters)
-    sandwich_join.forward(x, x, ls, None, _norm(p), eps=EPS)
-    sandwich_join.backward(x, x, x, x, ls, None, _norm(p), eps=EPS, parameters=True)
-
-
-def _swiglu_quantised(p: Precision) -> None:
-    swiglu.forward_quantised(_rows(p, 2, TOKENS, 6144))
-
-
-def _sandwich_norm_quantised(p: Precision) -> None:
-    sandwich_norm.forward_quantised(_rows(p, 2, TOKENS, WIDTH), _norm(p), eps=EPS)
-
-
-def _sandwich_join_quantised(p: Precision) -> None:
-    x = _rows(p, 2, TOKENS, WIDTH)
-    sandwich_join.forward_quantised(x, x, None, None, _norm(p), eps=EPS)
-    sandwich_join.forward_quantised(x, x, None, _norm(p), _norm(p), eps=EPS)
-
-
-def _rope(p: Precision) -> None:
-    qkv, q = _rows(p, 2, TOKENS, 20 * HEAD), _rows(p, 2, TOKENS, 12 * HEAD)
-    cos, sin = _parameter(p, TOKENS, HEAD), _parameter(p, TOKENS, HEAD)
-    rope.forward(qkv, cos, sin, 16)
-    rope.backward(qkv, cos, sin, 16)
-    rope.forward_(q, cos, sin, 12)
-
-
-def _adapter_norm(p: Precision) -> None:
-    x, w = _rows(p, 2, TOKENS, ADAPTER_PADDED), _parameter(p, ADAPTER_WIDTH)
-    adapter_norm.forward(x, w, w, eps=EPS)
-    for parameters in (False, True):
-        adapter_norm.backward(x, x, w, w, eps=EPS, parameters=parameters)
-
-
-def _adapter_mix(p: Precision) -> None:
-    gate, residual = _rows(p, 2, TOKENS, WIDTH), _rows(p, 2, TOKENS, WIDTH)
-    adapted = _rows(p, 2, TOKENS, 832)[..., :WIDTH]
-    adapter_mix.forward(gate, adapted, residual)
-    adapter_mix.backward(gate, gate, adapted, residual)
-
-
-def _solver_update(p: Precision) -> None:
-    x = torch.zeros(2, TOKENS, CLIP_WIDTH)
-    slopes, coefficients = torch.zeros(3, *x.shape), torch.zeros(5)
-    for halves in (1, 2):
-        v = _rows(p, 2 * halves, TOKENS, CLIP_WIDTH)
-        for slot in (None, torch.zeros(1, dtype=torch.int64)):
-            solver_update.forward(
-                x,
-                v,
-                slopes,
-                coefficients,
-                slot=slot,
-                clamp=None if slot is None else torch.zeros(1),
-                guidance_scale=float(halves),
-                out=x,
-            )
-
-
-def _flow_loss(p: Precision) -> None:
-    v, x = _rows(p, 2, TOKENS, CLIP_WIDTH), torch.zeros(2, TOKENS, CLIP_WIDTH)
-    t = torch.zeros(2)
-    for published in (False, True):
-        total, _, image, factors = flow_loss.forward(
-            v, x, x, x, t, weights=(1.0, 0.5, 0.2, 0.3), published=published, masks=published
-        )
-        flow_loss.backward(
-            total, v, x, x, x, t, image, factors, published=published, masks=published
-        )
-
-
-SPECIMENS: dict[str, Callable[[Precision], None]] = {
-    "swiglu": _swiglu,
-    "sandwich_norm": _sandwich_norm,
-    "sandwich_join": _sandwich_join,
-    "rope": _rope,
-    "adapter_norm": _adapter_norm,
-    "adapter_mix": _adapter_mix,
-    "solver_update": _solver_update,
-    "flow_loss": _flow_loss,
-}
-
-QUANTISED: dict[str, Callable[[Precision], None]] = {
-    "swiglu": _swiglu_quantised,
-    "sandwich_norm": _sandwich_norm_quantised,
-    "sandwich_join": _sandwich_join_quantised,
-}
-
-
 class _TargetDriver:
     """Stands where a GPU's driver would, and names the architecture to compile for."""
 
@@ -244,16 +127,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         del grid, warmup
         kernel = run(self, *args, grid=(1,), warmup=True, **kwargs)
-        constants = (
-            "POST",
-            "PRE",
-            "PARAMETERS",
-            "ADJOINT",
-            "PUBLISHED",
-            "GUIDED",
-            "QUANTISED",
-        )
-        variant = "+".join(name.lower() for name in constants if kwargs.get(name))
+        variant = "+".join(name.lower() for name, value in kwargs.items() if value is True)
         module = self.fn.__module__.rpartition(".")[2]
         seen[id(kernel)] = Compiled(
             f"{module}.{self.fn.__name__.strip('_')}",
@@ -311,10 +185,6 @@ def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
     )
 
 
-STAGES = ("sample_sums", "weight_gradient", "column_sum", "sample", "total")
-"""Kernels that add partial sums; all others move rows of activations."""
-
-
 def problems(reports: list[Report]) -> list[str]:
     """What is wrong, a line each."""
     found: list[str] = []
@@ -333,25 +203,33 @@ def problems(reports: list[Report]) -> list[str]:
 
 
 def _is_stage(report: Report) -> bool:
-    return report.kernel.partition(".")[2].removesuffix("_kernel") in STAGES
+    """Whether a kernel adds partial sums; all others move rows of activations."""
+    return report.kernel.endswith("_stage")
 
 
 def _is_quantised(report: Report) -> bool:
     return "quantised" in report.variant.split("+")
 
 
-def inspect(ops: list[str], precisions: list[str], archs: list[int]) -> list[Report]:
+def inspect(ops: list[Op], precisions: list[str], archs: list[int]) -> list[Report]:
     """Compile and judge the chosen part of the matrix."""
     reports: list[Report] = []
     for arch in archs:
         for precision in precisions:
+            dtype, parameter_dtype = PRECISIONS[precision]
+            sizes = replace(BASE, dtype=dtype, parameter_dtype=parameter_dtype)
             for op in ops:
                 with compiling_for(arch) as kernels:
-                    SPECIMENS[op](PRECISIONS[precision])
-                    if arch >= E4M3_ARCH and op in QUANTISED:
-                        QUANTISED[op](PRECISIONS[precision])
-                reports += [report(op, precision, arch, kernel) for kernel in kernels]
+                    call_operators(op, sizes, e4m3=arch >= E4M3_ARCH)
+                reports += [report(op.name, precision, arch, kernel) for kernel in kernels]
     return reports
+
+
+def call_operators(op: Op, sizes: Sizes, *, e4m3: bool) -> None:
+    """Every operator on every specimen."""
+    for operator, arguments in op.calls(sizes):
+        if e4m3 or operator.launcher != "forward_quantised":
+            getattr(torch.ops.blip3o_fast, operator.name)(*arguments)
 
 
 def table(reports: list[Report]) -> str:
@@ -371,12 +249,10 @@ def main() -> int:
     parser.add_argument(
         "--dtype", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="precisions"
     )
-    parser.add_argument(
-        "--op", nargs="+", choices=list(SPECIMENS), default=list(SPECIMENS), help="ops"
-    )
+    parser.add_argument("--op", nargs="+", choices=list(FUSED), default=list(FUSED), help="ops")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     arguments = parser.parse_args()
-    reports = inspect(arguments.op, arguments.dtype, arguments.arch)
+    reports = inspect([FUSED[name] for name in arguments.op], arguments.dtype, arguments.arch)
     sys.stdout.write(table(reports) + "\n")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([r._asdict() for r in reports], indent=1))

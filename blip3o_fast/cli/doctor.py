@@ -7,13 +7,12 @@ import argparse
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
 import blip3o_fast
 from blip3o_fast import ops
-from blip3o_fast.ops import ImplTable
 
 REASONS = {
     ops.Impl.REFERENCE: "the specification in PyTorch",
@@ -31,7 +30,7 @@ OPTIONAL = {
 }
 """Distribution: extra that brings it, and what it is for."""
 
-UNMEASURED = "nobody measured one kernel of both to be faster here"
+UNMEASURED = "nobody measured one kernel for all of them to be faster here"
 
 
 @dataclass(frozen=True)
@@ -93,27 +92,23 @@ def find_versions() -> dict[str, str]:
 
 
 def op_choices(device: str) -> list[Choice]:
-    """The automatic choice for every op on ``device``, in inference."""
-    sample = torch.empty(0, 256, 64, device=device, dtype=torch.float32)
+    """The automatic choice for every op on ``device``, in inference, and for what is no op."""
     rows: list[Choice] = []
-    for field in fields(ImplTable):
-        if field.name == "rope_attention":
-            continue
+    for op in ops.OPS.values():
+        arguments = op.specimens(ops.Sizes(dtype=torch.bfloat16, device=device))[0]
         with torch.no_grad():
-            impl = ops.resolve_impl(None, sample, op=field.name)
-        why = REASONS.get(impl, "fused kernel")
-        if device == "cuda" and impl is ops.Impl.REFERENCE:
+            impl = ops.resolve_impl(None, arguments[0], op=op.name)
+        runs, why = impl.value, REASONS.get(impl, "fused kernel")
+        if impl is ops.Impl.REFERENCE and not op.triton:
+            runs, why = "several ops", UNMEASURED
+        elif impl is ops.Impl.REFERENCE and device == "cuda":
             why = "Triton is not installed: pip install 'blip3o-fast[triton]'"
-        rows.append(Choice(field.name, device, impl.value, why))
+        rows.append(Choice(op.name, device, runs, why))
     q = torch.empty(1, 256, 12, 64, device=device, dtype=torch.bfloat16)
     k = torch.empty(1, 256, 4, 64, device=device, dtype=torch.bfloat16)
     backend, reason = ops.attention_backend(q, k, k)
     rows.append(Choice("attention", device, backend.value, reason))
-    packed = torch.cat((q, k, k), dim=2).flatten(2)
-    one = ops.resolve_impl(None, packed, op="rope_attention") is ops.Impl.CUDA
-    runs, why = ("cuda", "one kernel") if one else ("rope, then attention", UNMEASURED)
-    rows.append(Choice("rope_attention", device, runs, why))
-    refusal = ops.e4m3_refusal(sample.device)
+    refusal = ops.e4m3_refusal(q.device)
     runs = "none" if refusal else "torch._scaled_mm"
     return [*rows, Choice("FP8 products", device, runs, refusal or "the hardware multiplies e4m3")]
 

@@ -65,6 +65,7 @@ def _specimens(sizes: Sizes) -> list[Arguments]:
     post, pre, eps = sizes.modulation(), sizes.modulation(), 1e-6
     return [
         (x, y, scale, *post, *pre, eps),
+        (x, y, None, *post, *pre, eps),
         (x, y, scale, *ABSENT, *pre, eps),
         (x, y, None, *ABSENT, *pre, eps),
         (x, y, scale, *post, *ABSENT, eps),

@@ -76,7 +76,7 @@ def store_partial_sums(partial, p, q, r, cols, inside, WIDTH: tl.constexpr):
 
 
 @jit(do_not_specialize=["chunks"])
-def _sample_sums_kernel(
+def _sample_sums_stage(
     partial,
     w1,
     w2,
@@ -115,7 +115,7 @@ def _sample_sums_kernel(
 
 
 @jit(do_not_specialize=["samples"])
-def _weight_gradient_kernel(
+def _weight_gradient_stage(
     sums,
     w1,
     w2,
@@ -180,7 +180,7 @@ def parameter_gradients(
     fixed = {"ROWS": STAGE_ROWS, "COLS": STAGE_COLUMNS, "ACC": acc, "SCALED": dls is not None}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     if samples:
-        _sample_sums_kernel[(samples * blocks,)](
+        _sample_sums_stage[(samples * blocks,)](
             partial,
             norm.w1,
             norm.w2,
@@ -195,7 +195,7 @@ def parameter_gradients(
             **fixed,
             **options,
         )
-    _weight_gradient_kernel[(blocks,)](
+    _weight_gradient_stage[(blocks,)](
         sums,
         norm.w1,
         norm.w2,

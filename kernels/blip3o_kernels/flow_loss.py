@@ -27,8 +27,8 @@ from blip3o_kernels.flow_loss_terms import (
     clean_scale,
     cosine,
     counts,
-    sample_kernel,
-    total_kernel,
+    sample_stage,
+    total_stage,
 )
 from blip3o_kernels.launch import (
     accumulator,
@@ -259,7 +259,7 @@ def forward(
             num_warps=launch.num_warps,
             **options,
         )
-        sample_kernel[(samples,)](
+        sample_stage[(samples,)](
             partial,
             columns,
             per_sample,
@@ -272,7 +272,7 @@ def forward(
             num_warps=launch.num_warps,
             **options,
         )
-        total_kernel[(1,)](
+        total_stage[(1,)](
             per_sample,
             t,
             total,

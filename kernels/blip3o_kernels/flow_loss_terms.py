@@ -51,7 +51,7 @@ def cosine(a, b):
 
 
 @jit(do_not_specialize=["tokens", "chunks"])
-def sample_kernel(
+def sample_stage(
     partial,
     columns,
     per_sample,
@@ -102,7 +102,7 @@ def _capped(term, most, PUBLISHED: tl.constexpr):
 
 
 @jit(do_not_specialize=["samples", "tokens"])
-def total_kernel(
+def total_stage(
     per_sample,
     t,
     total,

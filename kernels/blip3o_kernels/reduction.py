@@ -40,7 +40,7 @@ def column_sums(
 
 
 @jit(do_not_specialize=["count"])
-def _column_sum_kernel(
+def _column_sum_stage(
     partial,
     out,
     count,
@@ -60,7 +60,7 @@ def column_sum(partial: Tensor, out: Tensor, accumulator: tl.dtype) -> None:
     """``out[:] = partial.sum(0)`` for ``[count, width]`` partial sums with contiguous columns."""
     count, width = partial.shape
     with on_device(out):
-        _column_sum_kernel[(cdiv(width, STAGE_COLUMNS),)](
+        _column_sum_stage[(cdiv(width, STAGE_COLUMNS),)](
             partial,
             out,
             count,

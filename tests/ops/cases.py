@@ -19,7 +19,8 @@ class Case:
     """``call(*tensors, impl=...)``; the first ``differentiable`` tensors receive gradients."""
 
     op: Op
-    specimen: int = 0
+    specimen: int
+    template: tuple[Any, ...]
 
     @property
     def name(self) -> str:
@@ -28,8 +29,7 @@ class Case:
     @property
     def differentiable(self) -> int:
         """Absent tensors are no tensors."""
-        given = self.op.specimens(Sizes())[self.specimen][: self.op.differentiable]
-        return sum(x is not None for x in given)
+        return sum(x is not None for x in self.template[: self.op.differentiable])
 
     def inputs(self, batch=2, tokens=3, width=6, dtype=torch.float32, device="cpu") -> list[Tensor]:
         """Tensors of one of the op's specimens, whose sizes follow from ``width``."""
@@ -53,16 +53,20 @@ class Case:
         """What has a gradient of the results."""
         assert self.op.backward is not None
         given = iter(tensors)
-        specimen = self.op.specimens(Sizes())[self.specimen]
-        arguments = (next(given) if isinstance(x, Tensor) else x for x in specimen)
+        arguments = (next(given) if isinstance(x, Tensor) else x for x in self.template)
         return as_tuple(self.op(*arguments, impl=impl))[: self.op.backward.results]
 
 
-CASES = [Case(op) for op in OPS.values() if op.backward is not None]
-"""The typical specimen of every op that has a gradient."""
+ALL_CASES = [
+    Case(op, i, arguments)
+    for op in OPS.values()
+    if op.backward is not None
+    for i, arguments in enumerate(op.specimens(Sizes()))
+]
+"""Every op that has a gradient, at every specimen."""
 
-ALL_CASES = [Case(case.op, i) for case in CASES for i, _ in enumerate(case.op.specimens(Sizes()))]
-"""Every specimen of them."""
+CASES = [case for case in ALL_CASES if case.specimen == 0]
+"""At its typical specimen."""
 
 
 def label(case: Case) -> str:

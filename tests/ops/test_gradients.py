@@ -5,10 +5,10 @@ import torch
 
 from blip3o_fast import ops
 from tests.kernels.oracle import randn
-from tests.ops.cases import CASES, label, outputs
+from tests.ops.cases import ALL_CASES, CASES, label, outputs
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", ALL_CASES, ids=label)
 @pytest.mark.parametrize("width", [1, 5], ids=lambda w: f"width{w}")
 def test_gradcheck(device, case, width):
     leaves = case.leaves(batch=2, tokens=2, width=width, dtype=torch.float64, device=device)
