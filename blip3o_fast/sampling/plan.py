@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypedDict, TypeVar
+from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
         if torch.compiler.is_compiling():
             reason = "generate is no graph: pass compile=True to it instead"
             torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportCallIssue]
-            return torch.compiler.disable(function)(*args, **kwargs)
+            return cast(Any, torch.compiler.disable(function))(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
