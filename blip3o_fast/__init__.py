@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from blip3o_fast.config import PRESETS, DiTConfig
-from blip3o_fast.flow import RectifiedFlowLoss
+from blip3o_fast.flow import FittedSolver, RectifiedFlowLoss
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.published import (
     BLIP3oCLIPDiTConfig,
@@ -11,7 +11,7 @@ from blip3o_fast.published import (
     accelerate,
     create_clip_reproduction_model,
 )
-from blip3o_fast.sampling import SamplingPlan, forget
+from blip3o_fast.sampling import SamplingPlan, fit_solver, forget
 
 if TYPE_CHECKING:
     from blip3o_fast.extraction import extract_eva_features
@@ -27,6 +27,8 @@ __all__ = [
     "PRESETS",
     "generate",
     "SamplingPlan",
+    "fit_solver",
+    "FittedSolver",
     "forget",
     "RectifiedFlowLoss",
     "load_trained_model",

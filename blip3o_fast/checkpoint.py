@@ -21,6 +21,8 @@ from blip3o_fast.config import PRESETS, DiTConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+SOLVER_NAME = "solver.json"
+"""Solvers fitted to the model, see ``flow.fitted``."""
 EXPERIMENT_NAME = "experiment_config.json"
 POINTERS = ("best", "latest")
 """Files of a training run that name one of its checkpoints; a run itself means the first."""
@@ -28,10 +30,11 @@ POINTERS = ("best", "latest")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A configuration and the parameters that fit it."""
+    """A configuration, the parameters that fit it, and the folder that they were found in."""
 
     config: DiTConfig
     tensors: dict[str, Tensor]
+    folder: Path
 
 
 def save_checkpoint(folder: str | Path, config: DiTConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -75,7 +78,7 @@ def load_checkpoint(
         FileNotFoundError: if there is no checkpoint at ``path``.
         ValueError: if it is damaged, or its head counts are unknown.
     """
-    found = _locate(Path(path), str(path), revision)
+    found = locate_checkpoint(path, revision)
     if found.suffix == ".pt":
         return _read_published(found, num_attention_heads, num_key_value_heads)
     config = DiTConfig.from_dict(read_json(found / CONFIG_NAME))
@@ -83,7 +86,7 @@ def load_checkpoint(
     if not weights.is_file():
         raise FileNotFoundError(f"{found}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}")
     try:
-        return Checkpoint(config, published_names(load_file(weights)))
+        return Checkpoint(config, published_names(load_file(weights)), found)
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged or truncated ({error}); copy it again") from None
 
@@ -109,8 +112,9 @@ def check_tensors(
         )
 
 
-def _locate(path: Path, given: str, revision: str | None) -> Path:
-    """The ``.pt`` file, or the folder that holds ``config.json``."""
+def locate_checkpoint(given: str | Path, revision: str | None = None) -> Path:
+    """The ``.pt`` file, or the folder that holds ``config.json``; see ``load_checkpoint``."""
+    path = Path(given)
     if path.is_file():
         if path.suffix == ".pt":
             return path
@@ -127,8 +131,8 @@ def _locate(path: Path, given: str, revision: str | None) -> Path:
             if (path / pointer).is_file():
                 return _follow(path, pointer)
         return _newest_published(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        return _download(given, revision)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)):
+        return _download(str(given), revision)
     raise FileNotFoundError(f"{given}: expected a checkpoint folder, a .pt file or owner/name")
 
 
@@ -163,7 +167,7 @@ def _download(repository: str, revision: str | None) -> Path:
             f"{repository}: no such folder here, and a hub repository needs "
             "huggingface_hub: pip install 'blip3o-fast[hub]'"
         ) from None
-    patterns = [CONFIG_NAME, WEIGHTS_NAME]
+    patterns = [CONFIG_NAME, WEIGHTS_NAME, SOLVER_NAME]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
@@ -191,7 +195,7 @@ def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Chec
     fields = {name: value for name, value in recorded.items() if name in known}
     fields |= shape_fields(tensors)
     fields |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return Checkpoint(DiTConfig.from_dict(fields), tensors)
+    return Checkpoint(DiTConfig.from_dict(fields), tensors, file.parent)
 
 
 def _recorded_fields(file: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from blip3o_fast.checkpoint import check_tensors, load_checkpoint, save_checkpoint
-from blip3o_fast.flow import Callback
+from blip3o_fast.checkpoint import SOLVER_NAME, check_tensors, load_checkpoint, save_checkpoint
+from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
 from blip3o_fast.model import DiT
 from blip3o_fast.sampling import PlanOptions, SamplingPlan
 
@@ -30,7 +30,7 @@ class BLIP3oDiT(DiT):
         *,
         noise: Tensor | None = None,
         seeds: Sequence[int] | None = None,
-        solver: str | None = None,
+        solver: str | FittedSolver | None = None,
         progress: bool = False,
         callback: Callback | None = None,
         **options: Unpack[PlanOptions],
@@ -51,7 +51,8 @@ class BLIP3oDiT(DiT):
             noise: ``[B, N, C]`` to start from, instead of drawing it.
             seeds: one per sample, instead of a generator: a sample's noise then depends on its own
                 seed alone, not on its batch.
-            solver: a name of ``flow.SOLVERS``.
+            solver: a name of ``flow.SOLVERS``, or ``fitted``: the solver that was fitted to this
+                model for S evaluations (``fit_solver``).
             progress: show a bar of steps.
             callback: called with (step, state) after each step.
             **options: ``time_grid``, ``dtype``, ``impl``, ``graph``, ``compile`` and
@@ -75,6 +76,8 @@ class BLIP3oDiT(DiT):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` under the published parameter names."""
         save_checkpoint(folder, self.config, self.state_dict())
+        if self.fitted:
+            save_solvers(folder, self.fitted)
 
     @classmethod
     def from_pretrained(
@@ -113,6 +116,8 @@ class BLIP3oDiT(DiT):
         check_tensors(checkpoint.config, model.state_dict(), checkpoint.tensors)
         model.load_state_dict(checkpoint.tensors, assign=True)
         model.rotary.to_empty(device="cpu")  # is in no checkpoint
+        if (checkpoint.folder / SOLVER_NAME).is_file():
+            model.fitted = load_solvers(checkpoint.folder)
         return model.to(device=device, dtype=dtype).eval()
 
     def push_to_hub(self, repository: str, *, private: bool = True) -> str:

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "real photos to a trained translator and its report, on any machine",
     "train": "train a model on shards of paired embeddings",
     "evaluate": "measure a model beside its baselines, and write a report",
+    "fit-solver": "fit solvers of few evaluations to a model",
     "generate": "translate a directory of EVA shards into CLIP shards",
     "extract": "turn images into shards of paired embeddings",
     "convert": "read published pickles and other formats into shards",
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if name == chosen:
-            module = importlib.import_module(f"blip3o_fast.cli.{name}")
+            module = importlib.import_module(f"blip3o_fast.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             run = module.run
     args = parser.parse_args(argv)

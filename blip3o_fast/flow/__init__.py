@@ -1,5 +1,6 @@
 """Rectified flow, independent of any network: path, times, solvers, loop, loss."""
 
+from blip3o_fast.flow.fitted import FittedSolver, choose_fitted, load_solvers, save_solvers
 from blip3o_fast.flow.loss import RectifiedFlowLoss
 from blip3o_fast.flow.path import draw_noise, interpolate
 from blip3o_fast.flow.schedule import TimeGrid, sample_times, time_grid
@@ -30,6 +31,10 @@ __all__ = [
     "Solver",
     "RungeKutta",
     "AdamsBashforth",
+    "FittedSolver",
+    "choose_fitted",
+    "load_solvers",
+    "save_solvers",
     "Evaluation",
     "find_solver",
     "Row",

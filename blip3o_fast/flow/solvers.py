@@ -115,22 +115,29 @@ class AdamsBashforth:
     order: int
     evaluations_per_step: int = 1
 
+    def slopes(self, grid: TimeGrid) -> tuple[tuple[float, ...], ...]:
+        """For each step the coefficients of all slopes so far, the newest last."""
+        starts = np.concatenate(([0.0], np.cumsum(grid.lengths)))
+        rows = []
+        for step, dt in enumerate(grid.lengths):
+            first = max(0, step + 1 - self.order)
+            weights = _extrapolation((starts[first : step + 1] - starts[step]) / dt)
+            rows.append((*[0.0] * first, *(dt * weight for weight in weights)))
+        return tuple(rows)
+
     def evaluations(self, grid: TimeGrid) -> list[Evaluation]:
         """Slopes are kept in a ring of ``order - 1`` slots, each over the oldest."""
         slots = self.order - 1
-        starts = np.concatenate(([0.0], np.cumsum(grid.lengths)))
         evaluations = []
-        for step, dt in enumerate(grid.lengths):
-            used = range(max(0, step - slots), step + 1)
-            *earlier, newest = _extrapolation((starts[list(used)] - starts[step]) / dt)
+        for step, (*earlier, newest) in enumerate(self.slopes(grid)):
             kept = [0.0] * slots
-            for before, weight in zip(used, earlier, strict=False):
-                kept[before % slots] = dt * weight
+            for before in range(max(0, step - slots), step):
+                kept[before % slots] = earlier[before]
             evaluations.append(
                 Evaluation(
                     label=grid.label(step, 0.0),
                     state=1.0,
-                    newest=dt * newest,
+                    newest=newest,
                     kept=tuple(kept),
                     slot=step % slots if slots else -1,
                     ends_step=True,
@@ -185,8 +192,8 @@ SOLVERS: dict[str, Solver] = {
 if TYPE_CHECKING:
     SolverName = str
 else:
-    SolverName = Literal[tuple(SOLVERS)]
-"""A name of ``SOLVERS``; command lines offer all of them."""
+    SolverName = Literal[(*SOLVERS, "fitted")]
+"""A name of ``SOLVERS``, or ``fitted``; command lines offer all of them."""
 
 
 def find_solver(name: str) -> Solver:

@@ -131,6 +131,14 @@ class Trajectory:
         """The velocity at the present state, without a move."""
         return self.velocity(self.x, self._read()[2])
 
+    def guided_slope(self) -> Tensor:
+        """The velocity as the solver combines it: in the dtype of the state, guided."""
+        v = self.slope().to(self.x.dtype)
+        if self.guidance_scale == 1.0:
+            return v
+        conditional, unconditional = v.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
     def _read(self) -> tuple[Tensor, Tensor, Row]:
         """Coefficients, slot and what the velocity reads, of the next row."""
         own = self.table.slots + 3

@@ -22,7 +22,8 @@ class DiT(nn.Module):
     """Diffusion transformer with sandwich norms, grouped-query attention and an EVA adapter.
 
     Parameters carry the published names and shapes. ``impls`` says which implementation of each
-    fused op runs; ``set_impl`` changes it.
+    fused op runs; ``set_impl`` changes it. ``fitted`` holds the solvers that were fitted to this
+    model (``flow.FittedSolver``), by their number of evaluations.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -31,6 +32,7 @@ class DiT(nn.Module):
         self.config = config
         self.impls = ImplTable()
         self.joining = Joining(config.rms_norm_eps, self.impls)
+        self.fitted: dict[int, Any] = {}
         self.gradient_checkpointing = config.use_gradient_checkpointing
         self.input_proj = nn.Linear(C, D)
         self.timestep_embedder = TimestepEmbedder(config)

@@ -9,6 +9,7 @@ Memory: at most ``ENGINES`` engines a model, each the packed weights (``sampling
 most ``TABLES`` time tables (``sampling.hoisted``), plus CUDA graphs (``sampling.graph``).
 """
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, ImplTable
 from blip3o_fast.sampling.graph import GraphStore
 from blip3o_fast.sampling.hoisted import Evaluate, TimeTable, evaluate, time_table
-from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack
+from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack, whole
 
 ENGINES = 2
 TABLES = 4
@@ -145,6 +146,14 @@ class _ModelEngines:
         self.lock = threading.RLock()
         self.seen: Fingerprint | None = None
         self.engines: Recent[EngineKey, Engine] = Recent(ENGINES)
+        self.digest: str | None = None
+
+    def refresh(self, model: DiT) -> None:
+        """Drop what was made from other weights; the lock is held."""
+        if self.seen is None or not self.seen.matches(model):
+            self.engines.values.clear()
+            self.digest = None
+            self.seen = Fingerprint.of(model)
 
 
 _ENGINES: "WeakKeyDictionary[DiT, _ModelEngines]" = WeakKeyDictionary()
@@ -165,6 +174,24 @@ def emulates(impls: ImplTable) -> bool:
     return impls.sandwich_join is Impl.REFERENCE and impls.swiglu is Impl.REFERENCE
 
 
+def weights_digest(model: DiT) -> str:
+    """SHA-256 of the parameters, each rounded to bf16 first; kept until they change.
+
+    A model and its copy in bf16 thus have the same digest.
+    """
+    own = _own_engines(model)
+    with own.lock:
+        own.refresh(model)
+        if own.digest is None:
+            sha = hashlib.sha256()
+            for name, parameter in sorted(model.named_parameters()):
+                rows = whole(parameter).to("cpu", torch.bfloat16).contiguous()
+                sha.update(f"{name} {list(rows.shape)}".encode())
+                sha.update(rows.view(torch.uint8).numpy().tobytes())
+            own.digest = sha.hexdigest()
+        return own.digest
+
+
 def find_engine(
     model: DiT, dtype: torch.dtype, impl: Impl | None = None, *, compiled: bool = False
 ) -> Engine:
@@ -175,13 +202,15 @@ def find_engine(
     """
     key = EngineKey(model.config, dtype, astuple(impl_table(model, impl)), compiled)
     check_packable(model)
-    with _LOCK:
-        own = _ENGINES.setdefault(model, _ModelEngines())
+    own = _own_engines(model)
     with own.lock:
-        if own.seen is None or not own.seen.matches(model):
-            own.engines.values.clear()
-            own.seen = Fingerprint.of(model)
+        own.refresh(model)
         return own.engines.get(key, lambda: Engine(model, key))
+
+
+def _own_engines(model: DiT) -> _ModelEngines:
+    with _LOCK:
+        return _ENGINES.setdefault(model, _ModelEngines())
 
 
 def forget(model: DiT) -> None:

@@ -13,18 +13,24 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, ParamSpec, TypedDict, TypeVar, cast
+from typing import ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from blip3o_fast.conventions import GridName
-from blip3o_fast.flow import Callback, Trajectory, find_solver
+from blip3o_fast.flow import Callback, FittedSolver, Trajectory, choose_fitted, find_solver
 from blip3o_fast.flow import time_grid as make_grid
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, e4m3_refusal
 from blip3o_fast.sampling.batches import Run, micro_batch, walk
-from blip3o_fast.sampling.cache import Engine, emulates, find_engine, impl_table
+from blip3o_fast.sampling.cache import (
+    Engine,
+    emulates,
+    find_engine,
+    impl_table,
+    weights_digest,
+)
 from blip3o_fast.sampling.graph import GraphRun, bucket
 from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, condition
 from blip3o_fast.sampling.inputs import starting_noise, warn_of_guidance
@@ -57,8 +63,9 @@ def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         if torch.compiler.is_compiling():
             reason = "generate is no graph: pass compile=True to it instead"
-            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportCallIssue]
-            return cast(Any, torch.compiler.disable(function))(*args, **kwargs)
+            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportPrivateUsage]
+            outside = cast("Callable[Parameters, Result]", torch.compiler.disable(function))
+            return outside(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -73,8 +80,9 @@ class SamplingPlan:
 
     Args:
         model: any device; its train or eval mode does not matter, sampling never drops units.
-        steps: S, at least 1.
-        solver: a name of ``flow.SOLVERS``, which say when to use them.
+        steps: S, at least 1; None for a fitted solver, which has its own.
+        solver: a name of ``flow.SOLVERS``, which say when to use them; what ``fit_solver`` made for
+            this model; or ``fitted``, which is the one of ``model.fitted`` with S evaluations.
         guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
         time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0 to 1;
             None follows the model's conventions.
@@ -98,8 +106,8 @@ class SamplingPlan:
         self,
         model: DiT,
         *,
-        steps: int,
-        solver: str = "heun",
+        steps: int | None = None,
+        solver: str | FittedSolver = "heun",
         guidance_scale: float = 1.0,
         time_grid: GridName | Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
@@ -110,9 +118,21 @@ class SamplingPlan:
     ) -> None:
         self.model, self.dtype, self.impl = model, dtype, impl
         self.graph, self.compile, self.working_memory = graph, compile, working_memory
-        named = model.config.rules.time_grid if time_grid is None else time_grid
-        self.grid = make_grid(named, steps)
-        self.solver, self.guidance_scale = find_solver(solver), float(guidance_scale)
+        self.guidance_scale = float(guidance_scale)
+        if solver == "fitted":
+            solver = choose_fitted(model.fitted, steps)
+        if isinstance(solver, FittedSolver):
+            if steps not in (None, len(solver)) or time_grid is not None:
+                raise ValueError(
+                    f"steps, time_grid: expected None for a fitted solver of {len(solver)} "
+                    f"evaluations, got {steps} and {time_grid}"
+                )
+            self.solver, self.grid = solver, solver.grid
+        else:
+            if steps is None:
+                raise ValueError("steps: expected a number, got None")
+            named = model.config.rules.time_grid if time_grid is None else time_grid
+            self.solver, self.grid = find_solver(solver), make_grid(named, steps)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale}")
         if dtype is not None and dtype not in DTYPES:
@@ -158,6 +178,12 @@ class SamplingPlan:
         graph = self._uses_graph(device)
         warn_of_guidance(model, self.guidance_scale, stacklevel=4)
         x = starting_noise(model, eva, noise, generator, seeds)
+        if isinstance(self.solver, FittedSolver):
+            self.solver.check(
+                conventions=model.config.conventions,
+                guidance_scale=self.guidance_scale,
+                weights=weights_digest(model),
+            )
         dtype = self._dtype(device)
         with _on(device), torch.autocast(device.type, enabled=False):
             engine = find_engine(model, dtype, self.impl, compiled=self.compile)

@@ -1,0 +1,139 @@
+"""``blip3o-fast fit-solver``: solvers of few evaluations for a model, beside its checkpoint."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from blip3o_fast.checked import Count, check
+from blip3o_fast.checkpoint import SOLVER_NAME, locate_checkpoint
+from blip3o_fast.data import EmbeddingDataset
+from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
+from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import add_flags, given
+from blip3o_fast.flow import FittedSolver, save_solvers
+from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
+from blip3o_fast.report.columns import align
+from blip3o_fast.sampling import SamplingPlan, fit_solvers
+from blip3o_fast.sampling.fit import default_reference, solver_errors
+
+PEERS = ("heun", "adams_bashforth2", "adams_bashforth4")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What to fit, to which model, on what.
+
+    Attributes:
+        model_path: checkpoint folder, training run or .pt file; ``solver.json`` is written there.
+        embeddings_dir: folder of shards with EVA embeddings to fit on.
+        evaluations: calls of the network, one solver for each number.
+        conditions: samples to fit on and to measure with; a quarter is held out.
+        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
+        seed: decides the samples and their noise.
+        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
+        dtype: element type of weights and activations; None: as stored.
+        device: device to run on; auto: cuda if there is a GPU.
+
+    Raises:
+        OptionError: naming the option, what was expected and what came.
+    """
+
+    model_path: str
+    embeddings_dir: str
+    evaluations: tuple[Count, ...] = (3, 5, 8, 12)
+    conditions: Count = 16
+    guidance_scale: float = 1.0
+    seed: int = 0
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    dtype: DtypeName | None = None
+    device: DeviceName = "auto"
+
+    def __post_init__(self) -> None:
+        check(self, error=OptionError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``fit-solver``."""
+    add_flags(parser, FitOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, print the errors beside those of other solvers, write ``solver.json``."""
+    options = FitOptions(**given(FitOptions, args))
+    device = find_device(options.device)
+    model = load_trained_model(
+        options.model_path,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
+        device=device,
+    )
+    eva = conditions(options, model).to(device)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    generator = torch.Generator().manual_seed(options.seed)
+    try:
+        fitted = fit_solvers(
+            model,
+            eva,
+            evaluations=options.evaluations,
+            guidance_scale=options.guidance_scale,
+            generator=generator,
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    held_out = eva[-max(1, len(eva) // 4) :]
+    print("\n".join(table(model, fitted, held_out, generator, dtype)))
+    found = locate_checkpoint(options.model_path)
+    folder = found if found.is_dir() else found.parent
+    save_solvers(folder, {**model.fitted, **fitted})
+    print(f"\nSolvers: {folder / SOLVER_NAME}")
+    return 0
+
+
+def conditions(options: FitOptions, model: BLIP3oDiT) -> torch.Tensor:
+    """EVA tokens ``[n, N, E]`` drawn from the shards, in the dtype of the model."""
+    data = EmbeddingDataset(options.embeddings_dir, tokens=model.config.num_tokens)
+    if data.eva_width != model.config.eva_embedding_size:
+        raise OptionError(
+            f"embeddings_dir: expected EVA width {model.config.eva_embedding_size}, that of the "
+            f"model, got {data.eva_width}"
+        )
+    if len(data) < options.conditions:
+        raise OptionError(
+            f"conditions: expected at most the {len(data)} samples of {options.embeddings_dir}, "
+            f"got {options.conditions}"
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
+    return data.read(order[: options.conditions].tolist()).eva.to(model.dtype)
+
+
+def table(
+    model: BLIP3oDiT,
+    fitted: dict[int, FittedSolver],
+    eva: torch.Tensor,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """Relative errors of final states on conditions that no solver was fitted to."""
+    scale = next(iter(fitted.values())).guidance_scale
+    plans = {}
+    for count, solver in fitted.items():
+        for name in ("fitted", *PEERS):
+            stages = 2 if name == "heun" else 1
+            if count % stages:
+                continue
+            plans[count, name] = SamplingPlan(
+                model,
+                steps=count // stages,
+                solver=solver if name == "fitted" else name,
+                guidance_scale=scale,
+                dtype=dtype,
+            )
+    errors = solver_errors(plans, default_reference(model, scale), eva, generator)
+    rows = [["evaluations", "fitted", *PEERS]]
+    for count in fitted:
+        found = (errors.get((count, name)) for name in ("fitted", *PEERS))
+        rows.append([str(count), *("" if e is None else f"{e:.2g}" for e in found)])
+    return align(rows)
