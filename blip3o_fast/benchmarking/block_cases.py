@@ -68,6 +68,6 @@ def block_call(network: Network, index: int, impl: Impl | None, compile_it: bool
 
     def call() -> object:
         with using(model, impl):
-            return block(*arguments)
+            return block(*arguments, stays=True)
 
     return call

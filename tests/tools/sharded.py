@@ -46,8 +46,7 @@ def by_block_with_torchs_recomputation(model):
 
 
 def by_compiled_block(model):
-    for i, block in enumerate(model.blocks):
-        model.blocks[i] = torch.compile(block, backend="eager")
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
     by_block(model)
 
 
