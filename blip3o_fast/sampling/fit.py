@@ -21,6 +21,7 @@ error that is stored.
 Memory: count + 2 states a condition, and twice that in fp64 for one batch.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -275,13 +276,11 @@ class _Fit:
                 moment += (columns @ batch.nodes[node].flatten().double()).cpu().numpy()
             weights = _damped(gram, moment, np.array([1.0, *solver.slopes[n]]), damping)
             for _, trajectory, seen in runs:
-                x = sum(
-                    (c * v for c, v in zip(weights[1:], seen, strict=True)),
-                    weights[0] * trajectory.x,
-                )
-                trajectory.x.copy_(
-                    x if solver.clamp is None else x.clamp(-solver.clamp, solver.clamp)
-                )
+                x = weights[0] * trajectory.x
+                for weight, v in zip(weights[1:], seen, strict=True):
+                    x = x + weight * v
+                bound = math.inf if solver.clamp is None else solver.clamp
+                trajectory.x.copy_(x.clamp(-bound, bound))
             states.append(float(weights[0]))
             slopes.append(tuple(map(float, weights[1:])))
         fitted = replace(solver, states=tuple(states), slopes=tuple(slopes))
