@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from blip3o_fast import RectifiedFlowLoss
+from blip3o_fast import BLIP3oCLIPDiTConfig, DiTConfig, RectifiedFlowLoss
 from blip3o_fast.flow import interpolate
 from tests.tools.models import build, inputs
 
@@ -119,9 +119,10 @@ def test_other_ways_to_recompute_are_refused(options, message):
     assert not model.gradient_checkpointing
 
 
-def test_a_configuration_takes_use_cache_and_nothing_else():
+@pytest.mark.parametrize("kind", [DiTConfig, BLIP3oCLIPDiTConfig])
+def test_a_configuration_takes_use_cache_and_nothing_else(kind):
     """``Trainer`` sets it on the configuration of every model. It is no field."""
-    config, fresh = build().config, build().config
+    config, fresh = kind(), kind()
     config.use_cache = False
     assert config == fresh and hash(config) == hash(fresh)
     assert config.to_dict() == fresh.to_dict() and "use_cache" not in config.to_dict()
