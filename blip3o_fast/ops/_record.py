@@ -103,6 +103,8 @@ class Op:
         cuda: why the CUDA C++ kernel does not take a tensor, or None; None without a kernel.
         flops: of the arguments. Rows are bound by memory and count none.
         fused: the implementations that are registered.
+        differentiable: how many arguments receive gradients: the first ones.
+        rows: how many arguments are rows of activations: the first ones.
     """
 
     name: str
@@ -120,11 +122,19 @@ class Op:
     cuda: Callable[[Tensor], str | None] | None = None
     flops: Callable[..., float] = lambda *_: 0.0
     fused: dict[Impl, Fused] = field(default_factory=dict, init=False, compare=False, repr=False)
-    letters: list[list[str] | None] = field(init=False, compare=False, repr=False)
+    differentiable: int = field(init=False)
+    rows: int = field(init=False)
+    _letters: list[list[str] | None] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        letters = [axes and axes.split() for axes in self.axes.values()]
-        object.__setattr__(self, "letters", letters)
+        letters = [axes.split() if axes else None for axes in self.axes.values()]
+        found = {
+            "_letters": letters,
+            "rows": sum(axes == ANY or len(axes or ()) > 2 for axes in letters),
+            "differentiable": 0 if self.backward is None else results_of(self.backward.schema),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, *arguments: Any, impl: Impl | None = None) -> Any:
         """Check the arguments of ``schema`` and compute the results by ``impl``.
@@ -176,7 +186,7 @@ class Op:
         """Raise ``ValueError`` unless the arguments fit each other."""
         sizes: dict[str, int] = {}
         device = arguments[0].device
-        for name, letters, x in zip(self.axes, self.letters, arguments, strict=False):
+        for name, letters, x in zip(self.axes, self._letters, arguments, strict=False):
             if x is None or letters is None:
                 continue
             if letters != ANY:
@@ -190,16 +200,6 @@ class Op:
                 check_tensors(**{next(iter(self.axes)): arguments[0], name: x})
         if self.require is not None:
             self.require(*arguments)
-
-    @property
-    def differentiable(self) -> int:
-        """How many arguments receive gradients: the first ones."""
-        return 0 if self.backward is None else results_of(self.backward.schema)
-
-    @property
-    def rows(self) -> int:
-        """How many arguments are rows of activations: the first ones."""
-        return sum(letters == ANY or len(letters or ()) > 2 for letters in self.letters)
 
     @property
     def operators(self) -> list[Operator]:

@@ -51,14 +51,15 @@ def bind(op: Op, namespace: str) -> Fused:
             operators[operator.launcher] = getattr(registered, operator.name).default
     if op.backward is None:
         return Fused(operators, operators["forward"])
-    record = _differentiable(op, op.backward, operators["forward"], operators["backward"])
-    library.impl(op.name, record, "Autograd")
+    forward, backward = operators["forward"], operators["backward"]
+    recorded = _differentiable(op, op.backward, forward, backward)
+    library.impl(op.name, recorded, "Autograd")
 
     def eager(*arguments: Any) -> Any:
         if torch.is_grad_enabled():
-            return record(*arguments)
+            return recorded(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return operators["forward"](*arguments)
+            return forward(*arguments)
 
     return Fused(operators, eager)
 
@@ -79,7 +80,7 @@ def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
 def _differentiable(
     op: Op, rule: Backward, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    rows = op.rows
+    """``forward`` as a function that autograd records; ``rule`` says what ``backward`` is given."""
     tensors = rule.schema.partition(" -> ")[0].count("Tensor") - rule.results
 
     class Function(torch.autograd.Function):
@@ -101,12 +102,12 @@ def _differentiable(
             needed, gradients = ctx.needs_input_grad, gradients[: rule.results]
             if all(g is None for g in gradients):
                 return (None,) * len(needed)
-            flag = (any(needed[rows:]),) if rule.chooses else ()
+            flag = (any(needed[op.rows :]),) if rule.chooses else ()
             found = as_tuple(backward(*gradients, *ctx.saved_tensors, *ctx.others, *flag))
-            absent = (None,) * (len(needed) - len(found))
-            return *(g if n else None for g, n in zip(found, needed, strict=False)), *absent
+            wanted = [g if n else None for g, n in zip(found, needed, strict=False)]
+            return *wanted, *(None,) * (len(needed) - len(found))
 
-    return Function.apply
+    return type(op.name, (Function,), {}).apply  # the name that a graph of autograd shows
 
 
 def _launcher(module: str, function: str) -> Callable[..., Any]:
