@@ -71,7 +71,7 @@ def test_published_files_may_name_cls_by_tokens_alone():
         ),
         (
             {"conventions": "published", "hidden_size": 144},
-            "published rotary layout expects a head width that is a multiple of 8, got 12",
+            "rotary layout of the published conventions expects a head width .* of 8, got 12",
         ),
     ],
 )
