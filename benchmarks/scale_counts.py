@@ -156,7 +156,8 @@ def other_activations(config: DiTConfig, *, multiple: int = 64, mask: int = 1) -
     D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
     widths = sum(work.adapter_widths(config, multiple)[1:])
     adapter = 2 * E * STORED + widths * (2 * STORED + mask)
-    return adapter + (5 * D + C) * STORED + 4 * C * FP32
+    first_join = D if config.rules.aligned_stream else 0
+    return adapter + (5 * D + first_join + C) * STORED + 4 * C * FP32
 
 
 def training_state(config: DiTConfig, *, average: bool = True) -> int:
