@@ -90,7 +90,7 @@ def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the one kernel cannot compute this, or None."""
     if q.shape[-1] != WIDTH:
         return f"the kernel takes heads of {WIDTH}, got {q.shape[-1]}"
-    if not k.shape[1]:
+    if q.shape[1] and not k.shape[1]:
         return "the kernel needs at least one key"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "the kernel has no backward: expected torch.no_grad()"
