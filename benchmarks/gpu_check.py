@@ -43,7 +43,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -227,11 +227,12 @@ class Check:
 
     def end(self, outcome: Outcome) -> None:
         """Say and save what became of a step."""
+        outcome = replace(outcome, seconds=round(outcome.seconds, 1), limit=round(outcome.limit, 1))
         self.outcomes[outcome.name] = outcome
         self.running = [step for step in self.running if step.name != outcome.name]
         print(
             f"{outcome.name:<16} {outcome.verdict:<8} {outcome.seconds:6.1f} s of "
-            f"{outcome.limit:.0f}  {outcome.reason}",
+            f"{outcome.limit:g}  {outcome.reason}",
             flush=True,
         )
         self.pack()
@@ -308,15 +309,7 @@ class Check:
     def summary(self) -> dict[str, Any]:
         """What is known so far."""
         steps = [
-            {
-                "name": outcome.name,
-                "verdict": outcome.verdict,
-                "exit": outcome.exit,
-                "seconds": round(outcome.seconds, 1),
-                "limit": round(outcome.limit),
-                "reason": outcome.reason,
-                "log": f"{outcome.name}.log",
-            }
+            {**asdict(outcome), "log": self.log(outcome.name).name}
             for outcome in self.outcomes.values()
         ]
         return {

@@ -45,7 +45,8 @@ class Rehearsal:
 
     def __init__(self, folder):
         self.folder, self.tree, self.out = folder, folder / "tree", folder / "out"
-        self.bin = folder / "bin"
+        self.bin, self.temporary = folder / "bin", folder / "temporary"
+        self.temporary.mkdir()
         shutil.copytree(
             ROOT / "benchmarks", self.tree / "benchmarks", ignore=shutil.ignore_patterns("results")
         )
@@ -74,6 +75,7 @@ class Rehearsal:
             "PYTHON": str(self.bin / "python"),
             "PATH": path or f"{self.bin}:{os.environ['PATH']}",
             "CUDA_HOME": "/nowhere",
+            "TMPDIR": str(self.temporary),
         }
 
     def start(self, *arguments, path=None, **options):
@@ -267,11 +269,10 @@ def test_a_full_file_system(rehearsal, full):
         if full == "out":
             rehearsal.out = small
         else:
-            os.environ["TMPDIR"] = str(small)
+            rehearsal.temporary = small
         status, said = rehearsal.run("--steps", ",".join(names))
         steps, results = rehearsal.steps(), rehearsal.results()
     finally:
-        os.environ.pop("TMPDIR", None)
         subprocess.run(["umount", str(small)], check=True)
     if full == "out":
         assert status == 0 and "not replaced" in said
