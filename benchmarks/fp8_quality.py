@@ -128,7 +128,7 @@ def velocity(
     weights, config = engine.weights, engine.config
     context = condition(weights, config, batch.eva.float(), guided=False, impls=engine.impls)
     table = modulation_table(model, (time,), torch.float32)
-    guesses = linear_guesses(model, (time,))
+    guesses = linear_guesses(model, (time,), torch.float32)
     guess = None if guesses is None else LinearGuess(*guesses[0])
     sites = site_modulations(
         weights.norms, table[0], guess, 3 * config.num_hidden_layers, len(state)

@@ -1,6 +1,8 @@
 """Shared by all tests. Without a CUDA device, Triton kernels run in Triton's interpreter."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -8,6 +10,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One process a core: threads of several processes on the same cores wait for each other.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch.compile's cache on disk would give one capability the code of another.
+    cache = Path(tempfile.gettempdir()) / f"blip3o_inductor_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 if not torch.cuda.is_available():
     # Read when @triton.jit decorates, so it must be set before anything imports a kernel.

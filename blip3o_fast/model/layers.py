@@ -60,12 +60,14 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(inner, nn.SiLU(), outer)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Times ``[B]`` in [0, 1] to ``[B, D]``."""
+        """Times ``[B]`` in [0, 1] to ``[B, D]``; sinusoids in fp32, and in fp64 for fp64."""
+        dtype = next(self.mlp.parameters()).dtype
+        wide = torch.promote_types(dtype, torch.float32)
         half = FREQUENCY_EMBEDDING_SIZE // 2
-        steps = torch.arange(half, device=t.device, dtype=torch.float32)
-        angles = self.scale * t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) / half * steps)
+        steps = torch.arange(half, device=t.device, dtype=wide)
+        angles = self.scale * t.to(wide)[:, None] * torch.exp(-math.log(MAX_PERIOD) / half * steps)
         sinusoids = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(sinusoids.to(dtype))
 
 
 class Attention(nn.Module):

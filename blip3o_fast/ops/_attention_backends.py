@@ -1,4 +1,4 @@
-"""Where softmax attention can be computed: who can take which tensors, and how each is called.
+"""Where softmax attention can be computed: by torch, or by one of the flash-attention packages.
 
 No package is imported before a CUDA tensor asks for it. A package that is installed but broken
 counts as absent, with the reason kept.
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blip3o_fast import reference
 
@@ -23,32 +22,20 @@ class AttentionBackend(Enum):
     """A way to compute softmax attention.
 
     ``FLASH_ATTN_3``, ``FLASH_ATTN_4`` and ``FLASH_ATTN_2`` are interfaces of the flash-attention
-    packages, ``SDPA_FLASH`` the flash kernel of torch: none repeats the keys and values of a group.
-    ``SDPA`` is whatever else ``torch.nn.functional.scaled_dot_product_attention`` finds, which may.
+    packages. ``SDPA`` is ``torch.nn.functional.scaled_dot_product_attention``, which chooses among
+    its own kernels as ``torch.nn.attention.sdpa_kernel`` allows. Its fused kernels share the keys
+    of a group, its ``MATH`` repeats them.
     """
 
     FLASH_ATTN_3 = "flash_attn_3"
     FLASH_ATTN_4 = "flash_attn_4"
     FLASH_ATTN_2 = "flash_attn_2"
-    SDPA_FLASH = "sdpa_flash"
     SDPA = "sdpa"
     REFERENCE = "reference"
 
 
-class Facts(NamedTuple):
-    """What the choice of a backend depends on."""
-
-    device: torch.device
-    dtype: torch.dtype
-    width: int
-    dropout: bool
-    unit_rows: bool
-    empty: bool
-    compiling: bool
-
-
 class Package(NamedTuple):
-    """A flash-attention package: where its function is, and which GPUs it knows."""
+    """A flash-attention package: where its function is, and what it can do."""
 
     module: str
     distribution: str
@@ -61,68 +48,70 @@ PACKAGES = {
     AttentionBackend.FLASH_ATTN_4: Package("flash_attn.cute", "flash-attn-4", (9, 11), False),
     AttentionBackend.FLASH_ATTN_2: Package("flash_attn", "flash-attn", (8, 12), True),
 }
+"""In the order of the automatic choice; ``majors`` are the compute capabilities they know."""
 
-CHAIN = (*PACKAGES, AttentionBackend.SDPA_FLASH, AttentionBackend.SDPA)
-"""The order of the automatic choice."""
-
-TRACING = "torch.compile is tracing, and leaves the choice among torch's own kernels to torch"
 MAX_WIDTH = 256
-HALVES = (torch.float16, torch.bfloat16)
 
 
-def refusal(backend: AttentionBackend, facts: Facts) -> str | None:
+def choose(
+    backend: AttentionBackend | None, q: Tensor, k: Tensor, v: Tensor, dropout: float
+) -> tuple[AttentionBackend, dict[str, list[str]]]:
+    """``backend``; if None the first package that can run, else ``SDPA``.
+
+    With it the packages that were passed over, by what rules them out.
+
+    Raises:
+        ValueError: if ``backend`` cannot run.
+    """
+    passed: dict[str, list[str]] = {}
+    for candidate in PACKAGES if backend is None else (backend,):
+        reason = _refusal(candidate, q, k, v, dropout)
+        if reason is None:
+            return candidate, passed
+        passed.setdefault(reason, []).append(candidate.value)
+    if backend is None:
+        return AttentionBackend.SDPA, passed
+    raise ValueError(
+        f"backend={backend.name} on {q.dtype} heads of {q.shape[-1]} on {q.device}: "
+        f"{next(iter(passed))}; pass backend=None to choose one that can run"
+    )
+
+
+def _refusal(
+    backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, dropout: float
+) -> str | None:
     """Why a backend cannot run, or None."""
-    if backend is AttentionBackend.REFERENCE:
-        return "the specification has no dropout" if facts.dropout else None
     if backend is AttentionBackend.SDPA:
         return None
-    if facts.empty:
-        return "it needs at least one query and one key"
-    if not facts.unit_rows:
-        return "the last axis of q, k or v is not contiguous"
-    if backend is AttentionBackend.SDPA_FLASH:
-        return _sdpa_flash_refusal(facts)
-    return _package_refusal(PACKAGES[backend], facts)
-
-
-def _sdpa_flash_refusal(facts: Facts) -> str | None:
-    if facts.device.type == "cpu":
-        return "torch's flash kernel for CPUs has no dropout" if facts.dropout else None
-    if facts.device.type != "cuda":
-        return f"it runs on CUDA and CPU tensors, got {facts.device}"
-    if facts.compiling:
-        return TRACING
-    if not torch.backends.cuda.is_flash_attention_available():
-        return "this torch was built without it"
-    return _gpu_refusal(facts, (8, 99))
-
-
-def _package_refusal(package: Package, facts: Facts) -> str | None:
-    if facts.device.type != "cuda":
-        return f"it needs CUDA tensors, got {facts.device}"
-    if facts.compiling:
-        return TRACING
-    if facts.dropout and not package.dropout:
+    if backend is AttentionBackend.REFERENCE:
+        return "the specification has no dropout" if dropout else None
+    package, width = PACKAGES[backend], q.shape[-1]
+    if q.device.type != "cuda":
+        return f"it needs CUDA tensors, got {q.device}"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing, and knows torch's own kernels"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "flash attention is switched off, as by torch.nn.attention.sdpa_kernel"
+    if dropout and not package.dropout:
         return f"{package.distribution} has no dropout"
-    unfit = _gpu_refusal(facts, package.majors)
+    if not (q.numel() and k.numel()):
+        return "it needs at least one query and one key"
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return "the last axis of q, k or v is not contiguous"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16, got {q.dtype}"
+    if width > MAX_WIDTH or width % 8:
+        return f"it takes heads of a multiple of 8 up to {MAX_WIDTH}, got {width}"
+    low, high = package.majors
+    if not low <= (major := _compute_major(q.device)) <= high:
+        return f"it knows GPUs of compute capability {low} to {high}, got {major}"
     found = package_function(package)
-    return unfit or (found if isinstance(found, str) else None)
-
-
-def _gpu_refusal(facts: Facts, majors: tuple[int, int]) -> str | None:
-    if facts.dtype not in HALVES:
-        return f"it computes in float16 and bfloat16, got {facts.dtype}"
-    if facts.width > MAX_WIDTH or facts.width % 8:
-        return f"it takes heads of a multiple of 8 up to {MAX_WIDTH}, got {facts.width}"
-    major = _compute_major(facts.device.index or 0)
-    if not majors[0] <= major <= majors[1]:
-        return f"it knows GPUs of compute capability {majors[0]} to {majors[1]}, got {major}"
-    return None
+    return found if isinstance(found, str) else None
 
 
 @cache
-def _compute_major(index: int) -> int:
-    return torch.cuda.get_device_capability(index)[0]
+def _compute_major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @cache
@@ -144,20 +133,14 @@ def run(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, dropout: flo
     """q ``[B, N, H, d]``, k and v ``[B, M, K, d]`` to ``[B, N, H, d]``, where the backend can."""
     if backend is AttentionBackend.REFERENCE:
         return reference.attention(q, k, v)
-    if backend in PACKAGES:
-        function = package_function(PACKAGES[backend])
-        assert not isinstance(function, str), function
-        options = {"dropout_p": dropout} if PACKAGES[backend].dropout else {}
-        out = function(q, k, v, **options)
-        return out[0] if isinstance(out, tuple) else out
-    if backend is AttentionBackend.SDPA_FLASH:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return _sdpa(q, k, v, dropout)
-    return _sdpa(q, k, v, dropout)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    if backend is AttentionBackend.SDPA:
+        # A bool even where torch.jit.trace makes tensors of the sizes.
+        grouped = bool(q.shape[2] != k.shape[2])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    function = package_function(PACKAGES[backend])
+    assert not isinstance(function, str), function
+    options = {"dropout_p": dropout} if PACKAGES[backend].dropout else {}
+    out = function(q, k, v, **options)
+    return out[0] if isinstance(out, tuple) else out

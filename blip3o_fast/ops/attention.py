@@ -1,18 +1,11 @@
 """Grouped-query attention without repeated keys and values."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.ops._attention_backends import (
-    CHAIN,
-    AttentionBackend,
-    Facts,
-    refusal,
-    run,
-)
+from blip3o_fast.ops._attention_backends import AttentionBackend, choose, run
 from blip3o_fast.ops._dispatch import check_tensors, outside_autocast
 
 
@@ -43,7 +36,7 @@ def attention(
     q, k, v = _as_autocast(q, k, v)
     check_heads(q, k, v)
     _check_dropout(dropout)
-    chosen = _choose(_facts(q, k, v, dropout), backend)[0]
+    chosen, _ = choose(backend, q, k, v, dropout)
     with outside_autocast(q):
         return run(chosen, q, k, v, dropout)
 
@@ -64,7 +57,20 @@ def attention_backend(
     q, k, v = _as_autocast(q, k, v)
     check_heads(q, k, v)
     _check_dropout(dropout)
-    return _choose(_facts(q, k, v, dropout), backend)
+    chosen, passed = choose(backend, q, k, v, dropout)
+    if backend is not None:
+        return chosen, "asked for"
+    why = [f"not {', '.join(names)}: {reason}" for reason, names in passed.items()]
+    if chosen is AttentionBackend.SDPA:
+        why.append(f"torch would use {_kernel_of_sdpa(q, k, v, dropout)}")
+    return chosen, "; ".join(why) or "first choice"
+
+
+def _kernel_of_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
+    choice = torch.ops.aten._fused_sdp_choice(*heads, dropout_p=dropout, enable_gqa=grouped)
+    return SDPBackend(choice).name
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,42 +98,3 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_dropout(dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
-
-
-def _facts(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Facts:
-    return Facts(
-        device=q.device,
-        dtype=q.dtype,
-        width=q.shape[-1],
-        dropout=dropout > 0,
-        unit_rows=all(x.stride(-1) == 1 for x in (q, k, v)),
-        empty=not (q.numel() and k.numel()),
-        compiling=torch.compiler.is_compiling(),
-    )
-
-
-def _choose(facts: Facts, backend: AttentionBackend | None) -> tuple[AttentionBackend, str]:
-    if backend is None:
-        return _first(facts) if facts.compiling else _remembered(facts)
-    reason = refusal(backend, facts)
-    if reason is not None:
-        raise ValueError(
-            f"backend={backend.name} on {facts.dtype} heads of {facts.width} on {facts.device}: "
-            f"{reason}; pass backend=None to choose one that can run"
-        )
-    return backend, "asked for"
-
-
-def _first(facts: Facts) -> tuple[AttentionBackend, str]:
-    """The first backend of the chain that can run, and what spoke against those before it."""
-    passed: dict[str, list[str]] = {}
-    for candidate in CHAIN:
-        reason = refusal(candidate, facts)
-        if reason is None:
-            why = [f"not {', '.join(names)}: {reason}" for reason, names in passed.items()]
-            return candidate, "; ".join(why) or "first choice"
-        passed.setdefault(reason, []).append(candidate.value)
-    raise AssertionError("SDPA takes everything")
-
-
-_remembered = lru_cache(maxsize=256)(_first)

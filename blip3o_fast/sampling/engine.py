@@ -92,7 +92,7 @@ class Engine:
             times, rows = grid_times(grid, solver)
             wide = torch.promote_types(self.weights.dtype, torch.float32)
             modulations = modulation_table(model, times, wide)
-            return step_table(modulations, linear_guesses(model, times), grid, rows, dtype)
+            return step_table(modulations, linear_guesses(model, times, wide), grid, rows, dtype)
 
         with self.lock:
             return self.tables.get((grid, solver, dtype), make)

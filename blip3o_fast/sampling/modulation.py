@@ -46,30 +46,30 @@ class Sites(NamedTuple):
 
 
 def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """``w2 * (1 + scale)`` and ``shift`` of every site, ``[T, sites, 2, D]`` in ``dtype``."""
+    """``w2 * (1 + scale)`` and ``shift`` of every site, ``[T, sites, 2, D]``, all in ``dtype``."""
     sites = norm_sites(model)
     with torch.device("meta"):
         blank = TimestepEmbedder(model.config)
-    stored = model.input_proj.weight.dtype
-    embed = twin(blank, model.timestep_embedder, stored)
-    activated = F.silu(embed(torch.tensor(times, device=model.input_proj.weight.device)))
+    embed = twin(blank, model.timestep_embedder, dtype)
+    t = torch.tensor(times, device=model.input_proj.weight.device, dtype=dtype)
+    activated = F.silu(embed(t))
     linears = [cast(nn.Linear, ada_ln.adaLN_modulation[1]) for _, ada_ln in sites]
-    weight = torch.cat([whole(linear.weight) for linear in linears])
-    bias = torch.cat([whole(linear.bias) for linear in linears])
-    stacked = F.linear(activated, weight, bias).to(dtype)
+    weight = torch.cat([whole(linear.weight) for linear in linears]).to(dtype)
+    bias = torch.cat([whole(linear.bias) for linear in linears]).to(dtype)
+    stacked = F.linear(activated, weight, bias)
     shift, scale = stacked.view(len(times), len(sites), 2, -1).unbind(2)
     inner = torch.stack([whole(ada_ln.norm.weight) for _, ada_ln in sites]).to(dtype)
     return torch.stack((inner * (1 + scale), shift), dim=2)
 
 
-def linear_guesses(model: DiT, times: Sequence[float]) -> Tensor | None:
-    """The weights of ``LinearGuess`` at each time, ``[T, 2]`` fp32, or None.
+def linear_guesses(model: DiT, times: Sequence[float], dtype: torch.dtype) -> Tensor | None:
+    """The weights of ``LinearGuess`` at each time, ``[T, 2]`` in ``dtype``, or None.
 
-    The times are rounded to fp32 first, as the plain model is told them.
+    The times are rounded to ``dtype`` first, as the plain model is told them.
     """
     if model.config.conventions != "consistent":
         return None
-    t = torch.tensor(times, device=model.input_proj.weight.device)
+    t = torch.tensor(times, device=model.input_proj.weight.device, dtype=dtype)
     return torch.stack((clean_coefficient(t), skip_coefficient(t)), dim=1)
 
 

@@ -16,6 +16,7 @@ def plain_velocity(model: DiT, eva: Tensor, *, guided: bool) -> Velocity:
         guided: return ``[2B, N, C]``, the conditional half first.
     """
     eva = eva.to(model.input_proj.weight.dtype)
+    wide = torch.promote_types(eva.dtype, torch.float32)
     if guided:
         eva = torch.cat((eva, torch.zeros_like(eva)))
 
@@ -23,7 +24,7 @@ def plain_velocity(model: DiT, eva: Tensor, *, guided: bool) -> Velocity:
         state = x.to(eva.dtype)
         if guided:
             state = torch.cat((state, state))
-        times = torch.full((state.shape[0],), t, device=state.device)
+        times = torch.full((state.shape[0],), t, device=state.device, dtype=wide)
         v = model(state, times, eva, return_dict=False)
         assert isinstance(v, Tensor)
         return v

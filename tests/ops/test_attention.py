@@ -1,18 +1,22 @@
 """Attention on every backend that can run here, and the choice among all of them."""
 
 import sys
+import threading
 import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blip3o_fast import ops, reference
 from blip3o_fast.ops import AttentionBackend
 from blip3o_fast.ops import _attention_backends as backends
 from tests.kernels.oracle import check, laid_out, randn
 
-HERE = [AttentionBackend.SDPA_FLASH, AttentionBackend.SDPA, AttentionBackend.REFERENCE]
+HERE = [AttentionBackend.SDPA, AttentionBackend.REFERENCE]
 PACKAGES = list(backends.PACKAGES)
+FLAGS = ("flash", "mem_efficient", "math", "cudnn")
 
 
 def inputs(batch=2, tokens=5, keys=7, heads=4, kv_heads=2, width=16, **options):
@@ -23,33 +27,13 @@ def inputs(batch=2, tokens=5, keys=7, heads=4, kv_heads=2, width=16, **options):
     ]
 
 
-def facts(**changes):
-    """Those of a bf16 head of 64 on an H100."""
-    usual = backends.Facts(
-        device=torch.device("cuda", 0),
-        dtype=torch.bfloat16,
-        width=64,
-        dropout=False,
-        unit_rows=True,
-        empty=False,
-        compiling=False,
-    )
-    return usual._replace(**changes)
-
-
 @pytest.fixture
 def h100(monkeypatch):
-    monkeypatch.setattr(backends, "_compute_major", lambda index: 9)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    """The choice on an H100, of packages that no other test has installed."""
+    monkeypatch.setattr(backends, "_compute_major", lambda device: 9)
     backends.package_function.cache_clear()
-    ops_attention()._remembered.cache_clear()
     yield
     backends.package_function.cache_clear()
-    ops_attention()._remembered.cache_clear()
-
-
-def ops_attention():
-    return sys.modules["blip3o_fast.ops.attention"]
 
 
 def install(monkeypatch, module, function):
@@ -62,15 +46,17 @@ def install(monkeypatch, module, function):
         sys.modules[module].flash_attn_func = function
 
 
-def choose(**changes):
-    return ops_attention()._first(facts(**changes))
+def choose(width=64, tokens=5, dtype=torch.bfloat16, device="cuda", dropout=0.0):
+    """Backend, and what speaks against the packages before it, for tensors without values."""
+    with FakeTensorMode():
+        q, k = (torch.empty(2, tokens, n, width, dtype=dtype, device=device) for n in (4, 2))
+        chosen, passed = backends.choose(None, q, k, k, dropout)
+    return chosen, "; ".join(passed)
 
 
 @pytest.mark.parametrize("backend", [None, *HERE], ids=str)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
 def test_against_the_specification(device, backend, heads, kv_heads):
-    if device.type == "cuda" and backend is AttentionBackend.SDPA_FLASH:
-        pytest.skip("flash kernels take 16-bit dtypes: test_half")
     check(
         lambda q, k, v: ops.attention(q, k, v, backend=backend),
         reference.attention,
@@ -93,8 +79,6 @@ def test_packed_projection_is_read_where_it_lies(device):
 
 def test_rows_that_are_not_contiguous(device):
     values = [laid_out(x, "spread") for x in inputs(device=device)]
-    assert ops.attention_backend(*values)[0] is AttentionBackend.SDPA
-    assert "last axis" in ops.attention_backend(*values)[1]
     check(ops.attention, reference.attention, values)
 
 
@@ -136,11 +120,12 @@ def test_one_graph(device):
 
 
 def test_the_backend_is_queryable():
+    absent = "not flash_attn_3, flash_attn_4, flash_attn_2: it needs CUDA tensors, got cpu"
     backend, reason = ops.attention_backend(*inputs())
-    assert backend is AttentionBackend.SDPA_FLASH
-    assert reason == "not flash_attn_3, flash_attn_4, flash_attn_2: it needs CUDA tensors, got cpu"
-    backend, reason = ops.attention_backend(*inputs(), dropout=0.1)
-    assert backend is AttentionBackend.SDPA and "CPUs has no dropout" in reason
+    assert backend is AttentionBackend.SDPA
+    assert reason == f"{absent}; torch would use FLASH_ATTENTION"
+    _, reason = ops.attention_backend(*inputs(), dropout=0.1)
+    assert reason == f"{absent}; torch would use MATH"
     asked = ops.attention_backend(*inputs(), backend=AttentionBackend.REFERENCE)
     assert asked == (AttentionBackend.REFERENCE, "asked for")
 
@@ -158,21 +143,82 @@ def test_a_backend_that_cannot_run(backend, message):
         ops.attention(*inputs(), backend=backend)
 
 
-@pytest.mark.parametrize("backend", [AttentionBackend.REFERENCE, AttentionBackend.SDPA_FLASH])
-def test_dropout_is_never_ignored(backend):
+def test_dropout_is_never_ignored():
     with pytest.raises(ValueError, match="has no dropout"):
-        ops.attention(*inputs(), dropout=0.5, backend=backend)
+        ops.attention(*inputs(), dropout=0.5, backend=AttentionBackend.REFERENCE)
+
+
+def flags():
+    return [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in FLAGS]
+
+
+def test_the_flags_of_the_process_are_left_alone(monkeypatch):
+    """torch keeps which kernels it may use in flags that all threads share."""
+    written = []
+    for name in FLAGS:
+        monkeypatch.setattr(torch._C, f"_set_sdp_use_{name}", lambda on: written.append(on))
+    torch.backends.cuda.enable_math_sdp(True)
+    assert written == [True], "the setters are no longer those that torch calls"
+    for backend in (None, *HERE):
+        ops.attention(*inputs(), backend=backend)
+    ops.attention(*inputs(), dropout=0.5)
+    assert written == [True]
+
+
+def test_threads_do_not_disturb_each_other():
+    """Two threads attend while a third draws dropout, for which the CPU's flash has no code."""
+    before, values, failures = flags(), inputs(), []
+    expected = ops.attention(*values)
+    start = threading.Barrier(3)
+
+    def guarded(work):
+        try:
+            start.wait()
+            for _ in range(300):
+                work()
+        except Exception as error:
+            failures.append(error)
+
+    def attend():
+        assert torch.equal(ops.attention(*values), expected)
+
+    def drop():
+        x = values[0].transpose(1, 2)
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        assert flags() == before
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in (attend, attend, drop)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and flags() == before
+
+
+def test_kernels_that_the_caller_allows():
+    """Of torch's kernels ``MATH`` alone can be differentiated twice."""
+    values = [x.double().requires_grad_() for x in inputs(1, 2, 3, width=4)]
+    with sdpa_kernel(SDPBackend.MATH):
+        assert ops.attention_backend(*values)[1].endswith("torch would use MATH")
+        assert torch.autograd.gradgradcheck(ops.attention, values)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced():
+    values = inputs()
+    traced = torch.jit.trace(lambda *x: backends.run(AttentionBackend.SDPA, *x, 0.0), values)
+    assert torch.equal(traced(*values), ops.attention(*values))
 
 
 def test_order_of_the_chain(h100, monkeypatch):
     backend, reason = choose()
-    assert backend is AttentionBackend.SDPA_FLASH and "flash-attn is not installed" in reason
+    assert backend is AttentionBackend.SDPA and "flash-attn is not installed" in reason
     install(monkeypatch, "flash_attn", reference.attention)
     backends.package_function.cache_clear()
     assert choose()[0] is AttentionBackend.FLASH_ATTN_2
     install(monkeypatch, "flash_attn_interface", reference.attention)
     backends.package_function.cache_clear()
-    assert choose() == (AttentionBackend.FLASH_ATTN_3, "first choice")
+    assert choose() == (AttentionBackend.FLASH_ATTN_3, "")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +227,9 @@ def test_order_of_the_chain(h100, monkeypatch):
         ({"dtype": torch.float32}, "SDPA", "float16 and bfloat16, got torch.float32"),
         ({"width": 512}, "SDPA", "multiple of 8 up to 256, got 512"),
         ({"width": 60}, "SDPA", "multiple of 8 up to 256, got 60"),
-        ({"empty": True}, "SDPA", "at least one query and one key"),
-        ({"compiling": True}, "SDPA", "torch.compile is tracing"),
-        ({"dropout": True}, "FLASH_ATTN_2", "flash_attn_3 has no dropout"),
-        ({"device": torch.device("mps")}, "SDPA", "got mps"),
+        ({"tokens": 0}, "SDPA", "at least one query and one key"),
+        ({"dropout": 0.1}, "FLASH_ATTN_2", "flash_attn_3 has no dropout"),
+        ({"device": "meta"}, "SDPA", "got meta"),
     ],
     ids=str,
 )
@@ -195,17 +240,43 @@ def test_what_decides(h100, monkeypatch, changes, chosen, why):
     assert backend is AttentionBackend[chosen] and why in reason
 
 
-def test_old_gpu(h100, monkeypatch):
-    monkeypatch.setattr(backends, "_compute_major", lambda index: 7)
+def test_a_compiler_sees_torchs_own_kernels(h100, monkeypatch):
+    install(monkeypatch, "flash_attn_interface", reference.attention)
+    assert choose()[0] is AttentionBackend.FLASH_ATTN_3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     backend, reason = choose()
-    assert backend is AttentionBackend.SDPA and "capability 8 to 99, got 7" in reason
+    assert backend is AttentionBackend.SDPA and "torch.compile is tracing" in reason
+
+
+def test_a_caller_may_switch_flash_attention_off(h100, monkeypatch):
+    install(monkeypatch, "flash_attn_interface", reference.attention)
+    with sdpa_kernel(SDPBackend.MATH):
+        backend, reason = choose()
+    assert backend is AttentionBackend.SDPA and "switched off" in reason
+    assert choose()[0] is AttentionBackend.FLASH_ATTN_3
+
+
+def test_a_last_axis_that_is_not_contiguous(h100, monkeypatch):
+    install(monkeypatch, "flash_attn_interface", reference.attention)
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 5, n, 64, dtype=torch.half, device="cuda") for n in (4, 2))
+        spread = torch.empty_strided(k.shape, (1280, 256, 128, 2), dtype=k.dtype, device="cuda")
+        assert backends.choose(None, q, k, k, 0.0)[0] is AttentionBackend.FLASH_ATTN_3
+        chosen, passed = backends.choose(None, q, k, spread, 0.0)
+    assert chosen is AttentionBackend.SDPA and "last axis" in next(iter(passed))
+
+
+def test_old_gpu(h100, monkeypatch):
+    monkeypatch.setattr(backends, "_compute_major", lambda device: 7)
+    backend, reason = choose()
+    assert backend is AttentionBackend.SDPA and "capability 9 to 9, got 7" in reason
 
 
 def test_a_package_that_does_not_load(h100, monkeypatch):
     """flash-attn-4 alone leaves a flash_attn folder without the function of flash-attn."""
     install(monkeypatch, "flash_attn", None)
     backend, reason = choose()
-    assert backend is AttentionBackend.SDPA_FLASH
+    assert backend is AttentionBackend.SDPA
     assert "flash-attn is not installed or does not load" in reason
 
 

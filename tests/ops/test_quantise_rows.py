@@ -50,8 +50,9 @@ def test_every_code_comes_back(scale):
     x = (torch.cat((table, -table)) * scale).float()
     got = quantise_rows(x[None])
     assert torch.equal(codes(got)[0], torch.cat((torch.arange(NAN), 128 + torch.arange(NAN))))
-    exact = scale in (1.0, 2.0**-40, 2.0**100)
-    torch.testing.assert_close(restored(got)[0], x.double(), rtol=0 if exact else 2e-7, atol=0)
+    # Rounded to fp32 otherwise: the number, the largest of its row, and the scale.
+    limit = 0 if scale in (1.0, 2.0**-40, 2.0**100) else 3 * 2.0**-24
+    torch.testing.assert_close(restored(got)[0], x.double(), rtol=limit, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

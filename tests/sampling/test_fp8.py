@@ -98,7 +98,7 @@ def test_errs_no_more_than_its_two_roundings(make_model, draw, conventions, sand
     for solver, scale in itertools.product(SOLVERS, (1.0, 2.5)):
         allowed, exact = bound(model, eva, noise, solver, scale)
         got = sampled(model, eva, noise, solver, scale, **EMULATED)
-        assert relative_error(got, exact) < allowed < 0.2, (solver, scale)
+        assert relative_error(got, exact) < allowed < 0.5, (solver, scale)  # 1: no bound at all
 
 
 @pytest.mark.parametrize("impl", [None, Impl.REFERENCE])

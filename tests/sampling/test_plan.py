@@ -1,15 +1,18 @@
 """The plan against the plain model, and against recorded outputs of the published one."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from golden_data import MODELS, load_golden, relative_error
+from rounding import rounding_bound, roundings_of
 
 from blip3o_fast import BLIP3oDiT, DiTConfig, SamplingPlan
 from blip3o_fast.flow import find_solver, integrate, time_grid
 from blip3o_fast.ops import Impl
 from blip3o_fast.sampling import plain_velocity
+from tests.kernels.oracle import judge
 
 SOLVERS = ("euler", "heun", "midpoint", "adams_bashforth2")
 UNEVEN = (0.0, 0.3, 1.0)
@@ -21,6 +24,11 @@ def plain(model, eva, noise, solver, scale=1.0, grid=UNEVEN, steps=2):
     wide = noise.to(torch.promote_types(noise.dtype, torch.float32))
     grid = time_grid(grid, steps)
     return integrate(velocity, wide, find_solver(solver), grid, guidance_scale=scale)
+
+
+def limit(model, dtype=torch.float32, steps=2):
+    """How far a plan may be from the plain model: two evaluations a step at most."""
+    return rounding_bound(dtype, roundings_of(model.config, 2 * steps))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -39,7 +47,7 @@ def test_equals_the_plain_model(make_model, draw, conventions, tokens, batch):
     for solver, scale in itertools.product(SOLVERS, (1.0, 2.5)):
         plan = SamplingPlan(model, steps=2, solver=solver, guidance_scale=scale, time_grid=UNEVEN)
         expected = plain(model, eva, noise, solver, scale)
-        assert relative_error(plan(eva, noise), expected) < 2e-6, (solver, scale)
+        assert relative_error(plan(eva, noise), expected) < limit(model), (solver, scale)
 
 
 @pytest.mark.parametrize("conventions", ["consistent", "published"])
@@ -64,8 +72,8 @@ def test_every_variant_is_exact_in_fp64(make_model, draw, variant, mode, convent
     eva, noise = draw(model, 3)
     for solver, scale in itertools.product(SOLVERS, (1.0, 2.5)):
         plan = SamplingPlan(model, steps=2, solver=solver, guidance_scale=scale, time_grid=UNEVEN)
-        expected = plain(model, eva, noise, solver, scale)
-        assert relative_error(plan(eva, noise), expected) < 1e-13, (solver, scale)
+        error = relative_error(plan(eva, noise), plain(model, eva, noise, solver, scale))
+        assert error < limit(model, torch.float64), (solver, scale)
 
 
 @pytest.mark.parametrize("grid", ["ascending", "published", "published_trainer"])
@@ -76,7 +84,8 @@ def test_named_grids(make_model, draw, conventions, grid):
     for solver in SOLVERS:
         plan = SamplingPlan(model, steps=5, solver=solver, time_grid=grid)
         expected = plain(model, eva, noise, solver, grid=grid, steps=5)
-        assert relative_error(plan(eva, noise), expected) < 1e-13, solver
+        error = relative_error(plan(eva, noise), expected)
+        assert error < limit(model, torch.float64, steps=5), solver
 
 
 def test_grid_follows_the_conventions(make_model, draw):
@@ -131,25 +140,16 @@ def test_generate_passes_the_dtype_on(model, draw):
     assert not torch.equal(got, model.generate(eva, 2, noise=noise))
 
 
-def test_dtype_of_the_plan_is_independent_of_the_models(model, draw):
+@pytest.mark.parametrize("conventions", ["consistent", "published"])
+def test_dtype_of_the_plan_is_independent_of_the_models(make_model, draw, conventions):
+    model = make_model(conventions=conventions)
     eva, noise = draw(model)
-    truth = plain(model.double(), eva.double(), noise.double(), "heun")
-    model.float()
-    errors = {
-        dtype: relative_error(
-            SamplingPlan(model, steps=2, time_grid=UNEVEN, dtype=dtype)(eva.to(wide), noise),
-            truth,
-        )
-        for dtype, wide in (
-            (torch.float64, torch.float64),
-            (torch.float32, torch.float32),
-            (torch.bfloat16, torch.float32),
-        )
-    }
-    assert errors[torch.float64] < 1e-7
-    assert errors[torch.float32] < 2e-6
-    assert errors[torch.bfloat16] < 5e-2
-    assert errors[torch.float64] < errors[torch.float32] < errors[torch.bfloat16]
+    truth = plain(copy.deepcopy(model).double(), eva.double(), noise.double(), "heun")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        plan = SamplingPlan(model, steps=2, time_grid=UNEVEN, dtype=dtype)
+        same = plain(copy.deepcopy(model).to(dtype), eva.to(dtype), noise.to(dtype), "heun")
+        got = plan(eva.double(), noise.double())
+        judge(str(dtype), got.to(dtype), same.to(dtype), truth, roundings_of(model.config, 4))
 
 
 def test_output_has_the_dtype_of_the_features(model, draw):
@@ -200,12 +200,14 @@ def test_interpreted_kernels(make_model, draw, device, conventions):
     """The Triton kernels inside the plan, on the CPU in Triton's interpreter."""
     model = make_model(conventions=conventions, num_hidden_layers=1)
     eva, noise = draw(model, 1)
-    expected = plain(model.double(), eva.double(), noise.double(), "euler")
+    truth = plain(model.double(), eva.double(), noise.double(), "euler")
     model.float().to(device)
     plan = SamplingPlan(
         model, steps=2, solver="euler", time_grid=UNEVEN, impl=Impl.TRITON, graph=False
     )
-    assert relative_error(plan(eva.to(device), noise).cpu(), expected) < 2e-6
+    got = plan(eva.to(device), noise).cpu()
+    same = plain(model.cpu(), eva, noise, "euler")
+    judge("sample", got, same, truth, roundings_of(model.config, 2))
 
 
 def test_compiled(make_model, draw):
@@ -213,4 +215,4 @@ def test_compiled(make_model, draw):
     eva, noise = draw(model)
     expected = SamplingPlan(model, steps=2, solver="euler")(eva, noise)
     compiled = SamplingPlan(model, steps=2, solver="euler", compile=True)(eva, noise)
-    assert relative_error(compiled, expected) < 2e-6
+    assert relative_error(compiled, expected) < limit(model)

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blip3o_fast import ops
 from blip3o_fast.flow import interpolate
+from blip3o_fast.ops import Impl
 from blip3o_fast.training.distributed import World
 from blip3o_fast.training.plan import make_plan
+from blip3o_fast.training.step import OptimizerStep
 from blip3o_fast.training.trainer import Trainer
 
 HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
@@ -120,9 +123,20 @@ def test_such_reads_would_be_noticed(options):
     assert any("apply_gradients" in frame for frames in reads.places for frame in frames)
 
 
-def test_the_loss_follows_the_models_table(options, monkeypatch):
-    mine = trainer(options)
-    assert mine.step.loss.impl is mine.model.impls.flow_loss is None
+@pytest.mark.parametrize("impl", [None, Impl.REFERENCE, Impl.TRITON])
+def test_the_loss_follows_the_models_table(options, monkeypatch, impl):
+    mine, used, whole = trainer(options), [], ops.flow_loss
+
+    def flow_loss(*tensors, impl, **choices):
+        used.append(impl)
+        return whole(*tensors, impl=impl, **choices)
+
+    monkeypatch.setattr(ops, "flow_loss", flow_loss)
+    mine.model.set_impl(flow_loss=impl)
+    step = OptimizerStep(mine.plan, World(), mine.parallel, mine.state)
+    with mine.loader:
+        step.gradients(next(mine.loader), step.draw(0))
+    assert used == [impl]
 
 
 def test_compiling_happens_once_and_changes_rounding_only(options, tmp_path, monkeypatch):
