@@ -145,10 +145,15 @@ def test_a_signal_ends_the_run_with_what_is_known(sources, name, when):
 
 
 def test_a_second_signal_acts_as_ever():
-    with pytest.raises(KeyboardInterrupt), stop_on_signals():
-        with pytest.raises(Stopped, match="SIGTERM"):
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+    # A shell starts what it runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), stop_on_signals():
+            with pytest.raises(Stopped, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_broken_device_ends_the_run_with_what_is_known(sources, monkeypatch):
