@@ -16,11 +16,12 @@ from blip3o_fast.benchmarking.op_cases import has_impl
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Call, Prepared
 from blip3o_fast.model import plain_velocity
+from blip3o_fast.model.network import network as run_network
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.sampling import SamplingPlan
 from blip3o_fast.sampling.cache import find_engine
-from blip3o_fast.sampling.hoisted import HoistedVelocity, evaluate
+from blip3o_fast.sampling.hoisted import HoistedVelocity
 from blip3o_fast.sampling.packed import PackedNetwork
 
 TIME = 0.5
@@ -155,7 +156,7 @@ def hoisted(
     velocity = trajectory.velocity
     assert isinstance(velocity, HoistedVelocity)
     if compile_it:
-        velocity.run = _compiled_evaluation(find_engine(model, dtype, impl).network, network.device)
+        velocity.run = _compiled_network(find_engine(model, dtype, impl).network, network.device)
 
     def call() -> object:
         with torch.no_grad():
@@ -228,18 +229,18 @@ def _compiled(module: Any, device: torch.device) -> Callable[..., Any]:
     return _own_outputs(torch.compile(module, mode=mode, dynamic=False), device)
 
 
-def _compiled_evaluation(network: PackedNetwork, device: torch.device) -> Callable[..., Any]:
-    """The hoisted evaluation under ``torch.compile``; its weights stay where they are.
+def _compiled_network(packed: PackedNetwork, device: torch.device) -> Callable[..., Any]:
+    """The packed network under ``torch.compile``; its weights stay where they are.
 
     Arguments that are not parameters are copied into the graph at every replay, unless they are
     marked as static: without the mark the compiler would be charged 180 MB of copies.
     """
     if device.type == "cuda":
-        for tensor in network.projections():
+        for tensor in packed.projections():
             torch._dynamo.mark_static_address(tensor)  # pyright: ignore[reportPrivateUsage]
     mode = "max-autotune" if device.type == "cuda" else "default"
-    run = torch.compile(evaluate, mode=mode, dynamic=False, fullgraph=True)
-    return _own_outputs(partial(run, network), device)
+    run = torch.compile(run_network, mode=mode, dynamic=False, fullgraph=True)
+    return _own_outputs(run, device)
 
 
 def _own_outputs(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -247,8 +248,8 @@ def _own_outputs(call: Callable[..., Any], device: torch.device) -> Callable[...
     if device.type != "cuda":
         return call
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return call(*args)
+        return call(*args, **options)
 
     return run

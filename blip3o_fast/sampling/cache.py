@@ -14,7 +14,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import astuple
-from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow import Solver, TimeGrid
 from blip3o_fast.model import DiT
+from blip3o_fast.model.network import network
 from blip3o_fast.ops import Impl, ImplTable
 from blip3o_fast.sampling.graph import GraphStore
-from blip3o_fast.sampling.hoisted import Evaluate, TimeTable, evaluate, time_table
+from blip3o_fast.sampling.hoisted import TimeTable, time_table
 from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack, whole
 
 ENGINES = 2
@@ -72,8 +72,9 @@ class Engine:
         self.tables: Recent[object, TimeTable] = Recent(TABLES)
         self.lock = threading.RLock()
         self.batch_limit: int | None = None
-        run = torch.compile(evaluate, dynamic=False, fullgraph=True) if key.compiled else evaluate
-        self.evaluate: Evaluate = partial(run, self.network)
+        self.run: Callable[..., tuple[Tensor, Tensor]] = network
+        if key.compiled:
+            self.run = torch.compile(network, dynamic=False, fullgraph=True)
 
     @property
     def working_dtype(self) -> torch.dtype:

@@ -26,7 +26,7 @@ from blip3o_fast import ops
 from blip3o_fast.flow import Row, Solver, SolverTable, TimeGrid, solver_table
 from blip3o_fast.model import DiT
 from blip3o_fast.model.layers import sinusoids
-from blip3o_fast.model.network import KeysValues, LinearGuess, Sites, block, network
+from blip3o_fast.model.network import KeysValues, LinearGuess, Sites, block
 from blip3o_fast.ops import Modulation
 from blip3o_fast.sampling.packed import PackedNetwork, norm_sites, whole
 
@@ -134,17 +134,12 @@ def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> 
     return torch.stack((own * (1 + scale), shift), dim=2)
 
 
-class Times(NamedTuple):
-    """The modulations of one evaluation: of every block, and of the output."""
+def read_modulations(
+    norms: Sequence[Tensor], row: Tensor, blocks: int, batch: int
+) -> tuple[list[Sites], Modulation]:
+    """The modulations of every block, and of the output: views of a table's row ``[sites, 2, D]``.
 
-    blocks: tuple[Sites, ...]
-    output: Modulation
-
-
-def read_modulations(norms: Sequence[Tensor], row: Tensor, blocks: int, batch: int) -> Times:
-    """Views of one row ``[sites, 2, D]`` of the table, in the form that the norm ops take.
-
-    The scale is folded into w2 already, so what the ops see as scale is zero.
+    The table has folded the scale into w2, so the scale that the ops see is zero.
     """
     zero = row.new_zeros(1, row.shape[-1]).expand(batch, -1)
     sites = [
@@ -155,47 +150,46 @@ def read_modulations(norms: Sequence[Tensor], row: Tensor, blocks: int, batch: i
     parts = range(0, 3 * blocks, 3)
     closing = [tuple(post[i : i + 3]) or (None, None, None) for i in parts]
     opening = [tuple(pre[i : i + 3]) for i in parts]
-    return Times(tuple(map(Sites, opening, closing)), output)
-
-
-def evaluate(
-    p: PackedNetwork, state: Tensor, context: Context, times: Times, guess: LinearGuess | None
-) -> Tensor:
-    """The velocity at ``state`` ``[B, N, C]``: ``[B', N, C]``, B' = 2B with guidance.
-
-    In the dtype of the activations, or in the state's where the state is part of the velocity.
-    """
-    calls = [
-        partial(block, part, condition=KeysValues(*kept.unbind(1)), rotary=p.rotary, sites=sites)
-        for part, kept, sites in zip(
-            p.blocks, context.keys_values.unbind(1), times.blocks, strict=True
-        )
-    ]
-    halves = context.keys_values.shape[0] // state.shape[0]
-    velocity, _ = network(
-        p, state, p.dtype, context.stream, guess, calls, times.output, halves=halves
-    )
-    return velocity
-
-
-Evaluate = Callable[[Tensor, Context, Times, LinearGuess | None], Tensor]
-"""``evaluate`` of one network, perhaps compiled."""
+    return list(map(Sites, opening, closing)), output
 
 
 class HoistedVelocity:
-    """The packed network as the velocity field of one batch."""
+    """The packed network as the velocity field of one batch.
+
+    Args:
+        run: ``model.network.network``, perhaps compiled.
+        p: the packed network.
+        modulations: of the time table.
+        context: of the batch.
+    """
 
     def __init__(
-        self, run: Evaluate, p: PackedNetwork, modulations: Tensor, context: Context
+        self,
+        run: Callable[..., tuple[Tensor, Tensor]],
+        p: PackedNetwork,
+        modulations: Tensor,
+        context: Context,
     ) -> None:
-        self.run, self.context, self.modulations = run, context, modulations
+        self.run, self.p, self.modulations, self.context = run, p, modulations, context
         self._row = modulations.new_empty(1, *modulations.shape[1:])
-        self.times = read_modulations(
-            p.norms, self._row[0], len(p.blocks), context.keys_values.shape[0]
-        )
+        batch = context.keys_values.shape[0]
+        sites, self.output = read_modulations(p.norms, self._row[0], len(p.blocks), batch)
+        kept = [KeysValues(*both.unbind(1)) for both in context.keys_values.unbind(1)]
+        self.blocks = [
+            partial(block, part, condition=condition, rotary=p.rotary, sites=site)
+            for part, condition, site in zip(p.blocks, kept, sites, strict=True)
+        ]
 
     def __call__(self, x: Tensor, row: Row) -> Tensor:
-        """The slope at ``x`` ``[B, N, C]``."""
+        """The slope at ``x`` ``[B, N, C]``: ``[B', N, C]``, B' = 2B with guidance.
+
+        In the dtype of the activations, or in the state's where the state is part of the velocity.
+        """
         torch.index_select(self.modulations, 0, row.places, out=self._row)
         guess = LinearGuess(*row.numbers) if len(row.numbers) else None
-        return self.run(x, self.context, self.times, guess)
+        halves = self.context.keys_values.shape[0] // x.shape[0]
+        velocity, _ = self.run(
+            *(self.p, x, self.p.dtype, self.context.stream, guess, self.blocks, self.output),
+            halves=halves,
+        )
+        return velocity

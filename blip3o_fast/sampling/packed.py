@@ -39,7 +39,7 @@ from blip3o_fast.model.layers import (
     SwiGLU,
     TimestepEmbedder,
 )
-from blip3o_fast.model.network import Joining, KeysValues, Rotary, Rows, attend, swiglu
+from blip3o_fast.model.network import Joining, Rotary, Rows, attend, swiglu
 from blip3o_fast.model.positions import RotaryTables
 from blip3o_fast.ops import Impl, ImplTable, Quantised, quantise_rows
 
@@ -66,8 +66,10 @@ class PackedAttention:
     out_weight: Tensor
     heads: int
     kv_heads: int
+    rotates: bool
     impls: ImplTable
     packed = True
+    __call__ = attend
 
     def drop_rate(self) -> float:
         """Sampling drops nothing."""
@@ -82,25 +84,6 @@ class PackedAttention:
         return F.linear(attended, self.out_weight)
 
 
-class PackedSelfAttention(PackedAttention):
-    """Every token of the state attends to every other."""
-
-    def __call__(self, h: Rows, rotary: Rotary) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return attend(self, self.project(h), rotary, None)
-
-
-@dataclass(eq=False)
-class PackedCrossAttention(PackedAttention):
-    """Every token of the state attends to the condition; ``positions``: it rotates."""
-
-    positions: bool
-
-    def __call__(self, h: Rows, kept: KeysValues, rotary: Rotary) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return attend(self, self.project(h), rotary if self.positions else None, kept)
-
-
 @dataclass(eq=False)
 class PackedSwiGLU:
     """Projections of the MLP."""
@@ -109,6 +92,7 @@ class PackedSwiGLU:
     down_weight: Weight
     impls: ImplTable
     quantised: bool
+    __call__ = swiglu
 
     def gate_up(self, h: Rows) -> Tensor:
         """The first projections."""
@@ -118,18 +102,14 @@ class PackedSwiGLU:
         """The last projection, layer scale included."""
         return multiply(activated, self.down_weight, self.impls.swiglu)
 
-    def __call__(self, h: Rows) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return swiglu(self, h)
-
 
 @dataclass(eq=False)
 class PackedBlock:
     """The three branches of a block, and the layer scales that are not folded in."""
 
     joining: Joining
-    self_attn: PackedSelfAttention
-    cross_attn: PackedCrossAttention
+    self_attn: PackedAttention
+    cross_attn: PackedAttention
     mlp: PackedSwiGLU
     layer_scales: tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -323,16 +303,17 @@ def _pack_block(
     heads = {"heads": attention.heads, "kv_heads": attention.kv_heads, "impls": impls}
     return PackedBlock(
         joining=Joining(config.rms_norm_eps, impls, quantised=packed is E4M3),
-        self_attn=PackedSelfAttention(
+        self_attn=PackedAttention(
             product(_rows(source, attention.q_proj, attention.k_proj, attention.v_proj)),
             _scaled(attention.o_proj, folded[0], dtype),
             **heads,
+            rotates=attention.rotates,
         ),
-        cross_attn=PackedCrossAttention(
+        cross_attn=PackedAttention(
             product(_rows(source, cross.q_proj)),
             _scaled(cross.o_proj, folded[1], dtype),
             **heads,
-            positions=cross.positions,
+            rotates=cross.rotates,
         ),
         mlp=PackedSwiGLU(
             product(_rows(source, mlp.gate_proj, mlp.up_proj)),

@@ -12,8 +12,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import ParamSpec, TypedDict, TypeVar, cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +35,6 @@ from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, co
 from blip3o_fast.sampling.inputs import starting_noise, warn_of_guidance
 from blip3o_fast.sampling.packed import E4M3
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
@@ -53,22 +49,14 @@ class PlanOptions(TypedDict, total=False):
     working_memory: int | None
 
 
-def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """``function`` run as it is where somebody compiles the code that calls it.
+def outside_graph(plan: "SamplingPlan", *arguments: object) -> Tensor:
+    """Call ``plan`` as it is where somebody compiles the code that calls it.
 
-    Locks, caches and checks on the host are no graph; with ``fullgraph=True`` this is an error.
+    Locks, caches and checks on the host are no graph. With ``fullgraph=True`` this is an error.
     """
-
-    @wraps(function)
-    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if torch.compiler.is_compiling():
-            reason = "generate is no graph: pass compile=True to it instead"
-            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportPrivateUsage]
-            outside = cast("Callable[Parameters, Result]", torch.compiler.disable(function))
-            return outside(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
+    reason = "generate is no graph: pass compile=True to it instead"
+    torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportPrivateUsage]
+    return cast("Callable[..., Tensor]", torch.compiler.disable(plan))(*arguments)
 
 
 class SamplingPlan:
@@ -142,7 +130,6 @@ class SamplingPlan:
         if working_memory is not None and working_memory < 1:
             raise ValueError(f"working_memory: expected at least 1 byte, got {working_memory}")
 
-    @untraced
     @torch.no_grad()
     def __call__(
         self,
@@ -172,11 +159,13 @@ class SamplingPlan:
             RuntimeError: if a CUDA graph cannot be captured.
             torch.OutOfMemoryError: if not even one sample fits.
         """
+        if torch.compiler.is_compiling():
+            return outside_graph(self, eva, noise, generator, seeds, progress, callback)
         model = self.model
         device = eva.device
         self.check_device(device)
         graph = self._uses_graph(device)
-        warn_of_guidance(model, self.guidance_scale, stacklevel=4)
+        warn_of_guidance(model, self.guidance_scale, stacklevel=3)
         x = starting_noise(model, eva, noise, generator, seeds)
         if isinstance(self.solver, FittedSolver):
             self.solver.check(
@@ -277,7 +266,7 @@ class SamplingPlan:
     ) -> Trajectory:
         network = engine.network
         return Trajectory(
-            HoistedVelocity(engine.evaluate, network, table.modulations, context),
+            HoistedVelocity(engine.run, network, table.modulations, context),
             table.solver,
             x,
             guidance_scale=self.guidance_scale,
