@@ -130,7 +130,6 @@ class SamplingPlan:
         if working_memory is not None and working_memory < 1:
             raise ValueError(f"working_memory: expected at least 1 byte, got {working_memory}")
 
-    @torch.no_grad()
     def __call__(
         self,
         eva: Tensor,
@@ -165,7 +164,7 @@ class SamplingPlan:
         device = eva.device
         self.check_device(device)
         graph = self._uses_graph(device)
-        warn_of_guidance(model, self.guidance_scale, stacklevel=3)
+        warn_of_guidance(model, self.guidance_scale, stacklevel=2)
         x = starting_noise(model, eva, noise, generator, seeds)
         if isinstance(self.solver, FittedSolver):
             self.solver.check(
@@ -174,7 +173,7 @@ class SamplingPlan:
                 weights=weights_digest(model),
             )
         dtype = self._dtype(device)
-        with _on(device), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), _on(device), torch.autocast(device.type, enabled=False):
             engine = find_engine(model, dtype, self.impl, compiled=self.compile)
             table = engine.table(model, self.grid, self.solver, x.dtype)
             limit = micro_batch(
