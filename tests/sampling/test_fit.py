@@ -129,6 +129,26 @@ def test_nodes_increase_from_end_to_end(count, warp):
     assert all(a < b for a, b in itertools.pairwise(nodes))
 
 
+def test_the_grid_of_the_reference_is_a_choice(make_model):
+    model = make_model()
+    times = torch.linspace(0, 1, 65).square().tolist()
+    named = fit_solver(model, conditions(4), evaluations=2, time_grid=times, generator=seeded())
+    plan = SamplingPlan(model, steps=64, solver="midpoint", time_grid=times)
+    given = fit_solver(model, conditions(4), evaluations=2, reference=plan, generator=seeded())
+    assert named == given and named.reference == "128 evaluations"
+    assert set(named.labels) <= set(times)
+    with pytest.raises(ValueError, match="time_grid: expected None beside a reference"):
+        fit_solver(model, conditions(4), evaluations=2, reference=plan, time_grid=times)
+
+
+def test_a_model_that_diverges_is_an_error(make_model):
+    model = make_model(conventions="consistent")
+    with torch.no_grad():
+        model.output_proj.weight.mul_(torch.inf)
+    with pytest.raises(ValueError, match="reference: expected finite states, got NaN or Inf by"):
+        fit_solver(model, conditions(4), evaluations=2, generator=seeded())
+
+
 def test_bad_requests(make_model):
     model = make_model()
     with pytest.raises(ValueError, match="eva: expected at least 4 conditions, got 3"):
