@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def main() -> None:
         "sources": heldout.photos,
         "models": models,
     }
-    write_atomically(args.json, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(Path(args.json), (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def measured(

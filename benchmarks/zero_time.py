@@ -77,7 +77,7 @@ def main() -> None:
         "ridge": ridge,
         "rows": rows,
     }
-    write_atomically(args.json, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(Path(args.json), (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:
