@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from golden_data import relative_error
+from rounding import rounding_bound, roundings_of
 
 from blip3o_fast import BLIP3oDiT, FittedSolver, SamplingPlan, fit_solver
 from blip3o_fast.flow import load_solvers
@@ -111,6 +112,21 @@ def test_guidance_is_fitted(make_model):
     }
     errors = solver_errors(plans, default_reference(model, 2.0), conditions(4, 9), seeded())
     assert errors["fitted"] < 0.5 * errors["heun"]
+
+
+def test_a_sample_depends_on_itself_alone(fitted):
+    model, solvers = fitted
+    plan, eva, seeds = (
+        SamplingPlan(model, solver=solvers[6]),
+        conditions(5, seed=7),
+        [7, 3, 11, 3, 9],
+    )
+    together = plan(eva, seeds=seeds)
+    assert torch.equal(plan(eva, seeds=seeds), together)
+    alone = torch.cat([plan(eva[i : i + 1], seeds=[seeds[i]]) for i in range(5)])
+    small = SamplingPlan(model, solver=solvers[6], working_memory=1)(eva, seeds=seeds)
+    bound = rounding_bound(torch.float32, roundings_of(model.config, 6))
+    assert relative_error(alone, together) < bound and relative_error(small, together) < bound
 
 
 def test_fits_are_repeatable(make_model):
