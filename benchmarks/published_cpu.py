@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.errors import OptionError
 
 TOKENS, EVA, CLIP = 256, 4096, 1024
+Result = TypeVar("Result")
 Timer = Callable[[], list[float]]
 """Takes one turn and returns the seconds of each evaluation in it."""
 
@@ -106,10 +107,10 @@ def one(function: Callable[[], object]) -> Timer:
     return turn
 
 
-def autocast(function: Callable[[], object]) -> Callable[[], object]:
+def autocast(function: Callable[[], Result]) -> Callable[[], Result]:
     """``function`` in bf16 as the published model can run it: its parameters stay fp32."""
 
-    def call() -> object:
+    def call() -> Result:
         with torch.autocast("cpu", torch.bfloat16):
             return function()
 

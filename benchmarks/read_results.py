@@ -7,14 +7,29 @@ from typing import Any, Literal
 
 from blip3o_fast.benchmarking.record import KIND, Record, read_record
 
-Kind = Literal["bench", "check", "profile", "long", "published", "conventions", "fp8", "demo"]
+Kind = Literal[
+    "bench",
+    "check",
+    "profile",
+    "long",
+    "published",
+    "sampling",
+    "conventions",
+    "fitted",
+    "zero_time",
+    "fp8",
+    "demo",
+]
 KINDS: dict[str, Kind] = {
     KIND: "bench",
     "blip3o-fast gpu check": "check",
     "blip3o-fast profile": "profile",
     "blip3o-fast long training": "long",
     "published_cpu": "published",
+    "published_sampling": "sampling",
     "conventions": "conventions",
+    "fitted_solvers": "fitted",
+    "zero_time": "zero_time",
     "fp8_quality": "fp8",
 }
 """What a file calls itself, under ``kind`` or ``benchmark``."""
@@ -29,7 +44,10 @@ NEEDED: dict[Kind, frozenset[str]] = {
     "published": frozenset(
         ("environment", "seconds", "fastest", "ratio", "difference", "rounds", "layers")
     ),
+    "sampling": frozenset(("environment", "seconds", "ratio", "error", "batch", "layers", "fit")),
     "conventions": frozenset(("environment", "data", "steps", "rows")),
+    "fitted": frozenset(("environment", "conditions", "samples", "sources", "models")),
+    "zero_time": frozenset(("environment", "data", "steps", "sampling", "ridge", "rows")),
     "demo": frozenset(("title", "verdict", "mean_predictor", "ridge", "dit", "facts")),
     "fp8": frozenset(("environment", "fp8", "parameters", "samples", "sources", "rows")),
 }
@@ -109,8 +127,8 @@ def find_kind(path: Path, content: object) -> Kind:
             return "demo"
     raise ValueError(
         f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_launches.py, "
-        "long_training.py, published_cpu.py, conventions.py or fp8_quality.py, or a report of "
-        "blip3o-fast demo"
+        "long_training.py, published_cpu.py, published_sampling.py, conventions.py, "
+        "fitted_solvers.py, zero_time.py or fp8_quality.py, or a report of blip3o-fast demo"
     )
 
 

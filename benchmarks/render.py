@@ -18,8 +18,12 @@ from read_results import Result, read_results
 from result_tables import headline, section
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO, SPEED, CONVENTIONS, EVERYTHING = (
-    f"<!-- results of {what} -->" for what in ("the demo", "speed", "conventions", "everything")
+DEMO, SPEED, FITTED, ZERO_TIME, CONVENTIONS, EVERYTHING = (
+    f"<!-- results of {what} -->"
+    for what in (
+        *("the demo", "speed", "fitted solvers", "training at zero"),
+        *("conventions", "everything"),
+    )
 )
 END = "<!-- /results -->"
 RESULTS = "benchmarks/results"
@@ -54,7 +58,13 @@ def documents(root: Path) -> dict[Path, str]:
     results = read_results(root / RESULTS)
     top, own = root / "README.md", root / "benchmarks" / "README.md"
     texts = {path: read(path) or "" for path in (top, own)}
-    blocks = {DEMO: ("demo",), SPEED: ("bench", "published"), CONVENTIONS: ("conventions",)}
+    blocks = {
+        DEMO: ("demo",),
+        SPEED: ("bench", "published"),
+        FITTED: ("fitted", "sampling"),
+        ZERO_TIME: ("zero_time",),
+        CONVENTIONS: ("conventions",),
+    }
     for begin, kinds in blocks.items():
         chosen = [result for result in results if result.kind in kinds]
         texts[top] = replace_block(top, texts[top], begin, short(chosen, root))

@@ -38,7 +38,11 @@ def headline(result: Result, folder: Path) -> str:
     if result.record is not None and result.record.environment["device_type"] == "cuda":
         rows = [m for m in result.record.measurements if m.group in HEADLINES]
         return f"{where(result)}\n\n{against_peers(rows)}" if rows else ""
-    if result.kind in ("published", "conventions", "demo"):
+    if result.kind == "fitted":
+        return f"{where(result)}\n\n" + "\n\n".join(
+            errors_of_solvers(model) for model in result.content["models"]
+        )
+    if result.kind in ("published", "sampling", "conventions", "zero_time", "demo"):
         return "\n\n".join(
             (where(result), *SECTIONS[result.kind](result), pictures(result, folder))
         ).rstrip()
@@ -161,6 +165,118 @@ def published(result: Result) -> Iterator[str]:
     )
 
 
+def sampling(result: Result) -> Iterator[str]:
+    """A batch, beside the published implementation on a CPU."""
+    content = result.content
+    yield table(
+        ("a batch translated", "time", "published / it", "error"),
+        [
+            (name, time(value), f"{three_digits(content['ratio'][name])}x", f"{error:.1e}")
+            for name, value in content["seconds"].items()
+            for error in (content["error"][name],)
+        ],
+    )
+    fit = content["fit"]
+    yield (
+        f"Base with {content['layers']} blocks and random weights, {content['batch']} samples, "
+        f"medians of {content['rounds']} turns; errors are relative, of the final state, to the "
+        f"first line. Fitting the solver to {fit['conditions']} conditions took "
+        f"{time(fit['seconds'])} and {number(fit['bytes'], 'B')} more memory."
+    )
+
+
+def fitted(result: Result) -> Iterator[str]:
+    """Fitted solvers, by error and by what their samples are worth."""
+    content = result.content
+    yield (
+        f"Fitted on {content['conditions']} training crops, measured on {content['samples']} "
+        f"held-out crops of {content['sources']} photos."
+    )
+    for model in content["models"]:
+        yield errors_of_solvers(model)
+        yield details("Samples, dtypes, transfer", "\n\n".join(further(model)))
+
+
+def errors_of_solvers(model: dict[str, Any]) -> str:
+    """Relative errors of the final state, by solver and evaluations."""
+    by_count: dict[int, dict[str, float]] = {}
+    for row in model["errors"]:
+        by_count.setdefault(row["evaluations"], {})[row["solver"]] = row["error"]
+    names = list(dict.fromkeys(row["solver"] for row in model["errors"]))
+    rows = [
+        (str(count), *(f"{found[name]:.2g}" if name in found else "" for name in names))
+        for count, found in sorted(by_count.items())
+    ]
+    guided = "" if model["guidance_scale"] == 1 else f", guidance {model['guidance_scale']:g}"
+    head = (
+        f"**{model['conventions'].capitalize()} conventions{guided}.** Relative error of the final "
+        f"state; the reference has {model['reference']}, the fit took {time(model['fit_seconds'])}."
+    )
+    return f"{head}\n\n{table(('evaluations', *names), rows)}"
+
+
+def further(model: dict[str, Any]) -> Iterator[str]:
+    """What the samples are worth, what dtypes add, and where the fit does not transfer."""
+    columns = ("token_cosine", "recall_at_1", "variance_ratio", "energy_distance")
+    yield table(
+        ("samples of", "token cosine", "R@1", "variance ratio", "energy distance"),
+        [
+            (
+                f"{row['solver']}{', ' + str(row['evaluations']) if row['evaluations'] else ''}",
+                *(f"{row[name]:.4f}" for name in columns),
+            )
+            for row in model["samples"]
+        ],
+    )
+    yield (
+        "Token cosine and R@1 are to the true tokens; variance ratio and energy distance to "
+        "samples of the reference from other noise, for which the first row is the floor."
+    )
+    names = ("fp32", "bf16", "fp8")
+    yield table(
+        ("evaluations in", *names),
+        [
+            (str(row["evaluations"]), *(f"{row[name]:.2g}" for name in names))
+            for row in model["dtypes"]
+        ],
+    )
+    counts = [row["evaluations"] for row in model["dtypes"]]
+    yield table(
+        ("where it was not fitted", *map(str, counts)),
+        [
+            (row["case"], *(f"{row['errors'][str(count)]:.2g}" for count in counts))
+            for row in model["transfer"]
+        ],
+    )
+
+
+def zero_time(result: Result) -> Iterator[str]:
+    """What training at t = 0 buys and costs."""
+    content = result.content
+    seeds = len({row["seed"] for row in content["rows"]})
+    yield f"{content['data']}; {content['steps']} steps each, {seeds} seeds: mean (range)."
+    columns = ("token_cosine", "recall_at_1", "variance_ratio", "energy_distance")
+    kinds = groupby(
+        sorted(content["rows"], key=lambda row: row["fraction"]), key=lambda row: row["fraction"]
+    )
+    rows: list[Sequence[str]] = [
+        ("ridge regression", f"{content['ridge']['token_cosine']:.4f}", *[""] * len(columns))
+    ]
+    for fraction, group in kinds:
+        runs = list(group)
+        cells = [spread([run["one"]["token_cosine"] for run in runs])]
+        cells += [spread([run["many"][name] for run in runs]) for name in columns]
+        rows.append((f"{fraction:g}", *cells))
+    many = f"{content['sampling']} evaluations"
+    head = [f"{many}: {name.replace('_', ' ').replace('recall at 1', 'R@1')}" for name in columns]
+    yield table(("share at t = 0", "1 evaluation: token cosine", *head), rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range."""
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
 def conventions(result: Result) -> Iterator[str]:
     """The same data, steps and sizes under both conventions."""
     content = result.content
@@ -250,9 +366,13 @@ def demo(result: Result) -> Iterator[str]:
         ("mean predictor", content["mean_predictor"]),
         ("tuned ridge regression", content["ridge"]),
     ]
+    if content.get("regression"):
+        rows.append(("the same network as a regression", content["regression"]))
     for found in content["dit"]:
         count = found["evaluations"]
         rows.append((f"DiT, {count} evaluation{'s' * (count > 1)}", found))
+    for found in content.get("fitted", ()):
+        rows.append((f"DiT, fitted solver, {found['evaluations']} evaluations", found))
     samples = content["ridge"]["samples"]
     head = ("method", "token cosine, 95% interval", "image cosine", "R2", f"R@1 of {samples}")
     yield table(
@@ -288,7 +408,10 @@ SECTIONS: dict[Kind, Callable[[Result], Iterator[str]]] = {
     "profile": profile,
     "long": long,
     "published": published,
+    "sampling": sampling,
     "conventions": conventions,
+    "fitted": fitted,
+    "zero_time": zero_time,
     "fp8": fp8,
     "demo": demo,
 }

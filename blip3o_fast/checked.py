@@ -19,24 +19,28 @@ Record = TypeVar("Record")
 class Range(NamedTuple):
     """Numbers from ``low`` up to, but not including, ``below``.
 
-    ``open`` leaves ``low`` out too.
+    ``open`` leaves ``low`` out too, ``closed`` takes ``below`` in.
     """
 
     low: float
     below: float = math.inf
     open: bool = False
+    closed: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        return self.low <= value < self.below and not (self.open and value == self.low)
+        inside = self.low <= value < self.below and not (self.open and value == self.low)
+        return inside or (self.closed and value == self.below)
 
     def __str__(self) -> str:
         start = f"{'more than' if self.open else 'at least'} {self.low:g}"
-        return start + (f" and below {self.below:g}" if math.isfinite(self.below) else "")
+        end = f" and {'at most' if self.closed else 'below'} {self.below:g}"
+        return start + (end if math.isfinite(self.below) else "")
 
 
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+Fraction = Annotated[float, Range(0, 1, closed=True)]
 Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open=True)]
 

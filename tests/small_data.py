@@ -47,6 +47,6 @@ def small_config(**changes):
     return DiTConfig(**{**fields, **changes})
 
 
-def small_model(**changes):
-    torch.manual_seed(0)
+def small_model(*, seed=0, **changes):
+    torch.manual_seed(seed)
     return BLIP3oDiT(small_config(**changes)).eval()

@@ -1,8 +1,9 @@
 """``blip3o-fast demo``: real photos to a trained translator and an honest report, on any machine.
 
 Photos -> tokens of two small pretrained encoders -> shards -> a small DiT learns to translate one
-encoder's tokens into the other's -> held-out photos are translated -> the result stands beside the
-mean predictor and a tuned ridge regression. Every stage continues where an interrupted run stopped.
+encoder's tokens into the other's, once as a flow and once as a plain regression -> a solver is
+fitted to the flow -> held-out photos are translated -> the result stands beside the mean predictor,
+a tuned ridge regression and the plain one. Every stage continues where an interrupted run stopped.
 """
 
 import argparse
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 from blip3o_fast.demo.pipeline import (
+    ZERO_TIME_FRACTION,
     DemoOptions,
     evaluate,
     extract_tokens,
     find_photos,
+    fit_solvers_to,
     train_model,
 )
 from blip3o_fast.devices import find_device
@@ -41,12 +44,18 @@ def run(args: argparse.Namespace) -> int:
     say(
         started, f"{samples} crops of {len(refs)} photos, {photos} held out, in {folder / 'shards'}"
     )
+    shards, run, regression = folder / "shards", folder / "run", folder / "regression"
     try:
-        losses = train_model(options, folder, device)
+        losses = train_model(options, shards, run, device, zero_time_fraction=ZERO_TIME_FRACTION)
+        say(started, f"trained the flow for {options.steps} steps, in {run}")
+        train_model(options, shards, regression, device, zero_time_fraction=1.0)
+        say(started, f"trained the same network as a plain regression, in {regression}")
     except TrainingInterrupted as stop:
         print(f"blip3o-fast demo: {stop}; run again to go on", file=sys.stderr)
         return stop.exit_status
-    say(started, f"trained for {options.steps} steps, in {folder / 'run'}")
+    fitted = fit_solvers_to(run, shards, device)
+    errors = ", ".join(f"{n}: {solver.error:.2g}" for n, solver in sorted(fitted.items()))
+    say(started, f"fitted solvers; error by number of evaluations {errors}")
     report = evaluate(options, folder, device, refs, losses)
     page = write_report(report, folder / "report")
     say(started, "evaluated on photos that training never saw")

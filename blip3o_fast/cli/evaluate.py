@@ -33,6 +33,8 @@ class EvaluateOptions:
         coco_embeddings_file: published COCO pickle, converted to shards on first use.
         embeddings_dir: folder of paired shards to evaluate on.
         chunked_embeddings_dir: training shards, which the baselines are fitted on.
+        regression_path: checkpoint of the same network trained with zero_time_fraction 1, one more
+            baseline; None: none.
         output_dir: folder for the report.
         max_samples: evaluate at most so many samples; None: all.
         batch_size: samples translated at once.
@@ -59,6 +61,7 @@ class EvaluateOptions:
     coco_embeddings_file: Annotated[str | None, Flag(one_of="data")] = None
     embeddings_dir: Annotated[str | None, Flag(one_of="data")] = None
     chunked_embeddings_dir: str | None = None
+    regression_path: str | None = None
     output_dir: str = "evaluation"
     max_samples: int | None = None
     batch_size: Count = 64
@@ -114,6 +117,9 @@ def run(args: argparse.Namespace) -> int:
         dtype=None if options.dtype is None else DTYPES[options.dtype],
     )
     check_mode(options.training_mode, model)
+    regression = None
+    if options.regression_path is not None:
+        regression = load_trained_model(options.regression_path, device=device, dtype=model.dtype)
     training, heldout = open_data(options, model)
     report = evaluate_model(
         model,
@@ -129,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
             "precision": str(model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         },
+        regression=regression,
     )
     page = write_report(report, options.output_dir, plots=options.plots)
     print(terminal_table(report))

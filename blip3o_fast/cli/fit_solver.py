@@ -26,7 +26,8 @@ class FitOptions:
 
     Attributes:
         model_path: checkpoint folder, training run or .pt file; ``solver.json`` is written there.
-        embeddings_dir: folder of shards with EVA embeddings to fit on.
+        embeddings_dir: folder of shards with EVA embeddings to fit on; photos that its manifest
+            holds out are left to ``evaluate``.
         evaluations: calls of the network, one solver for each number.
         conditions: samples to fit on and to measure with; a quarter is held out.
         guidance_scale: weight of the condition over the empty condition; 1: no guidance.
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def conditions(options: FitOptions, model: BLIP3oDiT) -> torch.Tensor:
     """EVA tokens ``[n, N, E]`` drawn from the shards, in the dtype of the model."""
-    data = EmbeddingDataset(options.embeddings_dir, tokens=model.config.num_tokens)
+    data = EmbeddingDataset(options.embeddings_dir, split="train", tokens=model.config.num_tokens)
     if data.eva_width != model.config.eva_embedding_size:
         raise OptionError(
             f"embeddings_dir: expected EVA width {model.config.eva_embedding_size}, that of the "

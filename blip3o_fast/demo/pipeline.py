@@ -1,4 +1,4 @@
-"""The stages of the demo: photos to shards, shards to a model, the model to a report.
+"""The stages of the demo: photos to shards, shards to models and a solver, these to a report.
 
 Every stage continues where an interrupted run stopped.
 """
@@ -11,18 +11,21 @@ import torch
 
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.checked import Count, check
+from blip3o_fast.checkpoint import locate_checkpoint
 from blip3o_fast.data import EmbeddingDataset, SampleRecord
 from blip3o_fast.data.manifest import Split
 from blip3o_fast.demo.photos import demo_photos, folder_photos, heldout_scenes
 from blip3o_fast.devices import DeviceName
 from blip3o_fast.errors import OptionError
 from blip3o_fast.evaluation import Report
-from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
+from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, evaluate_model
 from blip3o_fast.extraction.encoders import load_towers
 from blip3o_fast.extraction.extract import extract
 from blip3o_fast.extraction.image_sources import ImageRef
 from blip3o_fast.extraction.views import ExtractionSettings, open_view
+from blip3o_fast.flow import FittedSolver, save_solvers
 from blip3o_fast.pretrained import load_trained_model
+from blip3o_fast.sampling import fit_solvers
 from blip3o_fast.training import TrainingOptions, train
 
 HELDOUT_FRACTION = 0.2
@@ -55,6 +58,11 @@ TRAINING = {
     "save_every_n_steps": 200,
 }
 """Validated with one Euler step, which estimates the conditional mean."""
+
+ZERO_TIME_FRACTION = 0.0  # of the flow; 1 is plain regression
+
+FITTED = (3, 5, 8)  # evaluations of the solvers that are fitted to the model
+CONDITIONS = 16  # training crops that they are fitted on
 
 
 @dataclass(frozen=True)
@@ -115,25 +123,44 @@ def extraction_settings(refs: list[ImageRef]) -> ExtractionSettings:
 
 
 def train_model(
-    options: DemoOptions, folder: Path, device: torch.device
+    options: DemoOptions,
+    shards: Path,
+    run: Path,
+    device: torch.device,
+    *,
+    zero_time_fraction: float,
 ) -> tuple[tuple[int, float], ...]:
     """Train, or go on; the losses by step."""
     training = TrainingOptions(
-        chunked_embeddings_dir=str(folder / "shards"),
-        output_dir=str(folder / "run"),
+        chunked_embeddings_dir=str(shards),
+        output_dir=str(run),
         max_steps=options.steps,
         eval_every_n_steps=min(VALIDATE_EVERY, options.steps),
         device="cuda" if device.type == "cuda" else "cpu",
-        precision="bf16" if device.type == "cuda" or _cpu_has_bf16() else "fp32",
+        precision="bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32",
         progress=options.progress,
         seed=SEED,
+        zero_time_fraction=zero_time_fraction,
         **MODEL,
         **TRAINING,
     )
     return train(training).losses
 
 
-def _cpu_has_bf16() -> bool:
+def fit_solvers_to(run: Path, shards: Path, device: torch.device) -> dict[int, FittedSolver]:
+    """Solvers of few evaluations for the best checkpoint of a run, kept beside it."""
+    model = load_trained_model(run, device=device)
+    if set(FITTED) <= set(model.fitted):
+        return model.fitted
+    data = EmbeddingDataset(shards, split="train")
+    eva = data.read(chosen(data, CONDITIONS)).eva.to(device)
+    generator = torch.Generator().manual_seed(SEED)
+    fitted = fit_solvers(model, eva.to(model.dtype), evaluations=FITTED, generator=generator)
+    save_solvers(locate_checkpoint(run), fitted)
+    return fitted
+
+
+def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 itself; where it does not, fp32 is faster.
 
     No if torch cannot tell.
@@ -151,6 +178,7 @@ def evaluate(
 ) -> Report:
     """Measure the best checkpoint on held-out crops beside the baselines."""
     model = load_trained_model(folder / "run", device=device)
+    regression = load_trained_model(folder / "regression", device=device)
     by_key = {ref.key: ref for ref in refs}
     settings = extraction_settings(refs)
 
@@ -187,5 +215,6 @@ def evaluate(
         facts=facts,
         history=losses,
         image_of=crop,
+        regression=regression,
         progress=options.progress,
     )

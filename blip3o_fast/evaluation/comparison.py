@@ -25,17 +25,23 @@ class Row(NamedTuple):
 
 
 def comparison_rows(report: Report) -> tuple[Row, ...]:
-    """Mean predictor, ridge, the DiT by number of evaluations, and at its best."""
+    """Baselines, the DiT by number of evaluations, with fitted solvers, and at its best."""
     rows = [
         Row("mean predictor", metric_cells(report.mean.metrics)),
         Row("ridge", metric_cells(report.ridge.metrics)),
     ]
+    if report.regression is not None:
+        rows.append(Row("regression", metric_cells(report.regression.metrics)))
     for result in report.dit:
         if len(report.dit) <= MOST_ROWS or result.evaluations in USUAL_EVALUATIONS:
             plural = "" if result.evaluations == 1 else "s"
             rows.append(
                 Row(f"DiT, {result.evaluations} eval{plural}", metric_cells(result.metrics))
             )
+    rows += [
+        Row(f"fitted ({result.evaluations})", metric_cells(result.metrics))
+        for result in report.fitted
+    ]
     best = report.best
     rows.append(Row(f"DiT, best ({best.evaluations})", metric_cells(best.metrics), is_best=True))
     return tuple(rows)
@@ -47,9 +53,10 @@ def terminal_table(report: Report) -> str:
     body = align([HEADER, *((row.method, *row.cells) for row in rows)])
     rule = "-" * max(map(len, body))
     body[-1:] = [rule, body[-1]]
-    body[3:3] = [rule]
+    baselines = 2 + (report.regression is not None)
+    body[1 + baselines : 1 + baselines] = [rule]
     body[1:1] = [rule]
-    notes = (report.verdict.sentence, basis(report))
+    notes = (report.verdict.sentence, basis(report), *meanings(report))
     return "\n".join((*body, "", *(textwrap.fill(note, _WIDTH) for note in notes)))
 
 
@@ -63,6 +70,22 @@ def basis(report: Report) -> str:
         f"nearest of {metrics.samples} (chance {1 / metrics.samples:.3f}). The best number of "
         "evaluations was chosen on these samples."
     )
+
+
+def meanings(report: Report) -> list[str]:
+    """What the rows are that not every report has."""
+    notes = []
+    if report.regression is not None:
+        notes.append(
+            "regression: the same network trained at t = 0 alone, which can translate but not "
+            "sample."
+        )
+    if report.fitted:
+        notes.append(
+            "fitted (n): the DiT with a solver of n evaluations fitted to it, whose samples are "
+            "those of many evaluations."
+        )
+    return notes
 
 
 def with_interval(estimate: Estimate, digits: int = 3) -> str:

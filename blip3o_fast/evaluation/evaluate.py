@@ -16,7 +16,7 @@ from blip3o_fast.evaluation.accumulator import MetricAccumulator
 from blip3o_fast.evaluation.baselines import Baselines
 from blip3o_fast.evaluation.metrics import token_cosines
 from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples, token_map
-from blip3o_fast.flow import find_solver
+from blip3o_fast.flow import FittedSolver, find_solver
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.seeds import sample_seed
@@ -80,9 +80,13 @@ def evaluate_model(
     facts: Mapping[str, str] | None = None,
     history: Sequence[tuple[int, float]] = (),
     image_of: ImageOf | None = None,
+    regression: BLIP3oDiT | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure ``model`` on ``heldout`` beside baselines fitted on ``training``.
+
+    Solvers that were fitted to the model (``model.fitted``) are measured as well, those for the
+    guidance weight of ``settings``.
 
     Args:
         model: on the device where it should run.
@@ -91,13 +95,16 @@ def evaluate_model(
         settings: how to measure.
         title, facts, history: shown in the report.
         image_of: finds the crops of the samples that are shown.
+        regression: the same network trained at t = 0 alone, one more baseline.
         progress: show bars.
 
     Raises:
         ValueError: if the data do not fit the model.
     """
     device = model.device
-    check_fit(model, heldout)
+    for measured in (model, regression):
+        if measured is not None:
+            check_fit(measured, heldout)
     baselines = Baselines.fit(
         read_batches(
             training,
@@ -110,26 +117,43 @@ def evaluate_model(
     )
     indices = chosen(heldout, settings.max_samples)
 
-    def measure(predict: Callable[[Batch], Tensor], name: str, evaluations: int | None) -> Result:
+    def measure(
+        predict: Callable[[Batch], Tensor],
+        name: str,
+        evaluations: int | None = None,
+        solver_error: float | None = None,
+    ) -> Result:
         accumulator = MetricAccumulator(baselines.mean.mean, has_cls=heldout.has_cls)
         label = name if progress else None
         for batch in read_batches(heldout, indices, settings.batch_size, device, label):
             accumulator.add(predict(batch), batch.clip, batch.keys, batch.sources)
         metrics = accumulator.finish(bootstrap=settings.bootstrap, seed=settings.seed)
-        return Result(metrics, accumulator.scores(), evaluations)
+        return Result(metrics, accumulator.scores(), evaluations, solver_error)
 
     dit = tuple(
         measure(lambda batch, n=n: translate(model, batch, settings, n), f"{n} evaluations", n)
         for n in sorted(set(settings.evaluations))
     )
-    mean = measure(lambda batch: baselines.mean.predict(batch.eva.float()), "mean", None)
-    ridge = measure(lambda batch: baselines.ridge.predict(batch.eva.float()), "ridge", None)
+    fitted = tuple(
+        measure(
+            lambda batch, s=solver: translate(model, batch, settings, len(s), s),
+            *(f"fitted, {n} evaluations", n, solver.error),
+        )
+        for n, solver in sorted(model.fitted.items())
+        if solver.guidance_scale == settings.guidance_scale and settings.time_grid is None
+    )
+    mean = measure(lambda batch: baselines.mean.predict(batch.eva.float()), "mean")
+    ridge = measure(lambda batch: baselines.ridge.predict(batch.eva.float()), "ridge")
     best = max(dit, key=lambda result: result.metrics.token_cosine.value)
     return Report(
         title,
         mean=mean,
         ridge=ridge,
         dit=dit,
+        fitted=fitted,
+        regression=None
+        if regression is None
+        else measure(lambda batch: translate(regression, batch, settings, 1), "regression"),
         grid=heldout.grid,
         facts=facts or {},
         history=tuple(history),
@@ -172,14 +196,18 @@ def read_batches(
 
 
 def translate(
-    model: BLIP3oDiT, batch: Batch, settings: EvaluationSettings, evaluations: int
+    model: BLIP3oDiT,
+    batch: Batch,
+    settings: EvaluationSettings,
+    evaluations: int,
+    fitted: FittedSolver | None = None,
 ) -> Tensor:
     """CLIP tokens ``[b, N, C]`` sampled with so many calls of the network."""
     solver, steps = settings.method(evaluations)
     return model.generate(
         batch.eva.to(model.dtype),
-        steps,
-        solver=solver,
+        steps if fitted is None else evaluations,
+        solver=solver if fitted is None else fitted,
         guidance_scale=settings.guidance_scale,
         time_grid=settings.time_grid,
         seeds=[sample_seed(key, settings.seed) for key in batch.keys],

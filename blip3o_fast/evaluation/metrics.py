@@ -7,6 +7,10 @@ For generated g and target x, both ``[n, N, C]``, and the training mean m (``[N,
     centred cosine   token cosine of g - m and x - m; a constant prediction m scores 0
     MSE              mean of (g - x)^2
     R2               1 - sum (g - x)^2 / sum (x - m)^2, so that the mean predictor scores 0
+    variance ratio   sum (g - m)^2 / sum (x - m)^2: 1 for samples as varied as the data, less for
+                     means
+    energy distance  of generated to true tokens as distributions, one token of each sample
+                     (``similarity.energy_distance``): 0 for samples, more for means
     R@k              own partner among the k nearest by cosine of centred image means, both ways
     CKA              linear CKA of image means
 
@@ -52,7 +56,9 @@ class Metrics:
         sources: distinct source photos, the units of the bootstrap.
         tokens: patch tokens per sample.
         resamples, confidence: of every interval.
-        token_cosine, image_cosine, centred_cosine, mse, r2: as in the module's docstring.
+        token_cosine, image_cosine, centred_cosine, mse, r2, variance_ratio: as in the module's
+            docstring.
+        energy_distance: the same; None for a single sample.
         recall_generated_to_target: k to R@k, a generated vector searching the targets.
         recall_target_to_generated: k to R@k, a target searching the generated vectors.
         cka: linear CKA, biased upwards when samples are not many times C.
@@ -73,6 +79,8 @@ class Metrics:
     centred_cosine: Estimate
     mse: Estimate
     r2: Estimate
+    variance_ratio: Estimate
+    energy_distance: float | None
     recall_generated_to_target: Mapping[int, Estimate]
     recall_target_to_generated: Mapping[int, Estimate]
     cka: float
@@ -123,6 +131,7 @@ def patch_rows(g: Tensor, x: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], T
         "image_cosine": F.cosine_similarity(g_image, x_image, dim=-1, eps=1e-8),
         "centred_cosine": centred.mean(1),
         "mse": (g - x).square().mean((1, 2)),
+        "generated_variance": (g - mean).square().mean((1, 2)),
         "target_variance": (x - mean).square().mean((1, 2)),
         "generated_mean": g_image,
         "target_mean": x_image,

@@ -18,12 +18,17 @@ FORMAT_VERSION = 1
 class Result:
     """One method on the held-out samples.
 
-    ``evaluations`` counts calls of the network; a baseline has None.
+    Attributes:
+        metrics, scores: of all samples, and by sample.
+        evaluations: calls of the network; None for a baseline.
+        solver_error: of a fitted solver: relative error of its final states, on conditions held out
+            when it was fitted.
     """
 
     metrics: Metrics
     scores: SampleScores
     evaluations: int | None = None
+    solver_error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,9 @@ class Report:
         mean: the mean predictor.
         ridge: tuned ridge regression.
         dit: the DiT, by rising number of evaluations.
+        fitted: the DiT with solvers that were fitted to it, by rising number of evaluations.
+        regression: the same network trained as a plain regression, in one evaluation; None where
+            there is none.
         grid: (depth, height, width) of the patches.
         facts: name to value, shown as they are: model, data, device, settings.
         history: (step, training loss) pairs, empty where unknown.
@@ -65,15 +73,20 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
     history: tuple[tuple[int, float], ...] = ()
     photos: tuple[Photo, ...] = ()
+    fitted: tuple[Result, ...] = ()
+    regression: Result | None = None
 
     def __post_init__(self) -> None:
-        counts = [result.evaluations for result in self.dit]
-        if not counts or any(n is None or n < 1 for n in counts):
-            raise ValueError(f"dit: expected results with evaluations >= 1, got {counts}")
-        if counts != sorted(set(counts), key=lambda n: n or 0):
-            raise ValueError(f"dit: expected rising numbers of evaluations, got {counts}")
+        if not self.dit:
+            raise ValueError("dit: expected results with evaluations >= 1, got []")
+        for name, results in (("dit", self.dit), ("fitted", self.fitted)):
+            counts = [result.evaluations for result in results]
+            if any(n is None or n < 1 for n in counts):
+                raise ValueError(f"{name}: expected results with evaluations >= 1, got {counts}")
+            if counts != sorted(set(counts), key=lambda n: n or 0):
+                raise ValueError(f"{name}: expected rising numbers of evaluations, got {counts}")
         keys = self.mean.scores.keys
-        for result in (self.ridge, *self.dit):
+        for _, result in self.methods:
             if result.scores.keys != keys:
                 raise ValueError(
                     "results: expected every method on the same samples in the same order"
@@ -87,9 +100,14 @@ class Report:
 
     @property
     def methods(self) -> tuple[tuple[str, Result], ...]:
-        """Short names and results: ``mean``, ``ridge``, ``dit_1``, ``dit_2``, ..."""
-        curve = ((f"dit_{result.evaluations}", result) for result in self.dit)
-        return ("mean", self.mean), ("ridge", self.ridge), *curve
+        """Short names and results: ``mean``, ``ridge``, ``dit_1``, ``dit_2``, ``fitted_5``, ..."""
+        curves = ("dit", self.dit), ("fitted", self.fitted)
+        return (
+            ("mean", self.mean),
+            ("ridge", self.ridge),
+            *([] if self.regression is None else [("regression", self.regression)]),
+            *((f"{name}_{result.evaluations}", result) for name, of in curves for result in of),
+        )
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -113,9 +131,18 @@ class Report:
             "best_evaluations": self.best.evaluations,
             "mean_predictor": self.mean.metrics.to_dict(),
             "ridge": self.ridge.metrics.to_dict(),
+            "regression": None if self.regression is None else self.regression.metrics.to_dict(),
             "dit": [
                 {"evaluations": result.evaluations, **result.metrics.to_dict()}
                 for result in self.dit
+            ],
+            "fitted": [
+                {
+                    "evaluations": result.evaluations,
+                    "solver_error": result.solver_error,
+                    **result.metrics.to_dict(),
+                }
+                for result in self.fitted
             ],
             "grid": list(self.grid),
             "facts": dict(self.facts),

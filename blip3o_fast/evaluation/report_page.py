@@ -22,6 +22,8 @@ from blip3o_fast.evaluation.report_plots import (
 )
 from blip3o_fast.report.page import render
 
+SAMPLES_HEADER = ("error of the solver", "token cosine", "R@1", "variance ratio", "energy distance")
+
 TableRows = list[tuple[str, Sequence[str]]]
 
 
@@ -44,6 +46,8 @@ def render_page(
         comparison_header=HEADER,
         comparison_rows=[(row.method, row.cells) for row in comparison_rows(report)],
         basis=basis(report),
+        samples_header=("method", *SAMPLES_HEADER),
+        samples_rows=_samples_rows(report),
         details=_details(report),
         light_plots=light_plots,
         dark_plots=dark_plots,
@@ -89,6 +93,8 @@ def _details(report: Report) -> list[tuple[str, tuple[str, ...], TableRows]]:
         "ridge": report.ridge.metrics,
         "mean predictor": report.mean.metrics,
     }
+    if report.regression is not None:
+        methods["regression"] = report.regression.metrics
     header, columns = ("", *methods), list(methods.values())
     details = [
         ("Retrieval, thresholds and CKA", header, _further_rows(columns)),
@@ -98,6 +104,34 @@ def _details(report: Report) -> list[tuple[str, tuple[str, ...], TableRows]]:
         details.append(("CLS token", header, _cls_rows(columns)))
     curve: TableRows = [(f"DiT, {r.evaluations}", metric_cells(r.metrics)) for r in report.dit]
     return [*details, ("Every number of evaluations", HEADER, curve)]
+
+
+def _samples_rows(report: Report) -> TableRows:
+    """Samples by the usual solver and by fitted ones; nothing where no solver was fitted."""
+    if not report.fitted:
+        return []
+    curves = [("DiT", result) for result in report.dit]
+    curves += [("fitted", result) for result in report.fitted]
+    rows: TableRows = []
+    for name, result in curves:
+        metrics, error = result.metrics, result.solver_error
+        rows.append(
+            (
+                f"{name}, {result.evaluations}",
+                (
+                    "" if error is None else f"{error:.2g}",
+                    with_interval(metrics.token_cosine),
+                    f"{metrics.recall_generated_to_target[1].value:.3f}",
+                    f"{metrics.variance_ratio.value:.3f}",
+                    _or_none(metrics.energy_distance, 4),
+                ),
+            )
+        )
+    return rows
+
+
+def _or_none(value: float | None, digits: int = 3) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def _further_rows(columns: Sequence[Metrics]) -> TableRows:
@@ -121,11 +155,10 @@ def _further_rows(columns: Sequence[Metrics]) -> TableRows:
         row("Centred cosine", [m.centred_cosine for m in columns]),
         row("R2", [m.r2 for m in columns]),
         row("MSE", [m.mse for m in columns], 4),
+        row("Variance ratio", [m.variance_ratio for m in columns]),
+        ("Energy distance", [_or_none(m.energy_distance, 4) for m in columns]),
         ("CKA", [f"{m.cka:.3f}" for m in columns]),
-        (
-            "CKA, debiased",
-            ["none" if m.cka_debiased is None else f"{m.cka_debiased:.3f}" for m in columns],
-        ),
+        ("CKA, debiased", [_or_none(m.cka_debiased) for m in columns]),
     ]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DIT, RIDGE = 0, 1
+DIT, RIDGE, FITTED, REGRESSION = 0, 1, 2, 3
 """Places of the methods among the colours of a theme; the mean predictor is grey."""
 
 COLOUR_MAP = "viridis"
@@ -117,10 +117,21 @@ def _draw_curve(axes: "Axes", report: Report, theme: Theme, name: str) -> None:
     if all(estimate.low is not None for estimate in estimates):
         lows, highs = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(counts, lows, highs, color=colour, alpha=0.18, linewidth=0)
-    for result, colour, label, dash in (
+    if report.fitted:
+        fitted = [getattr(result.metrics, name).value for result in report.fitted]
+        places = [_evaluations(result) for result in report.fitted]
+        axes.plot(
+            places, fitted, "D", color=theme.series[FITTED], label="fitted solver", markersize=5
+        )
+        counts += places
+    levels = [
         (report.ridge, theme.series[RIDGE], "ridge", (0, (5, 2))),
         (report.mean, theme.grey, "mean predictor", (0, (1.5, 1.5))),
-    ):
+    ]
+    if report.regression is not None:
+        colour = theme.series[REGRESSION]
+        levels.insert(0, (report.regression, colour, "regression", (0, (4, 1.5, 1, 1.5))))
+    for result, colour, label, dash in levels:
         value = getattr(result.metrics, name).value
         axes.axhline(value, color=colour, label=label, linewidth=1.8, linestyle=dash)
     axes.set_xscale("log")

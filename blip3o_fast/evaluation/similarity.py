@@ -1,6 +1,6 @@
-"""Comparisons of two sets of image vectors ``[n, C]``: retrieval and linear CKA.
+"""Comparisons of two sets of vectors ``[n, C]``: retrieval, linear CKA and energy distance.
 
-Both need all n vectors at once, which is why the accumulator keeps image means and nothing larger.
+All need the n vectors at once, which is why the accumulator keeps one or two vectors a sample.
 """
 
 import numpy as np
@@ -75,6 +75,34 @@ def linear_cka_debiased(x: FloatArray, y: FloatArray) -> float | None:
     x, y = x - x.mean(0), y - y.mean(0)
     own = _unbiased_hsic(x, x) * _unbiased_hsic(y, y)
     return float(_unbiased_hsic(x, y) / np.sqrt(own)) if own > 0 else None
+
+
+def energy_distance(x: FloatArray, y: FloatArray) -> float | None:
+    """How far two distributions are apart, from ``[n, C]`` each (Szekely and Rizzo, 2013).
+
+    ``1 - (E|x - x'| + E|y - y'|) / (2 E|x - y'|)`` with Euclidean norms over pairs of different
+    rows: 0 for equal distributions, give or take the noise of n rows, 1 for constants that differ.
+    Row i of one may depend on row i of the other. None for a single row.
+    """
+    if len(x) < 2:
+        return None
+    across = _mean_distance(x, y)
+    if across == 0:
+        return 0.0
+    return 1 - (_mean_distance(x, x) + _mean_distance(y, y)) / (2 * across)
+
+
+def _mean_distance(x: FloatArray, y: FloatArray) -> float:
+    """Mean distance of rows with different numbers."""
+    total, squares = 0.0, np.square(y).sum(1)
+    for start in range(0, len(x), _ROWS):
+        rows = x[start : start + _ROWS]
+        apart = np.square(rows).sum(1)[:, None] + squares - 2 * rows @ y.T
+        distances = np.sqrt(np.maximum(apart, 0))
+        own = np.arange(len(rows))
+        distances[own, start + own] = 0
+        total += float(distances.sum())
+    return total / (len(x) * (len(x) - 1))
 
 
 def _unbiased_hsic(x: FloatArray, y: FloatArray) -> float:

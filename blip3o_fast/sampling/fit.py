@@ -22,7 +22,7 @@ Memory: count + 2 states a condition, and twice that in fp64 for one batch.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_fast.conventions import GridName
 from blip3o_fast.flow import AdamsBashforth, FittedSolver, TimeGrid
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl
@@ -76,6 +77,7 @@ def fit_solver(
     *,
     evaluations: int,
     guidance_scale: float = 1.0,
+    time_grid: GridName | Sequence[float] | None = None,
     reference: SamplingPlan | None = None,
     generator: torch.Generator | None = None,
     impl: Impl | None = None,
@@ -88,9 +90,11 @@ def fit_solver(
         eva: conditions ``[n, N, E]``; a dozen are enough, 4 the fewest. A quarter is held out.
         evaluations: of the network, at least 1.
         guidance_scale: weight of guidance that samples will be drawn with.
+        time_grid: of the reference: a name, or increasing times from 0 to 1; None follows the
+            conventions.
         reference: the sampler to reproduce; its steps are the times to choose from. None is the
-            midpoint rule with 128 steps, and for models whose conventions have a sampler of their
-            own (``published``) that sampler: 50 steps of Heun on its own labels.
+            midpoint rule with 128 steps, or with those of ``time_grid``; on a published grid it is
+            the published sampler: 50 steps of Heun on its own labels.
         generator: of the noise; None is torch's default.
         impl, dtype: of the velocities that are fitted, as in ``SamplingPlan``.
 
@@ -98,13 +102,15 @@ def fit_solver(
         The solver, for ``SamplingPlan(model, solver=fitted)``.
 
     Raises:
-        ValueError: for too few conditions, or options that do not fit the model or each other.
+        ValueError: for too few conditions, for options that do not fit the model or each other, or
+            where the reference leaves the finite numbers.
     """
     return fit_solvers(
         model,
         eva,
         evaluations=(evaluations,),
         guidance_scale=guidance_scale,
+        time_grid=time_grid,
         reference=reference,
         generator=generator,
         impl=impl,
@@ -118,6 +124,7 @@ def fit_solvers(
     *,
     evaluations: Iterable[int],
     guidance_scale: float = 1.0,
+    time_grid: GridName | Sequence[float] | None = None,
     reference: SamplingPlan | None = None,
     generator: torch.Generator | None = None,
     impl: Impl | None = None,
@@ -129,7 +136,9 @@ def fit_solvers(
         raise ValueError(f"evaluations: expected numbers of at least 1, got {counts}")
     if len(eva) < FEWEST_CONDITIONS:
         raise ValueError(f"eva: expected at least {FEWEST_CONDITIONS} conditions, got {len(eva)}")
-    target = reference or default_reference(model, guidance_scale)
+    if reference is not None and time_grid is not None:
+        raise ValueError("time_grid: expected None beside a reference, which has a grid of its own")
+    target = reference or default_reference(model, guidance_scale, time_grid)
     if target.model is not model or target.guidance_scale != guidance_scale:
         raise ValueError(
             "reference: expected a plan of the same model and guidance_scale "
@@ -162,11 +171,20 @@ def fit_solvers(
     return {count: best(count) for count in counts}
 
 
-def default_reference(model: DiT, guidance_scale: float) -> SamplingPlan:
-    """What a fitted solver approximates unless told otherwise."""
-    grid = model.config.rules.time_grid
-    steps, solver = (REFERENCE_STEPS, "midpoint") if grid == "ascending" else (50, "heun")
-    return SamplingPlan(model, steps=steps, solver=solver, guidance_scale=guidance_scale)
+def default_reference(
+    model: DiT,
+    guidance_scale: float,
+    time_grid: GridName | Sequence[float] | None = None,
+) -> SamplingPlan:
+    """What a fitted solver approximates unless told otherwise; see ``fit_solver``."""
+    grid = model.config.rules.time_grid if time_grid is None else time_grid
+    if not isinstance(grid, str):
+        steps, solver = len(grid) - 1, "midpoint"
+    else:
+        steps, solver = (REFERENCE_STEPS, "midpoint") if grid == "ascending" else (50, "heun")
+    return SamplingPlan(
+        model, steps=steps, solver=solver, guidance_scale=guidance_scale, time_grid=grid
+    )
 
 
 def solver_errors(
@@ -212,6 +230,12 @@ def _follow(
                 kept[step + 1].append(x)
 
         target(part, noise, callback=keep)
+    for node, states in kept.items():
+        if not all(x.isfinite().all() for x in states):
+            raise ValueError(
+                f"reference: expected finite states, got NaN or Inf by step {node} of "
+                f"{len(target.grid)}; the model diverges on these conditions"
+            )
     return Samples(eva, {node: torch.cat(states) for node, states in kept.items()})
 
 
@@ -259,7 +283,10 @@ class _Fit:
     def __call__(
         self, known: Samples, unseen: Samples, nodes: tuple[int, ...], damping: float
     ) -> FittedSolver:
-        """Fit stage by stage on ``known``, and measure on ``unseen``."""
+        """Fit stage by stage on ``known``, and measure on ``unseen``.
+
+        An infinite error says that the fitted solver diverges.
+        """
         solver = self.start(nodes)
         plan = self.plan(solver)
         runs = [

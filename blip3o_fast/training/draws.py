@@ -37,14 +37,21 @@ def draw(
     shape: tuple[int, int],
     *,
     distribution: TimeDistribution,
+    zero_time_fraction: float,
     condition_dropout: float,
     device: torch.device,
 ) -> Draws:
-    """Draw for ``rows`` of the global batch of ``batch_size`` samples; ``shape`` is (N, C)."""
+    """Draw for ``rows`` of the global batch of ``batch_size`` samples; ``shape`` is (N, C).
+
+    Each sample is at t = 0 with probability ``zero_time_fraction``.
+    """
     generator = torch.Generator(device)
     generator.manual_seed(stream_seed(seed, step, -1))
     t = sample_times(batch_size, distribution, generator=generator, device=device)
     keep = torch.rand(batch_size, generator=generator, device=device) >= condition_dropout
+    if zero_time_fraction:
+        at_zero = torch.rand(batch_size, generator=generator, device=device) < zero_time_fraction
+        t = t.masked_fill(at_zero, 0.0)
     noise = torch.empty(len(rows), *shape, device=device)
     for start in range(rows.start - rows.start % GROUP, rows.stop, GROUP):
         stop = min(start + GROUP, batch_size)

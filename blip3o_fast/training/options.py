@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from blip3o_fast.checked import (
     Amount,
     Count,
+    Fraction,
     Index,
     Positive,
     Range,
@@ -84,6 +85,9 @@ class TrainingOptions:
         use_timestep_weighting: compute the semantic and consistency terms for t > 0.5 only; None:
             only with conventions=published.
         time_distribution: distribution of training times; beta is Beta(1/2, 1/2).
+        zero_time_fraction: share of the samples that are at t = 0 instead, where the velocity leads
+            to the conditional mean; 1: plain regression, whose model translates in one evaluation
+            and cannot sample.
         condition_dropout: probability of replacing the condition by zeros; guidance needs more than
             0.
         batch_size: samples per optimizer step, over all processes and micro-batches.
@@ -176,6 +180,7 @@ class TrainingOptions:
     consistency_weight: Amount = 0.3
     use_timestep_weighting: bool | None = None
     time_distribution: Literal["beta", "uniform", "logit_normal"] = "beta"
+    zero_time_fraction: Fraction = 0.0
     condition_dropout: Share = 0.0
 
     # Optimisation
@@ -265,10 +270,14 @@ class TrainingOptions:
         return from_json(cls, dict(values), "options", OptionError)
 
     def changes(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Options that would alter a run saved with ``saved``: name to (saved, mine)."""
+        """Options that would alter a run saved with ``saved``: name to (saved, mine).
+
+        An option that the saved run did not know yet had the default.
+        """
         mine = self.to_dict()
-        names = [name for name in mine if name not in FREE]
-        return {n: (saved.get(n), mine[n]) for n in names if saved.get(n) != mine[n]}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        before = {name: saved.get(name, defaults[name]) for name in mine if name not in FREE}
+        return {name: (old, mine[name]) for name, old in before.items() if old != mine[name]}
 
 
 def read_options_file(path: str | Path) -> dict[str, Any]:

@@ -6,16 +6,20 @@ import sys
 from types import SimpleNamespace
 
 import conventions
+import fitted_solvers
 import published_cpu
 import pytest
 import render
 import torch
+import zero_time
 from small_data import small_model, write_shards
 
 from blip3o_fast.benchmarking.record import Measurement, Record
+from blip3o_fast.sampling import fit
 
 BLOCKS = "\n\n".join(
-    f"{begin}\n{render.END}" for begin in (render.DEMO, render.SPEED, render.CONVENTIONS)
+    f"{begin}\n{render.END}"
+    for begin in (render.DEMO, render.SPEED, render.FITTED, render.ZERO_TIME, render.CONVENTIONS)
 )
 TOP = f"text\n\n{BLOCKS}\n\nmore text\n"
 OWN = f"text\n\n{render.EVERYTHING}\n{render.END}\n\nmore text\n"
@@ -255,6 +259,76 @@ def test_conventions_as_it_writes_itself(root, tmp_path, monkeypatch):
     low, high = row["token_cosine_interval"]
     assert f" {row['token_cosine']:.3f} [{low:.3f}, {high:.3f}] |" in own
     assert "6 of " in own and "![conventions](results/conventions.png)" in own
+
+
+def run_program(monkeypatch, program, flags):
+    words = [str(word) for name, values in flags.items() for word in (f"--{name}", *values)]
+    monkeypatch.setattr(sys, "argv", [program.__name__, *words])
+    program.main()
+
+
+def test_fitted_solvers_as_the_program_writes_them(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "REFERENCE_STEPS", 32)
+    shards = write_shards(tmp_path / "shards", samples=40, photos=20)
+    for conventions_name in ("consistent", "published"):
+        model = small_model(conventions=conventions_name, condition_dropout=0.1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.2)
+        model.save_pretrained(tmp_path / conventions_name)
+    written = root / "benchmarks/results/fitted_solvers.json"
+    flags = {"model_path": [tmp_path / "consistent", tmp_path / "published"], "json": [written]}
+    flags |= {"embeddings_dir": [shards], "evaluations": [2, 4], "conditions": [8]}
+    run_program(monkeypatch, fitted_solvers, flags | {"max_samples": [8], "device": ["cpu"]})
+    capsys.readouterr()
+    models = json.loads(written.read_text())["models"]
+    kinds = [(model["conventions"], model["guidance_scale"]) for model in models]
+    assert kinds == [(name, scale) for name in ("consistent", "published") for scale in (1, 2)]
+    for model in models:
+        errors = {(row["solver"], row["evaluations"]): row["error"] for row in model["errors"]}
+        assert errors["fitted", 4] < errors["heun", 4], "no better than what anyone has"
+        floor, *others = model["samples"]
+        assert floor["solver"] == "reference" and len(others) == 5
+        for row in model["dtypes"]:
+            assert 0 < row["fp32"] < row["fp8"], "FP8 adds an error"
+        cases = [row["case"] for row in model["transfer"]]
+        assert cases[0] == "conditions that are no image" and "guidance" in cases[1]
+    top, own = texts(root)
+    for text in (top, own):
+        assert "**Published conventions, guidance 2.** Relative error of the final" in text
+        assert f"| 4 | {models[0]['errors'][1]['error']:.2g} |" in text
+    assert "Samples, dtypes, transfer" in own and "Samples, dtypes" not in top
+
+
+def test_training_at_zero_as_the_program_writes_it(root, tmp_path, monkeypatch, capsys):
+    shards = write_shards(tmp_path / "shards", samples=40, photos=20)
+    written = root / "benchmarks/results/zero_time.json"
+    flags = {"shards": [shards], "output_dir": [tmp_path / "runs"], "json": [written]}
+    flags |= {"fractions": [0.0, 1.0], "seeds": [0, 1], "steps": [2], "max_samples": [6]}
+    run_program(monkeypatch, zero_time, flags)
+    capsys.readouterr()
+    rows = json.loads(written.read_text())["rows"]
+    assert [(row["fraction"], row["seed"]) for row in rows] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    values = [row["one"]["token_cosine"] for row in rows if row["fraction"] == 1]
+    mean, low, high = sum(values) / 2, min(values), max(values)
+    for text in texts(root):
+        assert f"| 1 | {mean:.4f} ({low:.4f} to {high:.4f}) |" in text
+        assert "2 steps each, 2 seeds: mean (range)." in text
+
+
+def test_a_batch_beside_the_published_sampler(root):
+    name = "ours, fp32, fitted 5"
+    content = {
+        **{"benchmark": "published_sampling", "environment": ENVIRONMENT, "batch": 2, "layers": 12},
+        **{"rounds": 3, "seconds": {"published": 40.0, name: 0.5}, "ratio": {name: 80.0}},
+        "error": {"published": 0.0, name: 0.0034},
+        "fit": {"seconds": 300.0, "bytes": 2e9, "conditions": 12, "held_out_error": 0.003},
+    }
+    content["ratio"]["published"] = 1.0
+    (root / "benchmarks/results/published_sampling.json").write_text(json.dumps(content))
+    for text in texts(root):
+        assert f"| {name} | 500 ms | 80x | 3.4e-03 |" in text
+        assert "12 conditions took 5 min and 2 GB more memory." in text
 
 
 def test_a_profile_lists_the_dearest_launches(root):

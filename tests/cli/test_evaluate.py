@@ -44,6 +44,25 @@ def test_euler_spends_one_evaluation_a_step(files):
     assert [row["evaluations"] for row in report["dit"]] == [1, 2]
 
 
+def test_regression_and_fitted_solvers_stand_in_the_report(files, capsys):
+    shards = files / "shards"
+    fit = ["fit-solver", "--model_path", files / "model", "--embeddings_dir", shards]
+    fit += ["--conditions", "8", "--evaluations", "3", "--device", "cpu"]
+    assert main([str(word) for word in fit]) == 0
+    small_model(seed=3).save_pretrained(files / "plain")
+    options = ("--embeddings_dir", shards, "--regression_path", files / "plain")
+    assert evaluate(files, *options) == 0
+    out = capsys.readouterr().out
+    assert "regression" in out and "fitted (3)" in out
+    report = json.loads((files / "out/report.json").read_text())
+    assert report["fitted"][0]["evaluations"] == 3 and report["fitted"][0]["solver_error"] < 1
+    assert report["regression"] != report["dit"][0]
+    columns = (files / "out/samples.csv").read_text().splitlines()[0]
+    assert "regression_token_cosine" in columns and "fitted_3_token_cosine" in columns
+    page = (files / "out/report.html").read_text()
+    assert "Samples in few evaluations" in page
+
+
 def test_training_shards_give_the_baselines(files):
     write_shards(files / "coco", 12, photos=12, heldout=0.0)
     options = ("--embeddings_dir", files / "coco", "--chunked_embeddings_dir", files / "shards")

@@ -56,7 +56,7 @@ def test_generate_uses_it(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--conditions", "100"], "conditions: expected at most the 24 samples of"),
+        (["--conditions", "100"], "conditions: expected at most the 20 samples of"),
         (["--conditions", "3"], "eva: expected at least 4 conditions, got 3"),
         (["--evaluations", "0"], "evaluations: expected at least 1"),
     ],

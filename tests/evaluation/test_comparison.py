@@ -13,6 +13,20 @@ def test_rows_are_baselines_every_count_and_best(report):
     assert [row.is_best for row in rows] == [False] * 7 + [True]
 
 
+def test_fitted_solvers_and_regression_have_rows_of_their_own(report):
+    fitted = tuple(dataclasses.replace(report.dit[2], evaluations=n) for n in (3, 5))
+    more = dataclasses.replace(report, fitted=fitted, regression=report.dit[0])
+    methods = [row.method for row in comparison_rows(more)]
+    assert methods[2] == "regression"
+    assert methods[-3:] == ["fitted (3)", "fitted (5)", "DiT, best (1)"]
+    lines = terminal_table(more).splitlines()
+    assert max(map(len, lines)) <= 80
+    rules = [i for i, line in enumerate(lines) if set(line) == {"-"}]
+    assert rules[:2] == [1, 5], "baselines stand between the first two rules"
+    text = " ".join(terminal_table(more).split())
+    assert "regression: the same network" in text and "fitted (n): the DiT with a solver" in text
+
+
 def test_of_many_counts_the_usual_are_shown(report):
     last = report.dit[-1]
     more = [dataclasses.replace(last, evaluations=n) for n in (101, 102, 103, 104)]

@@ -9,6 +9,7 @@ from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.evaluation import EvaluationSettings, evaluate_model, token_cosines
 from blip3o_fast.evaluation.evaluate import chosen, translate
 from blip3o_fast.flow import find_solver
+from blip3o_fast.sampling import fit_solvers
 
 
 @pytest.fixture
@@ -102,6 +103,42 @@ def test_scale_is_undone(sides):
     settings = EvaluationSettings()
     torch.testing.assert_close(
         translate(scaled, batch, settings, 1), 2 * translate(plain, batch, settings, 1)
+    )
+
+
+def test_fitted_solvers_are_measured_beside_the_others(sides):
+    model = small_model()
+    eva = sides[0].read(range(8)).eva
+    model.fitted = fit_solvers(
+        model, eva, evaluations=(2, 3), generator=torch.Generator().manual_seed(0)
+    )
+    report = run(model, sides)
+    assert [result.evaluations for result in report.fitted] == [2, 3]
+    batch = sides[1].read(range(len(sides[1])))
+    for result in report.fitted:
+        solver = model.fitted[result.evaluations]
+        generated = translate(model, batch, EvaluationSettings(), len(solver), solver)
+        expected = token_cosines(generated, batch.clip).mean().item()
+        assert result.metrics.token_cosine.value == pytest.approx(expected, abs=1e-5)
+        assert result.solver_error == solver.error
+    assert "fitted_2" in dict(report.methods)
+    assert run(model, sides, guidance_scale=2.0).fitted == ()
+    assert run(model, sides, time_grid="published").fitted == ()
+
+
+def test_regression_is_one_more_baseline(sides):
+    other = small_model(seed=3)
+    settings = EvaluationSettings(evaluations=(2,), bootstrap=0, photos=0)
+    report = evaluate_model(small_model(), *sides, settings, regression=other, progress=False)
+    expected = evaluate_model(
+        other,
+        *sides,
+        EvaluationSettings(evaluations=(1,), bootstrap=0, photos=0),
+        progress=False,
+    )
+    assert report.regression.metrics == expected.dit[0].metrics
+    assert report.to_dict()["regression"]["token_cosine"] == pytest.approx(
+        expected.to_dict()["dit"][0]["token_cosine"]
     )
 
 

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from blip3o_fast.evaluation import similarity
-from blip3o_fast.evaluation.similarity import linear_cka, linear_cka_debiased, retrieval_hits
+from blip3o_fast.evaluation.similarity import (
+    energy_distance,
+    linear_cka,
+    linear_cka_debiased,
+    retrieval_hits,
+)
 
 
 def brute_force_hits(queries, gallery, k):
@@ -41,6 +46,32 @@ def test_duplicates_share_the_hit():
     vectors = np.eye(4)[[0, 0, 1, 2]]
     forward, _ = retrieval_hits(vectors, vectors, (1,))
     np.testing.assert_allclose(forward[:, 0], (0.5, 0.5, 1, 1))
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_energy_distance_equals_the_sum_over_pairs(monkeypatch, rows):
+    monkeypatch.setattr(similarity, "_ROWS", rows)
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((20, 3)), 2 * rng.standard_normal((20, 3)) + 1
+    pairs = [(i, j) for i in range(20) for j in range(20) if i != j]
+
+    def mean(a, b):
+        return np.mean([np.linalg.norm(a[i] - b[j]) for i, j in pairs])
+
+    expected = 1 - (mean(x, x) + mean(y, y)) / (2 * mean(x, y))
+    assert energy_distance(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+def test_energy_distance_of_known_distributions():
+    rng = np.random.default_rng(4)
+    x, y = rng.standard_normal((2, 2000, 8))
+    assert abs(energy_distance(x, y)) < 0.002
+    assert energy_distance(x, y + 1) > 0.05
+    # A point against a Gaussian: 1 - E|y - y'| / (2 E|y|) = 1 - 1 / sqrt(2).
+    assert energy_distance(np.zeros_like(y), y) == pytest.approx(1 - 0.5**0.5, abs=0.005)
+    assert energy_distance(np.zeros((5, 2)), np.ones((5, 2))) == 1
+    assert energy_distance(np.ones((5, 2)), np.ones((5, 2))) == 0
+    assert energy_distance(x[:1], y[:1]) is None
 
 
 def centring(n):

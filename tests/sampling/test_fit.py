@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from golden_data import relative_error
+from rounding import rounding_bound, roundings_of
 
 from blip3o_fast import BLIP3oDiT, FittedSolver, SamplingPlan, fit_solver
 from blip3o_fast.flow import load_solvers
@@ -113,6 +114,21 @@ def test_guidance_is_fitted(make_model):
     assert errors["fitted"] < 0.5 * errors["heun"]
 
 
+def test_a_sample_depends_on_itself_alone(fitted):
+    model, solvers = fitted
+    plan, eva, seeds = (
+        SamplingPlan(model, solver=solvers[6]),
+        conditions(5, seed=7),
+        [7, 3, 11, 3, 9],
+    )
+    together = plan(eva, seeds=seeds)
+    assert torch.equal(plan(eva, seeds=seeds), together)
+    alone = torch.cat([plan(eva[i : i + 1], seeds=[seeds[i]]) for i in range(5)])
+    small = SamplingPlan(model, solver=solvers[6], working_memory=1)(eva, seeds=seeds)
+    bound = rounding_bound(torch.float32, roundings_of(model.config, 6))
+    assert relative_error(alone, together) < bound and relative_error(small, together) < bound
+
+
 def test_fits_are_repeatable(make_model):
     model = make_model()
     first, second = (
@@ -127,6 +143,26 @@ def test_nodes_increase_from_end_to_end(count, warp):
     nodes = warped_nodes(50, count, warp)
     assert nodes[0] == 0 and nodes[-1] == 50 and len(nodes) == count + 1
     assert all(a < b for a, b in itertools.pairwise(nodes))
+
+
+def test_the_grid_of_the_reference_is_a_choice(make_model):
+    model = make_model()
+    times = torch.linspace(0, 1, 65).square().tolist()
+    named = fit_solver(model, conditions(4), evaluations=2, time_grid=times, generator=seeded())
+    plan = SamplingPlan(model, steps=64, solver="midpoint", time_grid=times)
+    given = fit_solver(model, conditions(4), evaluations=2, reference=plan, generator=seeded())
+    assert named == given and named.reference == "128 evaluations"
+    assert set(named.labels) <= set(times)
+    with pytest.raises(ValueError, match="time_grid: expected None beside a reference"):
+        fit_solver(model, conditions(4), evaluations=2, reference=plan, time_grid=times)
+
+
+def test_a_model_that_diverges_is_an_error(make_model):
+    model = make_model(conventions="consistent")
+    with torch.no_grad():
+        model.output_proj.weight.mul_(torch.inf)
+    with pytest.raises(ValueError, match="reference: expected finite states, got NaN or Inf by"):
+        fit_solver(model, conditions(4), evaluations=2, generator=seeded())
 
 
 def test_bad_requests(make_model):

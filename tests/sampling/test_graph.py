@@ -5,7 +5,7 @@ import torch
 from golden_data import relative_error
 from rounding import rounding_bound, roundings_of
 
-from blip3o_fast import SamplingPlan, generate
+from blip3o_fast import SamplingPlan, fit_solver, generate
 from blip3o_fast.flow import SOLVERS, Trajectory
 from blip3o_fast.sampling import cache, forget, graph
 from blip3o_fast.sampling.graph import BUCKETS, GRAPHS, WARM_UP, Captured, bucket
@@ -69,6 +69,20 @@ def test_equals_eager_evaluations(make_model, draw, captured, solver, scale, con
         got, expected = both(model, eva, noise, **options)
         assert relative_error(got, expected) < limit(model)
     assert [len(trajectory.x) for trajectory in captured] == [6, 1, 4]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_fitted_solver_is_replayed(model, draw, captured, scale):
+    """Each evaluation reads other coefficients; the graph is one."""
+    known, _ = draw(model, 4)
+    fitted = fit_solver(model, known, evaluations=5, guidance_scale=scale)
+    captured.clear()
+    for batch in (3, 2):
+        eva, noise = draw(model, batch)
+        got, expected = both(model, eva, noise, solver=fitted, guidance_scale=scale)
+        assert torch.equal(got, expected)
+    assert len({len(trajectory.x) for trajectory in captured}) == len(captured)
+    assert all(len(trajectory.slopes) == 4 for trajectory in captured)
 
 
 def test_one_graph_serves_every_number_of_steps(model, draw, captured, monkeypatch):

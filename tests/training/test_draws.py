@@ -8,10 +8,11 @@ from blip3o_fast.training.draws import GROUP, draw
 CPU = torch.device("cpu")
 
 
-def draws(rows, *, seed=0, step=3, batch=40, dropout=0.0):
+def draws(rows, *, seed=0, step=3, batch=40, dropout=0.0, at_zero=0.0):
     return draw(
         *(seed, step, rows, batch, (5, 4)),
         distribution="beta",
+        zero_time_fraction=at_zero,
         condition_dropout=dropout,
         device=CPU,
     )
@@ -19,9 +20,10 @@ def draws(rows, *, seed=0, step=3, batch=40, dropout=0.0):
 
 @pytest.mark.parametrize("ranks", [2, 4, 5, 40])
 def test_shares_of_the_ranks_make_the_whole(ranks):
-    whole = draws(range(40), dropout=0.5)
+    chosen = {"dropout": 0.5, "at_zero": 0.5}
+    whole = draws(range(40), **chosen)
     share = 40 // ranks
-    parts = [draws(range(r * share, (r + 1) * share), dropout=0.5) for r in range(ranks)]
+    parts = [draws(range(r * share, (r + 1) * share), **chosen) for r in range(ranks)]
     for mine, theirs in zip(whole, map(torch.cat, zip(*parts, strict=True)), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -37,14 +39,23 @@ def test_steps_and_seeds_draw_differently():
 
 
 def test_noise_is_standard_normal_and_times_stay_inside():
-    big = draw(
-        0, 0, range(512), 512, (16, 16), distribution="beta", condition_dropout=0.25, device=CPU
-    )
-    assert abs(float(big.noise.mean())) < 0.01 and abs(float(big.noise.std()) - 1) < 0.01
+    big = draws(range(512), step=0, batch=512, dropout=0.25)
+    assert abs(float(big.noise.mean())) < 0.03 and abs(float(big.noise.std()) - 1) < 0.03
     assert float(big.t.min()) > 0.00099 and float(big.t.max()) < 0.99901
     # Beta(1/2, 1/2): P(t < 0.1) = 2/pi asin(sqrt(0.1)) = 0.205
     assert float((big.t < 0.1).float().mean()) == pytest.approx(0.205, abs=0.06)
     assert float(big.keep.float().mean()) == pytest.approx(0.75, abs=0.06)
+
+
+def test_a_share_of_the_samples_is_at_zero():
+    """The others keep their times, and nothing else changes."""
+    plain, half, all_of_them = (draws(range(512), batch=512, at_zero=p) for p in (0.0, 0.5, 1.0))
+    zero = half.t == 0
+    assert float(zero.float().mean()) == pytest.approx(0.5, abs=0.07)
+    assert torch.equal(half.t[~zero], plain.t[~zero])
+    assert torch.equal(all_of_them.t, torch.zeros(512))
+    for other in (half, all_of_them):
+        assert torch.equal(other.noise, plain.noise) and torch.equal(other.keep, plain.keep)
 
 
 def test_global_generators_are_left_alone():

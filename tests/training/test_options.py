@@ -61,6 +61,9 @@ def test_every_option_has_help_and_survives_json(field, options):
         ("simple_scale_factor", "much", "a number or auto"),
         ("ema_decay", 1.0, "at least 0 and below 1"),
         ("condition_dropout", 1.5, "below 1"),
+        ("condition_dropout", 1.0, "below 1"),
+        ("zero_time_fraction", 1.01, "at least 0 and at most 1"),
+        ("zero_time_fraction", -0.1, "at least 0 and at most 1"),
         ("heldout_fraction", 1.0, "below 1"),
         ("seed", -1, "at least 0"),
         ("model_size", "huge", "tiny, small, base, large"),
@@ -107,6 +110,9 @@ def test_only_what_alters_the_run_counts_as_a_change(options):
     saved = json.loads(json.dumps(options().to_dict()))
     free = {"keep_last": 9, "num_workers": 1, "gradient_accumulation_steps": 2, "compile": True}
     assert options(**free, output_dir="elsewhere").changes(saved) == {}
+    old = {name: value for name, value in saved.items() if name != "zero_time_fraction"}
+    assert options().changes(old) == {}, "a run from before an option was added goes on"
+    assert options(zero_time_fraction=0.5).changes(old) == {"zero_time_fraction": (0.0, 0.5)}
     changed = options(learning_rate=0.5, grid=(1, 2, 3)).changes(saved)
     assert changed == {"learning_rate": (1e-2, 0.5), "grid": (None, [1, 2, 3])}
 

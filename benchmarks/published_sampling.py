@@ -1,0 +1,114 @@
+"""A batch translated on a CPU: the published 100 evaluations, ours, and five of a fitted solver.
+
+    python benchmarks/published_sampling.py --published CHECKOUT > OUT.json
+
+CHECKOUT is as for ``published_cpu.py``. All competitors have the same random weights of base, start
+from the same noise, and take their turns in every round; the seconds are medians. Errors are
+relative distances of the final state from that of the published ``generate``, on conditions that
+the solver was not fitted to. The weights are random and so is the field that they make:
+``fitted_solvers.py`` has the errors of trained models.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from published_cpu import CLIP, EVA, TOKENS, autocast, build_published
+from torch import Tensor
+
+from blip3o_fast import SamplingPlan, accelerate, fit_solver
+from blip3o_fast.benchmarking.environment import describe_environment
+
+STEPS = 50  # of Heun's method: the published default
+SEED = 0
+
+
+def main() -> int:
+    """Fit, time, compare, and write JSON to standard output."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--published", required=True, help="checkout of the published repository")
+    add("--batch", type=int, default=2, help="samples")
+    add("--rounds", type=int, default=2, help="turns of each competitor")
+    add("--conditions", type=int, default=12, help="samples to fit on")
+    add("--evaluations", type=int, default=5, help="of the fitted solver")
+    add("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    add("--layers", type=int, default=12, help="blocks; base has 12")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    published: Any = build_published(Path(args.published), args.layers)
+    model = accelerate(published)
+    known = torch.randn(args.conditions, TOKENS, EVA)
+    eva = torch.randn(args.batch, TOKENS, EVA)
+    noise = torch.randn(args.batch, TOKENS, CLIP, generator=seeded())
+
+    before, started = peak_bytes(), time.perf_counter()
+    solver = fit_solver(model, known, evaluations=args.evaluations, generator=seeded())
+    fit = {"seconds": time.perf_counter() - started, "bytes": peak_bytes() - before}
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return published.generate(eva, STEPS, generator=seeded())
+
+    plans = {
+        "ours, fp32, 100 evaluations": SamplingPlan(model, steps=STEPS),
+        f"ours, fp32, fitted {args.evaluations}": SamplingPlan(model, solver=solver),
+        "ours, bf16, 100 evaluations": SamplingPlan(model, steps=STEPS, dtype=torch.bfloat16),
+        f"ours, bf16, fitted {args.evaluations}": SamplingPlan(
+            model, solver=solver, dtype=torch.bfloat16
+        ),
+    }
+    competitors: dict[str, Callable[[], Tensor]] = {
+        "published, fp32, 100 evaluations": theirs,
+        "published autocast, bf16, 100 evaluations": autocast(theirs),
+        **{name: lambda plan=plan: plan(eva, noise) for name, plan in plans.items()},
+    }
+    times: dict[str, list[float]] = {name: [] for name in competitors}
+    results: dict[str, Tensor] = {}
+    for name, plan in plans.items():
+        results[name] = plan(eva[:1], noise[:1])  # packs the weights
+    for _ in range(args.rounds):
+        for name, run in competitors.items():
+            started = time.perf_counter()
+            results[name] = run()
+            times[name].append(time.perf_counter() - started)
+            print(f"{name}: {times[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    seconds = {name: median(taken) for name, taken in times.items()}
+    first = next(iter(competitors))
+    exact = results[first]
+    facts = {
+        "benchmark": "published_sampling",
+        "environment": describe_environment(torch.device("cpu")),
+        "batch": args.batch,
+        "layers": args.layers,
+        "rounds": args.rounds,
+        "seconds": seconds,
+        "ratio": {name: seconds[first] / value for name, value in seconds.items()},
+        "error": {name: float((x - exact).norm() / exact.norm()) for name, x in results.items()},
+        "fit": fit | {"conditions": args.conditions, "held_out_error": solver.error},
+    }
+    print(json.dumps(facts))
+    return 0
+
+
+def seeded() -> torch.Generator:
+    """The same noise for all."""
+    return torch.Generator().manual_seed(SEED + 1)
+
+
+def peak_bytes() -> int:
+    """The most memory that the process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
