@@ -1,13 +1,9 @@
-"""Makes ``SCALING.md``: the text of ``SCALING.template.md`` with the numbers of ``scale_counts``.
+"""``SCALING.md``: the text of ``SCALING.template.md`` with the numbers of ``scale_counts``.
 
-python benchmarks/scaling.py            write it
-python benchmarks/scaling.py --check    exit with 1 if it is not what would be written
+``render.py`` writes it.
 """
 
-import argparse
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -109,21 +105,3 @@ def read_rate(steps: int, solver: str) -> str:
     eva, _ = counts.sample_bytes(config("base"))
     flops = counts.translating_flops("base", TOKENS, steps, solver)
     return number(H100.flops * HALF / flops * eva, "B/s")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    text = render()
-    if not parser.parse_args(arguments).check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{PAGE}: not what benchmarks/scaling.py makes; run it", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

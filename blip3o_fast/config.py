@@ -1,4 +1,4 @@
-"""The facts that define a model: one frozen record, and the four published sizes."""
+"""The configuration of a model: one frozen record, and the four published sizes."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ Size = Literal["tiny", "small", "base", "large"]
 TrainingMode = Literal["patch_only", "cls_patch"]
 
 PUBLISHED_ADALN_EPS = 1e-6
-"""The published AdaLN applies this epsilon whatever ``rms_norm_eps`` says."""
+"""The published AdaLN always uses this epsilon and ignores ``rms_norm_eps``."""
 
 
 @dataclass(unsafe_hash=True)
@@ -32,27 +32,27 @@ class DiTConfig:
         clip_embedding_size: width C of the state.
         num_tokens: tokens N of the state: the product of ``grid``, plus one for a CLS token.
         max_position_embeddings: rows of the learned ``pos_embed``, used without ``use_3d_rope``.
-        use_3d_rope: rotary positions on the grid; off means 1-D rotary positions and ``pos_embed``.
+        use_3d_rope: rotary positions on the grid. Off: 1-D rotary positions and ``pos_embed``.
         rope_theta: longest rotary period is ``2 pi * rope_theta`` positions.
-        image_size, patch_size: pixels; their ratio is the default grid's height and width.
+        image_size, patch_size: in pixels. Their ratio is the default grid's height and width.
         use_sandwich_norm: norm and modulate each branch's output as well as its input.
         rms_norm_eps: added to mean squares.
         dropout_prob: on the MLP's output, in training.
         attention_dropout: on attention weights, in training.
-        initializer_range: standard deviation behind every projection's initial weights.
+        initializer_range: scale of the initial weights of every projection.
         layer_scale_init_value: initial layer scale; 0 or less leaves layer scales out.
         use_gradient_checkpointing: recompute each block in the backward pass.
         training_mode: ``patch_only`` (no CLS token) or ``cls_patch`` (CLS first).
-        use_grouped_query_attention: kept for published files; off requires K = H.
+        use_grouped_query_attention: published files have it. Off requires K = H.
         zero_init_output: start from zero velocity.
-        use_eva_adapter: the gated MLP adapter; off means one linear map.
+        use_eva_adapter: the gated MLP adapter. Off: one linear map.
         eva_adapter_layers: layers of the adapter's MLP, widths spaced evenly from E to D.
         eva_adapter_dropout: in the adapter, in training.
         conventions: ``consistent`` or ``published``; see ``blip3o_fast.conventions``.
         grid: (depth, height, width) of the patches; None: (1, image / patch, image / patch).
-        simple_scale_factor: training multiplied its targets by this, ``generate`` divides by it.
-        condition_dropout: probability with which training zeroed the condition; guidance needs
-            some.
+        simple_scale_factor: training multiplied its targets by this; ``generate`` divides by it.
+        condition_dropout: probability with which training zeroed the condition. Guidance needs it
+            above 0.
 
     Raises:
         ValueError: naming the field, what was expected and what came.
@@ -130,7 +130,7 @@ class DiTConfig:
 
     @classmethod
     def preset(cls, size: Size, **overrides: Any) -> "DiTConfig":
-        """A published size, with any field replaced.
+        """A published size, with some fields replaced.
 
         >>> DiTConfig.preset("base").num_hidden_layers
         12
@@ -146,7 +146,7 @@ class DiTConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DiTConfig":
-        """Read a ``config.json``. One without ``conventions`` was published, and loads as such.
+        """Read the fields of a ``config.json``. Without ``conventions`` it is a published one.
 
         Raises:
             ValueError: on an unknown key, naming the nearest valid one.
@@ -192,7 +192,7 @@ class DiTConfig:
                 f"got {self.image_size}"
             )
         tokens = math.prod(grid) + (self.training_mode == "cls_patch")
-        # The published configuration lets its two statements about CLS disagree; tokens decide.
+        # In published files num_tokens may say that there is a CLS token although the mode does not.
         cls_unsaid = self.conventions == "published" and self.num_tokens == tokens + 1
         if self.num_tokens != tokens and not cls_unsaid:
             raise ValueError(
@@ -212,7 +212,7 @@ class DiTConfig:
             )
 
 
-# What transformers writes beside the model's own fields.
+# transformers adds these to a configuration.
 _LIBRARY_KEYS = frozenset(
     (
         "architectures",

@@ -2,14 +2,15 @@
 
     from blip3o_fast import BLIP3oCLIPDiTModel, BLIP3oCLIPDiTConfig, create_clip_reproduction_model
 
-These are the library's own model with ``conventions="published"``, not a copy of it: the same
-constructor fields, ``forward`` and ``generate`` signatures, state-dict keys and, from the same
-noise, the same outputs to fp32 rounding.
+They are the library's own model with ``conventions="published"``. They have the published
+constructor fields, signatures of ``forward`` and ``generate``, and state-dict keys. From the same
+noise they give the published outputs up to fp32 rounding.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from blip3o_fast.checkpoint import check_tensors, published_names
@@ -64,14 +65,12 @@ def create_clip_reproduction_model(
 def accelerate(model: nn.Module) -> BLIP3oCLIPDiTModel:
     """A fast model that shares the parameters of an instance of the published one.
 
-    Nothing is copied: training either changes both. Device, dtype and mode carry over.
+    Nothing is copied, so training one of them changes both. Device, dtype and mode are kept.
 
     Raises:
         TypeError: if ``model`` has no published configuration.
         ValueError: if its parameters do not fit that configuration.
     """
-    import torch
-
     config = _own_config(getattr(model, "config", None))
     tensors = published_names(dict(model.named_parameters()))
     with torch.device("meta"):
@@ -84,7 +83,7 @@ def accelerate(model: nn.Module) -> BLIP3oCLIPDiTModel:
 
 
 def _own_config(config: object) -> DiTConfig:
-    """``config`` itself, or the same facts read from the published configuration class."""
+    """``config`` itself, or one with the fields of an instance of the published class."""
     if isinstance(config, DiTConfig):
         return config
     names = DiTConfig.__dataclass_fields__

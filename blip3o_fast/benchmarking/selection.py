@@ -70,12 +70,6 @@ def omissions(settings: Settings) -> dict[str, str]:
     return left
 
 
-def choose_cases(settings: Settings) -> Iterator[Case]:
-    """The cases of a run, made lazily: each frees its tensors before the next is prepared."""
-    for _, make in choose_sources(settings):
-        yield from make()
-
-
 def choose_sources(settings: Settings) -> Iterator[Source]:
     """Where the cases of the settings' groups come from on their device."""
     sources = cpu_sources if settings.device.type == "cpu" else gpu_sources

@@ -1,17 +1,17 @@
-"""What does not depend on the state, computed before the first evaluation.
+"""Everything that does not depend on the state, computed before the first evaluation.
 
-*The condition.* The adapter runs once a sample, then one GEMM gives the cross-attention keys and
-values of all layers and, where cross-attention has positions, one rotary call turns all the keys.
-The adapted tokens are kept where the model adds them to its stream. The empty condition of guidance
-is the same for every sample: it is prepared once, as one more row. Memory: 2 L M K d numbers a
-sample, 3.1 MB in bf16 for base, and N D more for the stream, 0.4 MB.
+*The condition.* The adapter runs once a sample. Then one GEMM gives the cross-attention keys and
+values of all layers. Where cross-attention has positions, one rotary call turns all keys. The
+adapted tokens are kept if the model adds them to its stream. Guidance has one empty condition for
+all samples, so it is computed once, as one more sample. Memory: 2 L M K d numbers a sample, 3.1 MB
+in bf16 for base, and N D more for the stream, 0.4 MB.
 
-*The times.* A norm site computes ``rms(rms(x; w1); w2) * (1 + scale) + shift`` where (shift, scale)
-depend on the time alone. One GEMM gives both for all distinct times and all sites (73 in base), and
-``w2 * (1 + scale)`` is folded into one row, so that a site reads w1, one folded weight and one
-shift. Heun's second evaluation and the next step's first share their time, hence their row. Memory:
-T * sites * 2 * D fp32, 449 KB a time for base (22.9 MB for the 51 times of 50 Heun steps), and
-while it is built a stacked copy of the AdaLN projections, 86 million parameters for base.
+*The times.* A norm site computes ``rms(rms(x; w1); w2) * (1 + scale) + shift``, where shift and
+scale depend only on the time. One GEMM gives them for all distinct times and all sites (73 in
+base). ``w2 * (1 + scale)`` is folded into one weight. Heun's second evaluation and the next step's
+first have the same time, so they share a row of the table. Memory: T * sites * 2 * D fp32, 449 KB a
+time for base (22.9 MB for the 51 times of 50 Heun steps). While it is built there is also a stacked
+copy of the AdaLN projections, 86 million parameters for base.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,12 +32,11 @@ from blip3o_fast.sampling.packed import PackedNetwork, norm_sites, whole
 
 
 class Context(NamedTuple):
-    """What evaluations read of the condition.
+    """The condition as evaluations read it.
 
-    ``keys_values`` is ``[B', L, 2, M, K, d]``, samples first, so that a sample is one stretch of
-    memory. ``stream`` ``[B', N, D]`` is what the residual stream starts with beside the projected
-    state, or None where it starts with nothing else. B' is 2B with guidance: the empty condition is
-    stacked under the real one.
+    ``keys_values`` is ``[B', L, 2, M, K, d]``, so that a sample is one stretch of memory.
+    ``stream`` ``[B', N, D]`` is added to the projected state at the start, or None. B' is 2B with
+    guidance: the real conditions, then the empty ones.
     """
 
     keys_values: Tensor
@@ -80,10 +79,11 @@ def condition(p: PackedNetwork, eva: Tensor, *, guided: bool) -> Context:
 
 
 class TimeTable(NamedTuple):
-    """All that evaluations read of a solver's steps, on the device.
+    """All steps of a solver as evaluations read them, on the device.
 
-    ``modulations`` is ``[T, sites, 2, D]``. The velocity's columns of ``solver`` are the row of
-    ``modulations`` and, where the state is part of the velocity, the numbers of ``LinearGuess``.
+    ``modulations`` is ``[T, sites, 2, D]``. ``solver`` has columns for the velocity: the row of
+    ``modulations``, and the numbers of ``LinearGuess`` if the model has one. ``ends_step`` says of
+    each evaluation whether a step ends with it.
     """
 
     solver: SolverTable
@@ -139,7 +139,7 @@ def read_modulations(
 ) -> tuple[list[Sites], Modulation]:
     """The modulations of every block, and of the output: views of a table's row ``[sites, 2, D]``.
 
-    The table has folded the scale into w2, so the scale that the ops see is zero.
+    The scale is already folded into w2, so the ops get a scale of zero.
     """
     zero = row.new_zeros(1, row.shape[-1]).expand(batch, -1)
     sites = [
@@ -181,9 +181,9 @@ class HoistedVelocity:
         ]
 
     def __call__(self, x: Tensor, row: Row) -> Tensor:
-        """The slope at ``x`` ``[B, N, C]``: ``[B', N, C]``, B' = 2B with guidance.
+        """The velocity ``[B', N, C]`` at ``x`` ``[B, N, C]``, B' = 2B with guidance.
 
-        In the dtype of the activations, or in the state's where the state is part of the velocity.
+        It has the dtype of the activations, or that of the state if there is a linear guess.
         """
         torch.index_select(self.modulations, 0, row.places, out=self._row)
         guess = LinearGuess(*row.numbers) if len(row.numbers) else None

@@ -1,12 +1,12 @@
-"""The sampler: everything that does not depend on the state is hoisted out of the loop.
+"""The sampler. Everything that does not depend on the state is computed before the loop.
 
-    SamplingPlan(model, steps=50)(eva)        the same numbers as the plain model, to rounding
+    SamplingPlan(model, steps=50)(eva)        equals the plain model up to rounding
 
-1. ``packed``: the network's weights, packed and folded once a model.
-2. ``hoisted``: the condition once a sample, the modulations of all times once a grid, and one
-   evaluation of what is left, at most 180 launches for base.
-3. ``flow.trajectory``: the loop; ``graph``: one turn of it as a CUDA graph.
-4. ``batches``: micro-batches; ``cache``: what plans of one model share.
+1. ``packed``: the weights of the network, packed and folded once for each model.
+2. ``hoisted``: the condition, once for each sample; the modulations of all times, once for each
+   grid; and the evaluation of the rest, at most 180 launches for base.
+3. ``flow.trajectory``: the loop; ``graph``: one turn of the loop as a CUDA graph.
+4. ``batches``: micro-batches; ``cache``: what the plans of one model share.
 """
 
 import math
@@ -39,7 +39,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
 class PlanOptions(TypedDict, total=False):
-    """The options of ``SamplingPlan`` that ``generate`` passes on; it documents them."""
+    """The options that ``generate`` passes on to ``SamplingPlan``, which documents them."""
 
     time_grid: GridName | Sequence[float] | None
     dtype: torch.dtype | None
@@ -50,9 +50,10 @@ class PlanOptions(TypedDict, total=False):
 
 
 def outside_graph(plan: "SamplingPlan", *arguments: object) -> Tensor:
-    """Call ``plan`` as it is where somebody compiles the code that calls it.
+    """Call ``plan`` outside of the graph that is being compiled.
 
-    Locks, caches and checks on the host are no graph. With ``fullgraph=True`` this is an error.
+    A plan has locks, caches and checks on the host, which no graph can hold. With
+    ``fullgraph=True`` this is an error.
     """
     reason = "generate is no graph: pass compile=True to it instead"
     torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportPrivateUsage]
@@ -62,29 +63,29 @@ def outside_graph(plan: "SamplingPlan", *arguments: object) -> Tensor:
 class SamplingPlan:
     """``(eva, noise) -> clip`` for one model, solver and grid. Build once, call often.
 
-    Plans of one model share its packed weights, so a second plan is cheap. Weights that have
-    changed since the last call are noticed and packed again; after writing some of them through
-    ``parameter.data``, call ``forget(model)``. Distinct plans may be called from distinct threads.
+    Plans of one model share its packed weights, so a second plan is cheap. If weights have changed
+    since the last call, they are packed again. After writing weights through ``parameter.data``,
+    call ``forget(model)``. Different plans may be called from different threads.
 
     Args:
-        model: any device; its train or eval mode does not matter, sampling never drops units.
-        steps: S, at least 1; None for a fitted solver, which has its own.
-        solver: a name of ``flow.SOLVERS``, which say when to use them; what ``fit_solver`` made for
-            this model; or ``fitted``, which is the one of ``model.fitted`` with S evaluations.
+        model: on any device, in training or evaluation mode; sampling never drops anything.
+        steps: S, at least 1. A fitted solver has its own steps and takes None.
+        solver: a name of ``flow.SOLVERS``, which say when to use them; a solver that ``fit_solver``
+            made for this model; or ``fitted``: the solver of ``model.fitted`` with S evaluations.
         guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
         time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0 to 1;
             None follows the model's conventions.
         dtype: of weights and activations: float32, bfloat16, float16 or float64. None is that of
-            autocast where it is on, and the model's own otherwise. The state is fp32 regardless.
-            float8_e4m3fn multiplies most of each block in FP8 and is bf16 elsewhere
-            (``sampling.packed``); it costs accuracy. It wants an NVIDIA GPU of compute capability
-            8.9 or at least 9.0, and widths that are multiples of 16; ``impl=Impl.REFERENCE``
-            emulates it anywhere, slowly, so that its quality can be judged.
+            autocast if it is on, and the model's own otherwise. The state is always fp32.
+            float8_e4m3fn multiplies most of each block in FP8 and computes the rest in bf16
+            (``sampling.packed``). It costs accuracy. It needs an NVIDIA GPU of compute capability
+            8.9 or at least 9.0, and widths that are multiples of 16. ``impl=Impl.REFERENCE``
+            emulates it slowly on any device, to judge its quality.
         impl: of every fused op; None follows ``model.set_impl``.
         graph: replay each evaluation as a CUDA graph. None: on CUDA, unless ``compile``.
-        compile: compile the evaluation with ``torch.compile`` at the first call of each batch size.
-        working_memory: bytes that the activations of a micro-batch may take; None is 1 GiB on a CPU
-            and the size of the L2 cache on CUDA. At least one sample always goes through.
+        compile: compile the network with ``torch.compile`` at the first call of each batch size.
+        working_memory: bytes that the activations of a micro-batch may take. None is 1 GiB on a CPU
+            and the size of the L2 cache on CUDA. A micro-batch has at least one sample.
 
     Raises:
         ValueError: on an unknown or impossible choice.
@@ -244,7 +245,7 @@ class SamplingPlan:
         graph: bool,
         shared: bool,
     ) -> Run:
-        """Condition a micro-batch and put it at the start of its first evaluation."""
+        """Prepare a micro-batch for its first evaluation."""
         context = condition(engine.network, eva, guided=self.guided)
         x = noise.clone()
         if not graph:
