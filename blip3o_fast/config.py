@@ -192,7 +192,7 @@ class DiTConfig:
                 f"got {self.image_size}"
             )
         tokens = math.prod(grid) + (self.training_mode == "cls_patch")
-        # In published files num_tokens may say that there is a CLS token although the mode does not.
+        # In published files num_tokens may count a CLS token although the mode has none.
         cls_unsaid = self.conventions == "published" and self.num_tokens == tokens + 1
         if self.num_tokens != tokens and not cls_unsaid:
             raise ValueError(
