@@ -8,7 +8,6 @@ when everything is warm.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.record_text import seconds
 from blip3o_fast.benchmarking.shapes import Shape
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(render(content))
     if args.json is not None:
-        write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(args.json, content)
     return 1 if content["skipped"] else 0
 
 

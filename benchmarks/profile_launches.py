@@ -10,7 +10,6 @@ operators of torch itself have none, since their inputs stay in caches.
 """
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.ceilings import DTYPES, measure_ceilings
 from blip3o_fast.benchmarking.environment import describe_environment
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(render(content, launches[: args.most]))
     if args.json is not None:
-        write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(args.json, content)
     return 0
 
 

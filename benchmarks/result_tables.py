@@ -31,7 +31,7 @@ def pictures(result: Result, folder: Path) -> str:
 
 
 def headline(result: Result, folder: Path) -> str:
-    """The shortest account of one result, empty where it has none; pictures as in ``section``.
+    """The shortest account of one result; empty if it has none. Pictures as in ``section``.
 
     Of a CPU a reader asks first how the library compares with what was published.
     """
@@ -85,7 +85,7 @@ def bench(result: Result) -> Iterator[str]:
 
 
 def ceilings(record: Record) -> str:
-    """What the limits are made of."""
+    """The rates behind the limits."""
     rates = [f"{number(rate, 'FLOP/s')} {dtype}" for dtype, rate in record.rates.items()]
     quick = " A quick run: few samples." if record.settings.get("quick") else ""
     measured = ", ".join((f"{number(record.bandwidth, 'B/s')} copy", *rates))

@@ -23,9 +23,10 @@ TEMPLATE = FOLDER / "SCALING.template.md"
 SAMPLES_A_GPU = GLOBAL_BATCHES[-1] // GPUS[-1]
 SLOW_STORAGE = 10e9
 HOST_CROSSINGS = 4
-"""Of a byte of a batch: into the page cache, out, into a page-locked buffer, out."""
+"""How often a byte of a batch crosses memory: into the page cache and out, into a page-locked
+buffer and out."""
 PLACE = 4 + 1 + 8 / MARK_EVERY
-"""Bytes a sample: its row, whether it was checked, and its share of the places in sidecars."""
+"""Bytes for each sample: its row, whether it was checked, its share of the places in sidecars."""
 ORDER = 8
 """Bytes of a sample's number in an epoch's order."""
 
@@ -36,24 +37,13 @@ def render() -> str:
 
 
 def values() -> dict[str, str]:
-    """Every name in the template."""
-    return {
-        "rates": page.rates_table(),
-        "sizes": page.sizes_table(),
-        "data": page.data_table(),
-        "bounds": page.bounds_table(),
-        "fusions": page.fusions_table(),
-        "translation": page.translation_table(),
-        "training": page.training_table(),
-        "feeds": page.feeds_table(),
-        "reduce": page.reduce_table(),
-        "training_memory": page.training_memory_table(),
-        "sampling_memory": page.sampling_memory_table(),
-        "throughput": page.throughput_table(),
-        "checkpoints": page.checkpoints_table(),
-        "shards": page.shards_table(),
-        **sentences(),
+    """The values of the template's names: ``NAME_table`` of ``scaling_tables``, and numbers."""
+    tables = {
+        name.removesuffix("_table"): make()
+        for name, make in vars(page).items()
+        if name.endswith("_table")
     }
+    return {**tables, **sentences()}
 
 
 def sentences() -> dict[str, str]:
@@ -101,7 +91,7 @@ def sentences() -> dict[str, str]:
 
 
 def read_rate(steps: int, solver: str) -> str:
-    """What one GPU reads that translates at half of the peak."""
+    """The rate at which one GPU reads if it translates at half of the peak."""
     eva, _ = counts.sample_bytes(config("base"))
     flops = counts.translating_flops("base", TOKENS, steps, solver)
     return number(H100.flops * HALF / flops * eva, "B/s")
