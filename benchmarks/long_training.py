@@ -1,10 +1,10 @@
-"""Many training steps in a row: whether a gradient is not finite, how long a step takes and waits.
+"""Many training steps: how many have gradients with NaN or Inf, and how long steps take and wait.
 
     python benchmarks/long_training.py --json long.json [--steps 2000] [--batch 128]
 
-The whole trainer on shards of random embeddings: loader, loss, clipping, AdamW, records; nothing is
-validated before the end. Exits with 1 if a step was skipped. Seconds a step are of the second half,
-when everything is warm.
+The whole trainer runs on shards of random embeddings: loader, loss, clipping, AdamW, records. It
+validates only at the end. Exits with 1 if a step was skipped. Seconds a step are of the second
+half, when everything is warm.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def take_steps(shape: Shape, args: argparse.Namespace) -> list[StepRecord]:
 
 
 def summarise(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """What the steps say together; times are medians of the second half."""
+    """Counts and losses of all steps; times are medians of the second half."""
     warm = records[len(records) // 2 :]
     losses = [record.loss for record in records if record.loss is not None]
     return {
