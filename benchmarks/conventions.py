@@ -1,13 +1,12 @@
-"""``consistent`` against ``published`` conventions: the same data, seed, steps and sizes.
+"""The ``consistent`` and the ``published`` conventions with the same data, seed, steps and sizes.
 
     python benchmarks/conventions.py --shards demo/shards --output_dir conventions
 
-Three small models learn from the shards of ``blip3o-fast demo``: with the consistent network and
-loss, with the consistent network and the published loss (the other sign of the clean estimate, its
-masks and caps), and with the published network and loss. Each translates the same held-out crops
-from the same noise under both samplers. Prints a table and writes it as JSON, with the mean
-predictor and ridge regression as the two baselines, and draws the held-out cosine while learning
-beside them, sampled as each model samples by default in one evaluation.
+Three small models learn from the shards of ``blip3o-fast demo``: the consistent network with its
+loss, the consistent network with the published loss (the other sign of the clean estimate, masks
+and caps), and the published network with its loss. Each translates the same held-out crops from the
+same noise under both samplers. Prints a table and writes it as JSON, with the mean predictor and
+ridge regression as baselines. Also draws the held-out cosine of one evaluation during training.
 """
 
 import argparse
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from read_results import read_result
+from result_tables import conventions
 
 from blip3o_fast import BLIP3oDiT, load_trained_model
 from blip3o_fast.atomic import write_atomically, write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.demo.pipeline import MODEL, TRAINING
-from blip3o_fast.evaluation import MetricAccumulator
-from blip3o_fast.evaluation.baselines import Baselines
-from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, read_batches, translate
+from blip3o_fast.evaluation import Metrics
+from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.processes import World
 from blip3o_fast.training import TrainingOptions
@@ -62,32 +62,34 @@ def main() -> None:
     folder = Path(args.output_dir)
     heldout = EmbeddingDataset(args.shards, split="heldout")
     training = EmbeddingDataset(args.shards, split="train")
-    batches = read_batches(training, chosen(training, 800), 32, CPU, None)
-    baselines = Baselines.fit(batches, has_cls=training.has_cls)
 
     rows: list[dict[str, Any]] = []
-    for name, predictor in (("mean predictor", baselines.mean), ("ridge", baselines.ridge)):
-        measured = row(
-            *(baselines, heldout, args.max_samples),
-            lambda batch, p=predictor: p.predict(batch.eva.float()),
-        )
-        rows.append(measured | {"network": name, "loss": "", "sampler": "", "evaluations": 0})
+    levels: dict[str, float] = {}
     curves: dict[str, list[tuple[int, float]]] = {}
     for network, loss in MODELS:
         run = folder / f"{network}_{loss}"
         model = trained(args, run, network, loss)
         curves[f"{network} network, {loss} loss"] = learning_curve(run)
         for sampler in SAMPLERS:
-            settings = EvaluationSettings(time_grid=sampler, batch_size=16)
-            for count in args.evaluations:
-                measured = row(
-                    *(baselines, heldout, args.max_samples),
-                    lambda batch, m=model, s=settings, n=count: translate(m, batch, s, n),
-                )
-                names = {"network": network, "loss": loss, "sampler": sampler}
-                rows.append(measured | names | {"evaluations": count})
+            settings = EvaluationSettings(
+                evaluations=tuple(args.evaluations),
+                time_grid=sampler,
+                batch_size=16,
+                max_samples=args.max_samples,
+                max_training_samples=800,
+                photos=0,
+                bootstrap=500,
+            )
+            report = evaluate_model(model, training, heldout, settings, progress=False)
+            if not levels:
+                baselines = {"mean predictor": report.mean.metrics, "ridge": report.ridge.metrics}
+                rows += [row(metrics, name) for name, metrics in baselines.items()]
+                levels = {name: m.token_cosine.value for name, m in baselines.items()}
+            rows += [
+                row(result.metrics, network, loss, sampler, result.evaluations or 0)
+                for result in report.dit
+            ]
         print(f"{network} network, {loss} loss: {time.monotonic() - started:.0f} s", flush=True)
-    print(table(rows, args.evaluations))
     facts = {
         "benchmark": "conventions",
         "environment": describe_environment(CPU),
@@ -102,8 +104,8 @@ def main() -> None:
     }
     path = Path(args.json or folder / "conventions.json")
     write_json(path, facts)
-    levels = {r["network"]: r["token_cosine"] for r in rows if not r["loss"]}
     write_atomically(path.with_suffix(".png"), draw(curves, levels))
+    print("\n\n".join(conventions(read_result(path))))
 
 
 def trained(
@@ -151,36 +153,20 @@ def draw(curves: dict[str, list[tuple[int, float]]], levels: dict[str, float]) -
 
 
 def row(
-    baselines: Baselines, heldout: EmbeddingDataset, samples: int, predict: Any
+    metrics: Metrics, network: str, loss: str = "", sampler: str = "", evaluations: int = 0
 ) -> dict[str, Any]:
-    """Metrics of one predictor on the held-out crops."""
-    accumulator = MetricAccumulator(baselines.mean.mean, has_cls=heldout.has_cls)
-    for batch in read_batches(heldout, chosen(heldout, samples), 16, CPU, None):
-        accumulator.add(predict(batch), batch.clip, batch.keys, batch.sources)
-    metrics = accumulator.finish(bootstrap=500, seed=0)
-    token, image = metrics.token_cosine, metrics.image_cosine
+    """The figures of one predictor on the held-out crops."""
+    token = metrics.token_cosine
     return {
         "token_cosine": token.value,
         "token_cosine_interval": [token.low, token.high],
-        "image_cosine": image.value,
+        "image_cosine": metrics.image_cosine.value,
         "r2": metrics.r2.value,
+        "network": network,
+        "loss": loss,
+        "sampler": sampler,
+        "evaluations": evaluations,
     }
-
-
-def table(rows: list[dict[str, Any]], evaluations: list[int]) -> str:
-    """Markdown: token cosine by number of network evaluations."""
-    counts = sorted(evaluations)
-    head = [f"{n} evaluation{'s' * (n > 1)}" for n in counts]
-    lines = [f"| {' | '.join(['network', 'loss', 'sampler', *head])} |"]
-    lines.append("|---|---|---|" + "---|" * len(counts))
-    by_kind: dict[tuple[str, str, str], dict[int, float]] = {}
-    for r in rows:
-        kind = (r["network"], r["loss"], r["sampler"])
-        by_kind.setdefault(kind, {})[r["evaluations"]] = r["token_cosine"]
-    for kind, values in by_kind.items():
-        cells = [f"{values.get(n, values.get(0, 0.0)):.3f}" for n in counts]
-        lines.append(f"| {' | '.join((*kind, *cells))} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The product's own loop, for tests that bring a velocity of their own."""
+"""The product's own loop, and the plain model as a velocity for it."""
 
 import torch
 
@@ -14,3 +14,23 @@ def walk(velocity, x, solver, grid, **options):
         for _ in evaluations:
             trajectory.advance()
     return trajectory.x
+
+
+def plain_velocity(model, eva, *, guided):
+    """The model itself as ``velocity(x, t)``: every call computes everything.
+
+    With guidance it returns ``[2B, N, C]``: with the condition first, then with the zero condition.
+    """
+    eva = eva.to(model.dtype)
+    if guided:
+        eva = torch.cat((eva, torch.zeros_like(eva)))
+
+    def velocity(x, t):
+        state = x.to(eva.dtype)
+        if guided:
+            state = torch.cat((state, state))
+        wide = torch.promote_types(eva.dtype, torch.float32)
+        times = torch.ones(len(state), device=state.device, dtype=wide) * t
+        return model(state, times, eva, return_dict=False)
+
+    return velocity

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from blip3o_fast.benchmarking.ceilings import DTYPES
 from blip3o_fast.benchmarking.op_cases import has_impl
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Call, Prepared
-from blip3o_fast.model import plain_velocity
 from blip3o_fast.model.network import network as run_network
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
@@ -54,12 +52,18 @@ class Network:
             self._made = model, x, eva
         return self._made
 
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The arguments of a call of the model at ``TIME``, in its dtype."""
+        _, x, eva = self.get()
+        times = torch.full((self.shape.batch,), TIME, device=self.device)
+        return x.to(self.dtype), times, eva.to(self.dtype), False
+
     def velocity(self) -> Tensor:
         """The expected result: the velocity at ``TIME`` by the reference, nothing hoisted."""
         if self._velocity is None:
-            model, x, eva = self.get()
+            model, _, _ = self.get()
             with using(model, Impl.REFERENCE):
-                self._velocity = plain_velocity(model, eva, guided=False)(x, TIME).detach()
+                self._velocity = model(*self.arguments())
         return self._velocity
 
 
@@ -122,19 +126,13 @@ def evaluation_cases(
 
 def plain(network: Network, impl: Impl | None, *, compile_it: bool = False) -> Prepared:
     """One evaluation by the model itself, with adapter, keys, values and modulations."""
-    model, x, eva = network.get()
-    velocity: Callable[[], Any]
-    if compile_it:
-        forward = _compiled(model, network.device)
-        times = torch.full((network.shape.batch,), TIME, device=network.device)
-        state, tokens = x.to(network.dtype), eva.to(network.dtype)
-        velocity = partial(forward, state, times, tokens, False)
-    else:
-        velocity = partial(plain_velocity(model, eva, guided=False), x, TIME)
+    model, _, _ = network.get()
+    forward = _compiled(model, network.device) if compile_it else model
+    arguments = network.arguments()
 
     def call() -> object:
         with using(model, impl):
-            return velocity()
+            return forward(*arguments)
 
     check_agreement("evaluation, nothing hoisted", call(), network.velocity())
     return Prepared([call], kernel=False)

@@ -1,6 +1,6 @@
 """The network as a module, from state, time and condition to velocity."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -216,30 +216,3 @@ class DiT(nn.Module):
                     f"{name}: expected {dtype}, the dtype of the model, got {tensor.dtype}; "
                     "convert one of them or use autocast"
                 )
-
-
-def plain_velocity(
-    model: DiT, eva: Tensor, *, guided: bool
-) -> Callable[[Tensor, Tensor | float], Tensor]:
-    """The model itself as a velocity field ``(x, t) -> v``: every call computes everything.
-
-    Args:
-        model: in evaluation mode, unless its dropout is wanted.
-        eva: ``[B, N, E]``.
-        guided: return ``[2B, N, C]``: with the condition first, then with the zero condition.
-    """
-    eva = eva.to(model.dtype)
-    if guided:
-        eva = torch.cat((eva, torch.zeros_like(eva)))
-
-    def velocity(x: Tensor, t: Tensor | float) -> Tensor:
-        state = x.to(eva.dtype)
-        if guided:
-            state = torch.cat((state, state))
-        wide = torch.promote_types(eva.dtype, torch.float32)
-        times = torch.ones(len(state), device=state.device, dtype=wide) * t
-        v = model(state, times, eva, return_dict=False)
-        assert isinstance(v, Tensor)
-        return v
-
-    return velocity

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_data import relative_error
-from walking import walk
+from walking import plain_velocity, walk
 
 from blip3o_fast import SamplingPlan, generate, reference
 from blip3o_fast.flow import SOLVERS, time_grid
-from blip3o_fast.model import plain_velocity
 from blip3o_fast.ops import Impl, ImplTable, Quantised, quantise_rows, quantised
 from blip3o_fast.sampling import batches, cache, packed, plan
 from blip3o_fast.sampling.packed import E4M3, pack

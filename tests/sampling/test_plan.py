@@ -7,11 +7,10 @@ import pytest
 import torch
 from golden_data import MODELS, load_golden, relative_error
 from rounding import rounding_bound, roundings_of
-from walking import walk
+from walking import plain_velocity, walk
 
 from blip3o_fast import BLIP3oDiT, DiTConfig, SamplingPlan
 from blip3o_fast.flow import SOLVERS, time_grid
-from blip3o_fast.model import plain_velocity
 from blip3o_fast.ops import Impl
 from tests.kernels.oracle import judge
 
