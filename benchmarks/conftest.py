@@ -37,7 +37,7 @@ SECONDS, LEAST, MOST = 0.3, 3, 50
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case comes from: cases are made anew for each module, so that models are freed."""
+    """Where a case comes from: it is made anew for its tests, so that its models are freed."""
 
     make: Callable[[], Iterator[Case]]
     index: int
@@ -54,26 +54,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of a module for each contender at each task of the module's ``GROUP``."""
+    """A test for each contender at each task; its name begins with the group."""
     if "contender" not in metafunc.fixturenames:
         return
-    assert metafunc.module is not None
-    group, folder = metafunc.module.GROUP, metafunc.config.getoption("--published")
+    folder = metafunc.config.getoption("--published")
+    published = Path(folder) if folder else None
     params: dict[str, Any] = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for quick in (True, False):
-            for name, param in _params(group, torch.device(device), quick, folder):
+            settings = Settings(torch.device(device), quick=quick, published=published)
+            for name, param in _params(settings):
                 params.setdefault(name, param)
     metafunc.parametrize(("place", "contender"), list(params.values()), indirect=["place"])
 
 
-def _params(
-    group: str, device: torch.device, quick: bool, published: str | None
-) -> Iterator[tuple[str, Any]]:
+def _params(settings: Settings) -> Iterator[tuple[str, Any]]:
     """Name and parameters of each test; those of the full run alone are slow."""
-    settings = Settings(
-        device, quick=quick, groups=(group,), published=Path(published) if published else None
-    )
+    device, quick = settings.device, settings.quick
     marks = [pytest.mark.gpu] if device.type == "cuda" else [pytest.mark.cpu] if quick else []
     if not quick:
         marks.append(pytest.mark.slow)
@@ -81,8 +78,8 @@ def _params(
         for index, case in enumerate(make()):
             task, place = case.task, Place(make, index, device)
             for contender in case.contenders:
-                name = f"{task.name}-{task.shape}-{task.dtype}-{contender.name}-{device.type}"
-                name = name.replace(", ", "_").replace(" ", "_")
+                words = (task.group, task.name, task.shape, task.dtype, contender.name, device.type)
+                name = "-".join(words).replace(", ", "_").replace(" ", "_")
                 yield name, pytest.param(place, contender.name, marks=marks, id=name)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from blip3o_fast import BLIP3oDiT, load_trained_model
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import write_atomically, write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.demo.pipeline import MODEL, TRAINING
@@ -101,7 +101,7 @@ def main() -> None:
         "curves": curves,
     }
     path = Path(args.json or folder / "conventions.json")
-    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+    write_json(path, facts)
     levels = {r["network"]: r["token_cosine"] for r in rows if not r["loss"]}
     write_atomically(path.with_suffix(".png"), draw(curves, levels))
 

@@ -6,7 +6,6 @@ Exits with 1 if torch can use no such device.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.cli.main import main as blip3o_fast
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     environment = describe_environment(torch.device(args.device))
     if args.json is not None:
-        args.json.write_text(json.dumps(environment, indent=1) + "\n")
+        write_json(args.json, environment)
     return blip3o_fast(["doctor"])
 
 

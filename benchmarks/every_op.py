@@ -2,13 +2,13 @@
 
     python benchmarks/every_op.py [--device cuda] [--impl triton cuda] [--dtype bf16]
 
-Small enough to run under compute-sanitizer: 3 samples of 49 tokens at the widths of tiny, so that
-no tile is full; inputs are drawn and compared on the CPU, so that a GPU runs little but our
-kernels. Exits with 1 if a result differs from the reference in fp64.
+It is small enough for compute-sanitizer: 3 samples of 49 tokens at the widths of tiny, so that no
+tile is full. Inputs are drawn and compared on the CPU, so a GPU runs little more than our kernels.
+Exits with 1 if a result differs from the reference in fp64.
 
-A kernel must run on the current stream, after what writes its inputs. So the device is kept busy
-before it writes them, over NaN: a kernel on any other stream reads the NaN. The current stream is
-the default one for fp32 and another for bf16.
+A kernel must run on the current stream, after its inputs were written. To check this, inputs first
+hold NaN, and the device is kept busy before it writes them. A kernel on another stream would read
+NaN. The current stream is the default one for fp32, and another one for bf16.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from blip3o_fast.ops import OPS, Impl, Op
 SHAPE = Shape("tiny", batch=3, tokens=49)
 CPU = torch.device("cpu")
 ALLOWED = {"bf16": 3e-2, "fp32": 1e-4}
-"""Distance of a result from the reference in fp64, relative to the norm of that, by dtype."""
+"""The largest distance from the reference in fp64, relative to its norm, by dtype."""
 DELAY_CYCLES = 1 << 21
 """About a millisecond: longer than the host takes to launch a compiled kernel."""
 
 IMPLS = {"cuda": ("triton", "cuda"), "cpu": ("reference", "aten", "triton")}
-"""By device; on a CPU Triton's kernels need its interpreter."""
+"""The default, by device. On a CPU Triton's kernels need its interpreter."""
 
 
 class Unavailable(Exception):
@@ -76,9 +76,9 @@ def current_stream(device: torch.device, dtype: str) -> AbstractContextManager[o
 
 
 def worst_distance(op: Op, dtype: str, device: torch.device, impl: Impl) -> float:
-    """Of an implementation's outputs and gradients from those of the reference in fp64.
+    """The largest distance of outputs and gradients from those of the reference in fp64.
 
-    NaN anywhere is infinitely far.
+    The distance of NaN is infinite.
 
     Raises:
         Unavailable: if it cannot run here.
@@ -95,13 +95,13 @@ def worst_distance(op: Op, dtype: str, device: torch.device, impl: Impl) -> floa
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """The distance of two tensors over the norm of the second, infinite where it is no number."""
+    """The distance of two tensors over the norm of the second; infinite if it is NaN."""
     distance = float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
     return distance if math.isfinite(distance) else math.inf
 
 
 def moved(arguments: tuple[Any, ...], to: torch.device | torch.dtype) -> list[Any]:
-    """Copies of the tensors on another device, or of another dtype where they hold numbers."""
+    """Copies of the tensors on another device; or in another dtype, unless they hold integers."""
 
     def copy(x: Tensor) -> Tensor:
         fits = isinstance(to, torch.device) or x.is_floating_point()
@@ -121,9 +121,9 @@ def require(op: Op, dtype: str, device: torch.device, impl: Impl) -> None:
 
 
 def outputs_and_gradients(op: Op, arguments: list[Any], impl: Impl) -> list[Tensor]:
-    """The results, and gradients of their sum, weighed with numbers that are the same everywhere.
+    """The results, and the gradients for random gradients that are the same on all devices.
 
-    ``ATEN`` has no gradients: its results alone.
+    ``ATEN`` has no gradients; it gives its results only.
     """
     count = 0 if impl is Impl.ATEN else op.differentiable
     # Written anew: some ops may overwrite their input.
@@ -140,7 +140,7 @@ def outputs_and_gradients(op: Op, arguments: list[Any], impl: Impl) -> list[Tens
 
 
 def written_late(arguments: list[Any]) -> list[Any]:
-    """Copies of the tensors that hold NaN until the device, on the current stream, writes them."""
+    """Copies of the tensors that hold NaN until the device writes them on the current stream."""
     late = [torch.full_like(x, blank(x)) if isinstance(x, Tensor) else x for x in arguments]
     if any(isinstance(x, Tensor) and x.is_cuda for x in late):
         torch.cuda.current_stream().synchronize()
@@ -152,7 +152,7 @@ def written_late(arguments: list[Any]) -> list[Any]:
 
 
 def blank(x: Tensor) -> float:
-    """What a tensor holds before it is written: a place that keeps nothing, or no number."""
+    """The content of a tensor before it is written: NaN, or for integers -1, a slot of nothing."""
     return math.nan if x.is_floating_point() else -1
 
 

@@ -1,12 +1,12 @@
-"""What FP8 and bf16 cost in accuracy, beside fp32, on held-out samples.
+"""The accuracy of FP8 and bf16 beside fp32, on held-out samples.
 
     python benchmarks/fp8_quality.py --model_path demo/run --embeddings_dir demo/shards
 
-Each dtype translates the same samples from the same noise. Three questions, from the arithmetic to
-what one wants: how far is one velocity from that of fp32 (relative, at states between noise and
-target), how close are the final samples to those of fp32 (cosine of tokens), and how close to the
-targets. FP8 runs on the tensor cores of a GPU that has them and is emulated anywhere else: the same
-numbers in e4m3, their products summed in fp32. Prints a table, and one line of JSON at the end.
+Each dtype translates the same samples from the same noise. Three figures: the relative distance of
+a velocity from that of fp32, at states between noise and target; the token cosine between final
+samples and those of fp32; and the token cosine between final samples and targets. FP8 runs on the
+tensor cores of a GPU that can multiply it. Elsewhere it is emulated: the same e4m3 numbers, their
+products summed in fp32. Prints a table, and one line of JSON at the end.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def implementation(dtype: str, emulated: bool) -> Impl | None:
-    """FP8 is emulated by the reference; the rest runs as it would."""
+    """The reference emulates FP8; None for all else."""
     return Impl.REFERENCE if dtype == "fp8" and emulated else None
 
 

@@ -1,14 +1,14 @@
-"""All that a machine with a GPU can tell of this checkout, in one call of under ten minutes.
+"""Checks and measures this checkout on a machine with a GPU, in less than ten minutes.
 
     benchmarks/gpu_check.sh OUT [options]
 
-Needs the Python that has torch (``PYTHON``, default python3) and a copy of the checkout: no git, no
-network, no installation. The steps, by worth:
+Needs the Python that has torch (``PYTHON``, default python3) and a copy of the checkout. Needs no
+git, network or installation. The steps, the most valuable first:
 
-    environment       versions, driver, clocks, what each op would run
-    build             the CUDA C++ kernels, where nvcc is, beside the next step
-    smoke             does anything work: an evaluation, a graph, a training step, Triton's kernels
-    kernels           the same of the CUDA C++ kernels
+    environment       versions, driver, clocks, and the implementation of each op
+    build             the CUDA C++ kernels, if there is nvcc, at the same time as the next step
+    smoke             an evaluation, a graph, a training step and Triton's kernels work at all
+    kernels           the CUDA C++ kernels work at all
     evaluation        bench --quick: evaluations and translations
     ops               bench --quick: every op, attention, a block
     training          bench --quick: a training step, the loader
@@ -20,9 +20,9 @@ network, no installation. The steps, by worth:
 
 and, only if ``--steps`` names it, ``long``: 2,000 training steps in a row.
 
-A step that fails, hangs or is killed costs only itself. After each, and every ``REFRESH`` seconds,
-``OUT/results.tar.gz`` is replaced: ``summary.json`` and the JSON, the pictures and the end of the
-log of every step so far. Nothing else lies in OUT, and files are written elsewhere until then.
+If a step fails, hangs or is killed, the others still run. After each step, and every ``REFRESH``
+seconds, ``OUT/results.tar.gz`` is replaced. It holds ``summary.json`` and, of every step so far,
+the JSON, the pictures and the end of the log. OUT holds nothing else.
 
 Exit status: 0 if no step failed, 1 if one did, 2 for bad arguments, 128 and the number of the
 signal that ended the check.
@@ -53,25 +53,25 @@ KIND = "blip3o-fast gpu check"
 FORMAT = 1
 ARCHIVE = "results.tar.gz"
 TOTAL = 580
-"""Seconds of all steps: ten minutes less what it takes to end the last one."""
+"""Seconds for all steps: ten minutes, less the time to end the last one."""
 LEAST = 5
-"""A step that would get less than so many seconds is skipped."""
+"""A step that would get fewer seconds is skipped."""
 GRACE = 5
-"""Seconds between the request to end and the kill."""
+"""Seconds between asking a step to end and killing it."""
 REFRESH = 15
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SKIPPED = 77
-"""Exit status of a step that found nothing to do."""
+"""The exit status of a step that had nothing to do."""
 BROKE = 3
-"""Exit status of ``smoke.py`` where a kernel ended its process."""
+"""The exit status of ``smoke.py`` if a kernel ended its process."""
 LONGEST_LOG = 512 << 10
 LONGEST_FILE = 4 << 20
 UNSUPPORTED = "Device not supported"
-"""What compute-sanitizer says where it cannot work."""
+"""compute-sanitizer prints this where it cannot work."""
 
 
 class Skip(Exception):
-    """There is nothing to do, and why."""
+    """A step has nothing to do, for the given reason."""
 
 
 class Stopped(BaseException):
@@ -82,8 +82,8 @@ class Stopped(BaseException):
 class Step:
     """A command with a limit in seconds.
 
-    ``command`` raises ``Skip`` where it makes no sense. Only the step that is named by ``beside``
-    starts before this one has ended.
+    ``command`` raises ``Skip`` if the step has nothing to do. Of the other steps, only ``beside``
+    may run at the same time.
     """
 
     limit: int
@@ -103,7 +103,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step, as ``summary.json`` says it."""
+    """The outcome of a step, as in ``summary.json``."""
 
     name: str
     verdict: str
@@ -118,10 +118,10 @@ class Check:
 
     Attributes:
         args: the options.
-        work: folder of everything that is not a result.
-        results: folder of what comes back.
+        work: folder for temporary files.
+        results: folder for results.
         running: steps that have not ended.
-        outcomes: of those that have, by name.
+        outcomes: of the steps that have ended, by name.
         stopped: the signal that ended the check.
     """
 
@@ -150,13 +150,13 @@ class Check:
         self.finish_all()
 
     def finish_all(self, beside: str = "") -> None:
-        """Wait for what runs, but for what may run beside the step that is next."""
+        """Wait for the running steps, except one that may run at the same time as ``beside``."""
         for step in list(self.running):
             if not beside or STEPS[step.name].beside != beside:
                 self.finish(step)
 
     def start(self, name: str) -> Running | None:
-        """Start a step, unless there is no sense in it or no time for it."""
+        """Start a step, unless it has nothing to do or there is no time left."""
         step = STEPS[name]
         limit = self.args.limit or min(step.limit, TOTAL - (time.monotonic() - self.began))
         try:
@@ -189,7 +189,7 @@ class Check:
         return self.running[-1]
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """A signal ends the check; later ones change nothing."""
+        """The first signal ends the check. Later ones are ignored."""
         del frame
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
@@ -198,7 +198,7 @@ class Check:
             raise Stopped
 
     def finish(self, step: Running) -> None:
-        """Wait for a step up to its limit, and keep what it found."""
+        """Wait for a step up to its limit, and record its outcome."""
         late = False
         while step.process.poll() is None:
             left = step.started + step.limit - time.monotonic()
@@ -226,7 +226,7 @@ class Check:
         self.use_library(step.name, verdict, status)
 
     def end(self, outcome: Outcome) -> None:
-        """Say and save what became of a step."""
+        """Print and save the outcome of a step."""
         outcome = replace(outcome, seconds=round(outcome.seconds, 1), limit=round(outcome.limit, 1))
         self.outcomes[outcome.name] = outcome
         self.running = [step for step in self.running if step.name != outcome.name]
@@ -238,7 +238,7 @@ class Check:
         self.pack()
 
     def abandon(self, why: str) -> None:
-        """End whatever runs, and say so."""
+        """End all running steps, for the reason ``why``."""
         for step in list(self.running):
             if step.process.poll() is not None:
                 self.finish(step)
@@ -249,7 +249,7 @@ class Check:
             self.end(Outcome(step.name, "failed", status, seconds, step.limit, why))
 
     def stop(self, step: Running, grace: float) -> None:
-        """Ask a step to end, so that it writes what it knows; then kill all of its processes."""
+        """Ask a step to end, so that it can write its results; then kill all of its processes."""
         with contextlib.suppress(ProcessLookupError):
             step.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -258,7 +258,7 @@ class Check:
         step.process.wait()
 
     def use_library(self, step: str, verdict: str, status: int) -> None:
-        """Put the library that was built in its place; take it away if a kernel ends processes."""
+        """Install the library after its build, and remove it if its kernels end processes."""
         built, place = self.work / "build" / "lib" / "blip3o_fast", ROOT / "blip3o_fast"
         names = ("_C.so", "_build_info.json")
         if step == "build" and verdict == "passed" and not self.args.cpu:
@@ -269,7 +269,7 @@ class Check:
                     draft.replace(place / name)
                 self.installed = True
             except OSError as error:
-                print(f"the CUDA C++ kernels are not put in their place: {error}", flush=True)
+                print(f"the CUDA C++ kernels could not be installed: {error}", flush=True)
         if step == "kernels" and status == BROKE and self.installed:
             for name in reversed(names):
                 (place / name).unlink(missing_ok=True)
@@ -278,7 +278,7 @@ class Check:
     def environment(self) -> dict[str, str]:
         """Variables of every step."""
         paths = [ROOT, ROOT / "kernels", self.work / "site", os.environ.get("PYTHONPATH", "")]
-        # CMake may be a script of this Python's.
+        # CMake may be installed beside this Python.
         programs = [Path(self.python).parent, os.environ.get("PATH", "")]
         found = {
             "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path)),
@@ -291,23 +291,23 @@ class Check:
         return found
 
     def log(self, name: str) -> Path:
-        """What a step prints."""
+        """The file for the output of a step."""
         return self.results / f"{name}.log"
 
     def text(self, name: str) -> str:
-        """What a step has printed, of much the end."""
+        """The output of a step so far; of long output the end."""
         try:
             return read_end(self.log(name)).decode(errors="replace")
         except OSError as error:
             return str(error)
 
     def last_line(self, name: str) -> str:
-        """What a step said last."""
+        """The last line of a step's output."""
         lines = [line.strip() for line in self.text(name).splitlines()]
         return next((line[:300] for line in reversed(lines) if line), "no output")
 
     def summary(self) -> dict[str, Any]:
-        """What is known so far."""
+        """The content of ``summary.json`` so far."""
         steps = [
             {**asdict(outcome), "log": self.log(outcome.name).name}
             for outcome in self.outcomes.values()
@@ -324,7 +324,7 @@ class Check:
         }
 
     def pack(self) -> None:
-        """Replace the archive; where that is impossible the last one stays."""
+        """Replace the archive. If that is impossible, the old one stays."""
         self.packed = time.monotonic()
         draft = self.args.out / f"{ARCHIVE}.part"
         try:
@@ -343,14 +343,14 @@ class Check:
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """A file of an archive."""
+    """Add a file to an archive."""
     info = tarfile.TarInfo(name)
     info.size, info.mtime = len(content), int(time.time())
     archive.addfile(info, io.BytesIO(content))
 
 
 def read_result(path: Path) -> bytes | None:
-    """A result, of a log the end; None if it cannot be read or is too large to be one."""
+    """The content of a result, or the end of a log. None if it is unreadable or too large."""
     try:
         if path.suffix == ".log":
             return read_end(path)
@@ -381,7 +381,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def find_commit() -> str:
-    """The commit of the checkout, nothing if it is a copy without history."""
+    """The commit of the checkout, or "" if it is a copy without history."""
     try:
         done = subprocess.run(
             ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"],
@@ -419,7 +419,7 @@ def build(check: Check) -> list[str]:
 
 
 def find_target() -> str:
-    """The compute capability to compile for, that of an H100 where no GPU says another."""
+    """The compute capability to compile for: the GPU's, or without one that of an H100."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         printed = subprocess.run(
@@ -434,14 +434,14 @@ def find_target() -> str:
 
 
 def smoke(check: Check) -> list[str]:
-    """Everything that needs no build."""
+    """The checks that need no build."""
     if check.args.cpu:
         return script(check, "smoke", "smoke", "reference", "--ops", "swiglu", "rope")
     return script(check, "smoke", "smoke", "models", "triton")
 
 
 def kernels(check: Check) -> list[str]:
-    """What was built."""
+    """The kernels that were built."""
     if check.args.cpu:
         raise Skip("the CUDA C++ kernels need a GPU")
     if not (ROOT / "blip3o_fast" / "_C.so").is_file():
@@ -464,7 +464,7 @@ def bench(name: str, *groups: str) -> Callable[[Check], list[str]]:
 
 
 def profile(of: str, name: str) -> Callable[[Check], list[str]]:
-    """Launch by launch."""
+    """The launches of one evaluation or training step."""
 
     def command(check: Check) -> list[str]:
         tiny = ["--preset", "tiny", "--batch", "1"] if check.args.cpu else []
@@ -480,7 +480,7 @@ def long(check: Check) -> list[str]:
 
 
 def tests(check: Check) -> list[str]:
-    """The GPU's, or a small file."""
+    """The GPU tests; with ``--cpu`` a small file of tests."""
     words = ["--processes", "12", "-m", "gpu and not slow"]
     if check.args.cpu:
         words = ["--processes", "2", "tests/test_axes.py"]
@@ -500,7 +500,7 @@ def sanitize(tool: str) -> Callable[[Check], list[str]]:
         if found is None:
             raise Skip("compute-sanitizer was not found")
         watched = [check.python, "benchmarks/every_op.py", "--dtype", "bf16"]
-        # Without the caching allocator, so that every tensor has borders that a check can see.
+        # Without the caching allocator every tensor is an allocation, whose borders are checked.
         uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
         return [*uncached, found, "--tool", tool, "--error-exitcode", "9", *watched]
 
@@ -530,7 +530,7 @@ STEPS = {
     "long": Step(400, long),
 }
 BY_NAME = ("long",)
-"""Steps that are for a call of their own."""
+"""Steps that run only if ``--steps`` names them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,13 +1,13 @@
-"""The tests that need a GPU, by many processes at once.
+"""Runs the tests that need a GPU in many processes.
 
     python benchmarks/gpu_tests.py [--processes 12] [--json tests.json] [pytest's arguments]
 
-pytest alone is needed. Every process collects all tests and then takes one after another that no
-other has taken, from a place of its own on: neighbours share compiled kernels. What a test did is
-written down at once, so that a run that is stopped keeps it. A test that ends its process, hangs,
-or breaks the device for it costs only itself: another process takes the place of that one.
+It needs only pytest. Every process collects all tests. It then runs, one after the other, the tests
+that no other process has taken. It starts at its own place in the list, because neighbouring tests
+share compiled kernels. Each outcome is written at once, so a run that is stopped keeps it. If a
+test ends its process, hangs, or breaks the device, a new process goes on with the other tests.
 
-Files that want a package which is not here are left out, by name. Exit status: 0 if every test
+Test files whose packages are not installed are left out and listed. Exit status: 0 if every test
 passed or was skipped, 77 without pytest, else 1.
 """
 
@@ -32,12 +32,12 @@ KIND = "blip3o-fast gpu tests"
 FORMAT = 1
 SKIPPED = 77
 WANTED = {"pytest": "pytest", "pytest_timeout": "pytest_timeout", "hypothesis": "hypothesis"}
-"""Module, and what a wheel that brings it is called."""
+"""By module: how the name of its wheel begins."""
 PLACE = "BLIP3O_FAST_TESTS"
-"""Variable that tells a process of this run its folder, its number and how many there are."""
+"""The variable that gives each process the folder, its number and the number of processes."""
 LAST_LINES = 30
 BROKEN_DEVICE = 9
-"""Exit status of a process for which the device runs nothing more."""
+"""The exit status of a process whose device runs nothing more."""
 ENDED = "ended its process"
 
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and what pytest is given."""
+    """The options, and the arguments for pytest."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--patience", type=float, default=60.0, help="seconds that a test may take")
@@ -65,7 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
 
 
 def install(wheels: Path | None, site: Path | None) -> None:
-    """Install what is missing and has a wheel; nothing is downloaded."""
+    """Install missing modules from wheels. Nothing is downloaded."""
     if wheels is None:
         return
     missing = [
@@ -80,7 +80,7 @@ def install(wheels: Path | None, site: Path | None) -> None:
 
 
 def report(run: "Run", path: Path | None) -> int:
-    """Wait until all tests are done or a signal comes; print and write what was found."""
+    """Wait until all tests are done or a signal comes; then print and write the outcomes."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
@@ -94,7 +94,7 @@ def report(run: "Run", path: Path | None) -> int:
             time.sleep(0.5)
     except KeyboardInterrupt as error:
         run.stopped = str(error)
-        write(path, run.record())  # ending the processes may take longer than we are given
+        write(path, run.record())  # there may be no time left after the processes have ended
     run.end()
     content = run.record()
     write(path, content)
@@ -113,11 +113,11 @@ def report(run: "Run", path: Path | None) -> int:
 
 
 class Run:
-    """Processes that share the tests, and what they have written down.
+    """The processes that share the tests, and the notes that they write.
 
     Attributes:
         processes: all that were started, by number.
-        stopped: the signal that ended the run, or nothing.
+        stopped: the name of the signal that ended the run, or "".
     """
 
     def __init__(self, folder: Path, count: int, words: Sequence[str], patience: float) -> None:
@@ -128,7 +128,7 @@ class Run:
         self._replaced: set[int] = set()
 
     def goes_on(self) -> bool:
-        """Whether a process runs; one whose test hangs is ended, one that a test ended replaced."""
+        """Whether a process runs. Kills processes that hang; replaces those that a test ended."""
         for index, process in enumerate(list(self.processes)):
             said = notes(self.folder, index)
             if process.poll() is None and silent(said) > self.patience:
@@ -137,7 +137,7 @@ class Run:
             if process.poll() is None or index in self._replaced:
                 continue
             begun = [note for note in read(said) if "began" in note or "done" in note]
-            # One that ended without a test would end so again.
+            # A process that ended before any test would do so again.
             if begun and "done" not in begun[-1]:
                 self._replaced.add(index)
                 (self.folder / f"taken-{begun[-1]['next']}").unlink(missing_ok=True)
@@ -145,14 +145,14 @@ class Run:
         return any(process.poll() is None for process in self.processes)
 
     def end(self) -> None:
-        """End what still runs."""
+        """End all processes."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.wait()
 
     def record(self) -> dict[str, Any]:
-        """All outcomes so far. A test without one though its process has ended is what ended it."""
+        """All outcomes so far. If a process has ended during a test, the test has ended it."""
         outcomes: dict[str, str] = {}
         failures: dict[str, dict[str, str]] = {}
         left_out: dict[str, str] = {}
@@ -206,7 +206,7 @@ class Run:
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             "OMP_NUM_THREADS": "1",
         }
-        # Neither an order of its own for each process nor other processes below it.
+        # All processes need the same order of tests, and must not start processes of their own.
         options = ["-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
         options += ["-p", "gpu_tests", "--continue-on-collection-errors"]
         with log(self.folder, index).open("wb") as output:
@@ -220,22 +220,22 @@ class Run:
 
 
 def log(folder: Path, index: int) -> Path:
-    """What pytest prints."""
+    """The file for the output of a process."""
     return folder / f"{index}.log"
 
 
 def notes(folder: Path, index: int) -> Path:
-    """A line of JSON for whatever happened."""
+    """The file for the notes of a process, a line of JSON each."""
     return folder / f"{index}.jsonl"
 
 
 def silent(path: Path) -> float:
-    """Seconds since a process wrote something down; 0 before the first time."""
+    """Seconds since the last note of a process; 0 before the first one."""
     return time.time() - path.stat().st_mtime if path.is_file() else 0.0
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Notes of a process, but for one that it is still writing."""
+    """The notes of a process, without one that is not complete yet."""
     if path.is_file():
         for line in path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
@@ -265,18 +265,18 @@ def last_lines(text: str) -> str:
     return "\n".join(text.rstrip().splitlines()[-LAST_LINES:])
 
 
-# What follows is a plugin: pytest calls it in each process.
+# The rest of this file is a plugin: pytest calls it in each process.
 
 
 def note(**fields: Any) -> None:
-    """Write down what happened, at once."""
+    """Write a note at once."""
     folder, index, _ = json.loads(os.environ[PLACE])
     with notes(Path(folder), index).open("a") as file:
         file.write(json.dumps(fields) + "\n")
 
 
 def pytest_collectreport(report: Any) -> None:
-    """Of a file that cannot be imported."""
+    """Note a file that cannot be imported."""
     if not report.failed:
         return
     text = str(report.longrepr)
@@ -307,7 +307,7 @@ def pytest_runtestloop(session: Any) -> bool:
 
 
 def taken(tests: int) -> Iterator[int]:
-    """Numbers of tests that nobody else has taken, from this process's own place on."""
+    """The numbers of tests that no other process has taken, from this process's place on."""
     folder, index, count = json.loads(os.environ[PLACE])
     own = tests * (index % count) // count
     for number in (*range(own, tests), *range(own)):
@@ -329,7 +329,7 @@ def is_broken() -> bool:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """The outcome of a test, or of what surrounds it where that fails or skips it."""
+    """Note the outcome of a test, or of its setup or teardown if that fails or skips."""
     if report.when != "call" and report.passed:
         return
     outcome = "error" if report.when != "call" and report.failed else report.outcome

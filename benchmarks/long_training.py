@@ -1,14 +1,13 @@
-"""Many training steps in a row: whether a gradient is not finite, how long a step takes and waits.
+"""Many training steps: how many have gradients with NaN or Inf, and how long steps take and wait.
 
     python benchmarks/long_training.py --json long.json [--steps 2000] [--batch 128]
 
-The whole trainer on shards of random embeddings: loader, loss, clipping, AdamW, records; nothing is
-validated before the end. Exits with 1 if a step was skipped. Seconds a step are of the second half,
-when everything is warm.
+The whole trainer runs on shards of random embeddings: loader, loss, clipping, AdamW, records. It
+validates only at the end. Exits with 1 if a step was skipped. Seconds a step are of the second
+half, when everything is warm.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.record_text import seconds
 from blip3o_fast.benchmarking.shapes import Shape
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(render(content))
     if args.json is not None:
-        write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(args.json, content)
     return 1 if content["skipped"] else 0
 
 
@@ -99,7 +98,7 @@ def take_steps(shape: Shape, args: argparse.Namespace) -> list[StepRecord]:
 
 
 def summarise(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """What the steps say together; times are medians of the second half."""
+    """Counts and losses of all steps; times are medians of the second half."""
     warm = records[len(records) // 2 :]
     losses = [record.loss for record in records if record.loss is not None]
     return {

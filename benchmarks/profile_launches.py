@@ -1,16 +1,15 @@
-"""Where the time of an evaluation or a training step goes: the dearest launches, and their limits.
+"""Where the time of an evaluation or a training step goes: its slowest launches and their limits.
 
     python benchmarks/profile_launches.py --json profile.json [--of training] [--batch 64]
 
-torch.profiler watches the sampler's evaluation, every launch made by the host, or a whole optimizer
-step. Launches are put together by operator and shapes of its inputs; a GPU's time is that of the
-kernels, a CPU's that of the operator itself. A limit is ``max(flops / rate, bytes / bandwidth)``
-with both measured in the same run, bytes counting every input once and every output once; small
-operators of torch itself have none, since their inputs stay in caches.
+torch.profiler watches an evaluation of the sampler, without a graph, or a whole optimizer step.
+Launches of one operator with the same input shapes are added up. On a GPU the time is that of the
+kernels, on a CPU that of the operator itself. A limit is ``max(flops / rate, bytes / bandwidth)``,
+with both rates from the same run. Bytes count every input and every output once. Small operators of
+torch have no limit, since their inputs stay in caches.
 """
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.ceilings import DTYPES, measure_ceilings
 from blip3o_fast.benchmarking.environment import describe_environment
@@ -43,22 +42,22 @@ What = Literal["evaluation", "training"]
 SAMPLES: dict[What, int] = {"evaluation": 64, "training": 128}
 NAMES: dict[What, str] = {"evaluation": "one evaluation", "training": "one training step"}
 ATTENTIONS = ("flash_att", "efficient_attention", "cudnn_attention", "rope_attention")
-"""Parts of the names of what does attention, and not of what chooses among them."""
+"""Parts of the names of operators that compute attention, not of those that choose among them."""
 
 
 @dataclass
 class Launch:
-    """An operator at some shapes, within one call of what is profiled.
+    """An operator at some shapes, within one evaluation or training step.
 
     Attributes:
-        op: as torch names it.
+        op: its name in torch.
         shapes: of its tensor inputs.
-        calls: how often.
+        calls: how often it was called.
         seconds: of all calls together.
         share: of the whole time.
-        limit: the least that all calls could take, None where nothing is counted.
-        launches: kernels of all calls; on a CPU the calls themselves.
-        kernels: names of what ran on a GPU.
+        limit: the least time that all calls could take, or None.
+        launches: kernels of all calls; on a CPU the number of calls.
+        kernels: names of the GPU kernels.
     """
 
     op: str
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(render(content, launches[: args.most]))
     if args.json is not None:
-        write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(args.json, content)
     return 0
 
 
@@ -120,7 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def profile_launches(what: What, shape: Shape, dtype: str, device: torch.device) -> list[Launch]:
-    """Every launch of one call, on average over ``CALLS``."""
+    """Every launch of one call, averaged over ``CALLS`` calls."""
     prepared = prepare(what, shape, dtype, device)
     (call,) = prepared.calls
     activities = [ProfilerActivity.CPU]
@@ -144,28 +143,28 @@ def profile_launches(what: What, shape: Shape, dtype: str, device: torch.device)
 
 
 def prepare(what: What, shape: Shape, dtype: str, device: torch.device) -> Prepared:
-    """What is profiled, ready to be called."""
+    """The evaluation or the training step, ready to be called."""
     if what == "training":
         return prepare_step(Training(shape, dtype, device))
     return hoisted(Network(shape, dtype, device), None)
 
 
 def total_work(what: What, shape: Shape, size: int) -> work.Work:
-    """Of one call; ``size`` bytes an element of activations."""
+    """The work of one call; ``size`` is the bytes of an element of activations."""
     if what == "evaluation":
         return work.evaluation(shape.config, shape.batch, size)
     return step_work(shape, size)
 
 
 def microseconds(event: Any, device: torch.device) -> float:
-    """What an operator itself took: its kernels on a GPU, its own part of the host's time else."""
+    """The time of an operator itself: of its kernels on a GPU, else of the host without callees."""
     if device.type == "cuda":
         return sum(kernel.duration for kernel in event.kernels)
     return event.self_cpu_time_total if "::" in event.name else 0.0
 
 
 def merge(events: list[Any], device: torch.device) -> Launch:
-    """One launch of equal events of all calls."""
+    """One launch from the equal events of all calls."""
     kernels = [kernel.name for event in events for kernel in event.kernels]
     return Launch(
         op=events[0].name,
@@ -178,7 +177,7 @@ def merge(events: list[Any], device: torch.device) -> Launch:
 
 
 def count_work(launch: Launch, config: DiTConfig, batch: int, size: int) -> work.Work | None:
-    """Of one call: what its shapes say, None for operators that are not counted."""
+    """The work of one call, from its shapes; None for operators that are not counted."""
     name = launch.op.rpartition("::")[2]
     if name in ("mm", "addmm"):
         (rows, inner), (_, columns) = launch.shapes[-2:]
@@ -194,7 +193,7 @@ def count_work(launch: Launch, config: DiTConfig, batch: int, size: int) -> work
 
 @cache
 def bytes_moved(size: int) -> dict[str, float]:
-    """By operator of ours: bytes that it reads and writes for an element of its first rows."""
+    """For each operator of ours, the bytes that it moves for each element of its first rows."""
     dtype = next(dtype for dtype in DTYPES.values() if dtype.itemsize == size)
     found: dict[str, float] = {}
     for op in OPS.values():

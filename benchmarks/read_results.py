@@ -1,4 +1,4 @@
-"""The results under ``benchmarks/results``: every JSON file there, told apart by what it holds."""
+"""The results under ``benchmarks/results``: every JSON file there, and what wrote it."""
 
 import json
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ KINDS: dict[str, Kind] = {
     "zero_time": "zero_time",
     "fp8_quality": "fp8",
 }
-"""What a file calls itself, under ``kind`` or ``benchmark``."""
+"""The name of a kind in a file, under ``kind`` or ``benchmark``."""
 FORMAT = 1
 NEEDED: dict[Kind, frozenset[str]] = {
     "bench": frozenset(),
@@ -52,7 +52,7 @@ NEEDED: dict[Kind, frozenset[str]] = {
     "fp8": frozenset(("environment", "fp8", "parameters", "samples", "sources", "rows")),
 }
 PARTS = ("environment.json", "smoke.json", "kernels.json", "tests.json")
-"""What ``gpu_check.sh`` leaves beside its summary: no results of their own."""
+"""Files that ``gpu_check.sh`` writes beside its summary. They are not results."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def read_result(path: Path) -> Result:
 
 
 def find_pictures(path: Path, kind: Kind) -> tuple[Path, ...]:
-    """The one of the same name; of a bench, which draws several, those that have no such file."""
+    """The picture of the same name. Of a bench, all pictures that belong to no other file."""
     own = path.with_suffix(".png")
     if kind != "bench":
         return (own,) if own.is_file() else ()
@@ -114,7 +114,7 @@ def find_pictures(path: Path, kind: Kind) -> tuple[Path, ...]:
 
 
 def find_kind(path: Path, content: object) -> Kind:
-    """What wrote a file.
+    """The kind of a file.
 
     Raises:
         ValueError: if nothing here did.

@@ -1,4 +1,4 @@
-"""Writes the documents that hold figures, from the figures.
+"""Writes the figures of the documents from the files of results.
 
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    write nothing; exit with 1 and name what differs
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """What each document should hold.
+    """The text that each document should have.
 
     Raises:
         ValueError: naming a document without its markers, or a file that is no result.

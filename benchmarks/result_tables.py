@@ -32,7 +32,7 @@ def pictures(result: Result, folder: Path) -> str:
 
 
 def headline(result: Result, folder: Path) -> str:
-    """The shortest account of one result, empty where it has none; pictures as in ``section``."""
+    """The shortest account of one result; empty if it has none. Pictures as in ``section``."""
     if result.record is not None and result.record.environment["device_type"] == "cuda":
         rows = [m for m in result.record.measurements if m.group in HEADLINES]
         return f"{where(result)}\n\n{against_peers(rows)}" if rows else ""
@@ -83,7 +83,7 @@ def bench(result: Result) -> Iterator[str]:
 
 
 def ceilings(record: Record) -> str:
-    """What the limits are made of."""
+    """The rates behind the limits."""
     rates = [f"{number(rate, 'FLOP/s')} {dtype}" for dtype, rate in record.rates.items()]
     quick = " A quick run: few samples." if record.settings.get("quick") else ""
     measured = ", ".join((f"{number(record.bandwidth, 'B/s')} copy", *rates))

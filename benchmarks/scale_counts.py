@@ -1,7 +1,7 @@
-"""What a sample, a parameter or a step costs: the counts behind ``SCALING.md``.
+"""The cost of a sample, a parameter or a step: the counts behind ``SCALING.md``.
 
-Flops are those of ``blip3o_fast.benchmarking.work``: matrix products and attention, two a
-multiply-add. Rates are the ones that data sheets state; nothing here was measured.
+Flops are counted as in ``blip3o_fast.benchmarking.work``. Rates are from data sheets. Nothing here
+was measured.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from blip3o_fast.sampling import batches
 SAMPLES = 27_000_000
 TOKENS = 256
 STORED = 2
-"""Bytes of a number in a shard and of an activation in bf16 or fp16."""
+"""Bytes of a number in a shard, and of an activation, in bf16 or fp16."""
 FP32 = 4
 ADAM_MOMENTS = 2
 PREFETCHED = 4
@@ -28,7 +28,7 @@ PREFETCHED = 4
 
 @dataclass(frozen=True)
 class Machine:
-    """An H100 SXM and what it is wired to, as data sheets state them; bytes and flops a second.
+    """An H100 SXM and its connections, from data sheets, in bytes and flops a second.
 
     Attributes:
         flops: dense bf16.
@@ -56,42 +56,42 @@ H100 = Machine()
 
 @lru_cache
 def parameters(config: DiTConfig) -> int:
-    """Of the model."""
+    """The number of parameters of a model."""
     with torch.device("meta"):
         return BLIP3oDiT(config).get_num_parameters()
 
 
 def sample_bytes(config: DiTConfig) -> tuple[int, int]:
-    """Of one stored sample: EVA tokens, CLIP tokens."""
+    """The bytes of a stored sample: EVA tokens, CLIP tokens."""
     N = config.num_tokens
     return N * config.eva_embedding_size * STORED, N * config.clip_embedding_size * STORED
 
 
 def translating_flops(size: Size, tokens: int, steps: int, solver: str) -> float:
-    """Of one sample, the condition prepared once."""
+    """The flops to translate one sample, its condition included."""
     assert solver in ("euler", "heun")
     return work.generation(Shape(size, 1, tokens), steps, solver, STORED).flops
 
 
 def training_flops(size: Size, tokens: int) -> float:
-    """Of one sample: forward with nothing hoisted, and backward."""
+    """The flops to train on one sample: forward, with nothing hoisted, and backward."""
     return work.training_step(Shape(size, 1, tokens), 0, STORED).flops
 
 
 def evaluation_seconds(size: Size, tokens: int, batch: int) -> tuple[float, float]:
-    """Of one evaluation on ``H100``: what its flops take, and what its bytes take."""
+    """The seconds of one evaluation on ``H100``: for its flops, and for its bytes."""
     needed = work.evaluation(Shape(size, batch, tokens).config, batch, STORED)
     return needed.flops / H100.flops, needed.bytes / H100.bandwidth
 
 
 class Fusion(NamedTuple):
-    """What one kernel in place of two would spare in an evaluation of one sample.
+    """What one kernel instead of two would save in an evaluation of one sample.
 
     Attributes:
         name: what would move into what.
-        launches: fewer.
-        bytes: that are neither written nor read again.
-        flops: of the products that the fused kernel has to do itself, as fast as before.
+        launches: how many launches it saves.
+        bytes: how many bytes are neither written nor read again.
+        flops: of the products that the fused kernel must do itself.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Fusion(NamedTuple):
 
 
 def fusions(config: DiTConfig) -> list[Fusion]:
-    """Of the consistent conventions, beside the fused ops that there are."""
+    """Fusions that are not among the fused ops, under the consistent conventions."""
     L, N, D, inner = (
         config.num_hidden_layers,
         config.num_tokens,
@@ -129,10 +129,11 @@ def fusions(config: DiTConfig) -> list[Fusion]:
 
 
 def block_activations(config: DiTConfig) -> int:
-    """Bytes a token that one block keeps for its backward pass under autocast.
+    """Bytes that one block keeps for each token until its backward pass, under autocast.
 
-    The fused ops keep inputs only: stream, branch and opened branch of three joins; q, k, v and the
-    result of two attentions, with the fp32 log-sum of each head; packed gate and up, their product.
+    The fused ops keep only inputs. Three joins keep stream, branch and opened branch. Two
+    attentions keep q, k, v, the result, and the fp32 log-sum of each head. The MLP keeps packed
+    gate and up, and their product.
     """
     D, inner = config.hidden_size, config.intermediate_size
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -141,16 +142,16 @@ def block_activations(config: DiTConfig) -> int:
 
 
 def checkpointed_activations(config: DiTConfig) -> int:
-    """Bytes a token that a block keeps with ``--gradient_checkpointing``: stream and branch."""
+    """Bytes that a block keeps for each token with ``--gradient_checkpointing``."""
     return STORED * 2 * config.hidden_size
 
 
 def other_activations(config: DiTConfig, *, multiple: int = 64, mask: int = 1) -> int:
-    """Bytes a token that adapter, input, output and loss keep.
+    """Bytes that adapter, input, output and loss keep for each token.
 
     Args:
         config: of the model.
-        multiple: what the adapter's widths are rounded up to; 64 on a GPU.
+        multiple: the adapter's widths are rounded up to it; 64 on a GPU.
         mask: bytes of an element of a dropout mask; 1 on a GPU.
     """
     D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
@@ -166,10 +167,10 @@ def training_state(config: DiTConfig, *, average: bool = True) -> int:
 
 
 def training_sample(config: DiTConfig, *, checkpointing: bool = False) -> int:
-    """Bytes that one more sample in a GPU's batch takes.
+    """Bytes of one more sample in a GPU's batch.
 
-    Activations; the batch as stored, once for the step and once for each prefetched one; in fp32
-    EVA tokens twice (as read, and with dropped conditions), targets and noise.
+    These are activations; the sample as stored, once for the step and once for each prefetched
+    batch; and in fp32 EVA tokens twice (as read, and with dropped conditions), targets and noise.
     """
     E, C, L = config.eva_embedding_size, config.clip_embedding_size, config.num_hidden_layers
     kept = L * block_activations(config)
@@ -180,7 +181,7 @@ def training_sample(config: DiTConfig, *, checkpointing: bool = False) -> int:
 
 
 def most_samples(config: DiTConfig, *, checkpointing: bool = False) -> int:
-    """Samples of a training step that one GPU's memory holds, if it held nothing else."""
+    """How many samples of a training step fit in one GPU beside the state, an upper bound."""
     left = H100.memory - training_state(config)
     return max(0, int(left // training_sample(config, checkpointing=checkpointing)))
 
@@ -191,19 +192,19 @@ def sampling_weights(config: DiTConfig) -> int:
 
 
 def micro_batch(config: DiTConfig) -> int:
-    """Samples that the plan evaluates together on ``H100``."""
+    """How many samples the plan evaluates together on ``H100``."""
     fits = int(H100.cache // batches.evaluation_bytes(config, torch.bfloat16))
     return min(batches.LARGEST_MICRO_BATCH, max(batches.SMALLEST_ON_CUDA, fits))
 
 
 def sampling_sample(config: DiTConfig) -> int:
-    """Bytes that one more sample of a call takes: condition, noise and result in fp32."""
+    """Bytes of one more sample of a call: condition, noise and result in fp32."""
     E, C = config.eva_embedding_size, config.clip_embedding_size
     return config.num_tokens * (E + 2 * C) * FP32
 
 
 def sampling_working(config: DiTConfig) -> int:
-    """Bytes that a sample of the micro-batch takes besides, at most."""
+    """The most bytes that a sample of the micro-batch takes in addition."""
     dtype = torch.bfloat16
     evaluating = batches.evaluation_bytes(config, dtype)
     preparing = batches.conditioning_bytes(config, dtype)
@@ -212,10 +213,10 @@ def sampling_working(config: DiTConfig) -> int:
 
 
 def all_reduce_seconds(config: DiTConfig, gpus: int, *, adapters: int = 8) -> tuple[float, float]:
-    """Of one step's fp32 gradients over ``H100``: within machines, and between them.
+    """Seconds to sum one step's fp32 gradients on ``H100``: within machines, and between them.
 
-    Rings move ``2 (n - 1) / n`` of the gradients through each member. Of several machines, each GPU
-    reduces its eighth with its counterparts, through ``adapters`` adapters a machine.
+    A ring moves ``2 (n - 1) / n`` of the gradients through each member. Between machines, each GPU
+    sums its eighth with its counterparts, through ``adapters`` adapters a machine.
     """
     gradients = parameters(config) * FP32
     local = min(gpus, H100.gpus)
@@ -226,6 +227,6 @@ def all_reduce_seconds(config: DiTConfig, gpus: int, *, adapters: int = 8) -> tu
 
 
 def checkpoint_bytes(config: DiTConfig, *, average: bool) -> tuple[int, int]:
-    """Of ``model.safetensors`` and of ``trainer.pt``: moments, and raw weights beside averages."""
+    """Bytes of ``model.safetensors`` and ``trainer.pt``: moments, and raw weights if averaged."""
     count = parameters(config)
     return count * FP32, count * FP32 * (ADAM_MOMENTS + average)

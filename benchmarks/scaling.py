@@ -1,13 +1,9 @@
-"""Makes ``SCALING.md``: the text of ``SCALING.template.md`` with the numbers of ``scale_counts``.
+"""``SCALING.md``: the text of ``SCALING.template.md`` with the numbers of ``scale_counts``.
 
-python benchmarks/scaling.py            write it
-python benchmarks/scaling.py --check    exit with 1 if it is not what would be written
+``render.py`` writes it.
 """
 
-import argparse
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -27,9 +23,10 @@ TEMPLATE = FOLDER / "SCALING.template.md"
 SAMPLES_A_GPU = GLOBAL_BATCHES[-1] // GPUS[-1]
 SLOW_STORAGE = 10e9
 HOST_CROSSINGS = 4
-"""Of a byte of a batch: into the page cache, out, into a page-locked buffer, out."""
+"""How often a byte of a batch crosses memory: into the page cache and out, into a page-locked
+buffer and out."""
 PLACE = 4 + 1 + 8 / MARK_EVERY
-"""Bytes a sample: its row, whether it was checked, and its share of the places in sidecars."""
+"""Bytes for each sample: its row, whether it was checked, its share of the places in sidecars."""
 ORDER = 8
 """Bytes of a sample's number in an epoch's order."""
 
@@ -40,24 +37,13 @@ def render() -> str:
 
 
 def values() -> dict[str, str]:
-    """Every name in the template."""
-    return {
-        "rates": page.rates_table(),
-        "sizes": page.sizes_table(),
-        "data": page.data_table(),
-        "bounds": page.bounds_table(),
-        "fusions": page.fusions_table(),
-        "translation": page.translation_table(),
-        "training": page.training_table(),
-        "feeds": page.feeds_table(),
-        "reduce": page.reduce_table(),
-        "training_memory": page.training_memory_table(),
-        "sampling_memory": page.sampling_memory_table(),
-        "throughput": page.throughput_table(),
-        "checkpoints": page.checkpoints_table(),
-        "shards": page.shards_table(),
-        **sentences(),
+    """The values of the template's names: ``NAME_table`` of ``scaling_tables``, and numbers."""
+    tables = {
+        name.removesuffix("_table"): make()
+        for name, make in vars(page).items()
+        if name.endswith("_table")
     }
+    return {**tables, **sentences()}
 
 
 def sentences() -> dict[str, str]:
@@ -105,25 +91,7 @@ def sentences() -> dict[str, str]:
 
 
 def read_rate(steps: int, solver: str) -> str:
-    """What one GPU reads that translates at half of the peak."""
+    """The rate at which one GPU reads if it translates at half of the peak."""
     eva, _ = counts.sample_bytes(config("base"))
     flops = counts.translating_flops("base", TOKENS, steps, solver)
     return number(H100.flops * HALF / flops * eva, "B/s")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    text = render()
-    if not parser.parse_args(arguments).check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{PAGE}: not what benchmarks/scaling.py makes; run it", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,13 +20,13 @@ READ_RATES = (0.5e9, 1e9, 3e9, 7e9)
 GLOBAL_BATCHES = (1024, 8192)
 SHARD_SAMPLES = (256, 4096, 65536)
 BACKWARD = 2 / 3
-"""Of a training step's products."""
+"""The share of the backward pass in the products of a training step."""
 DISK = 2e9
-"""Bytes a second at which a checkpoint is written, an assumption."""
+"""Bytes a second at which a checkpoint is written. An assumption."""
 
 
 def rates_table() -> str:
-    """What is assumed of the hardware."""
+    """The assumed rates of the hardware."""
     return table(
         ("what", "rate"),
         [
@@ -84,7 +84,7 @@ def bounds_table() -> str:
 
 
 def fusions_table() -> str:
-    """What further fusion would spare base, for one sample."""
+    """What further fusion would save in an evaluation of base, for one sample."""
     rows = [
         (
             fusion.name,
@@ -255,5 +255,5 @@ def config(size: Size, tokens: int = TOKENS) -> DiTConfig:
 
 
 def share_of_peak(flops: float) -> str:
-    """Of ``H100``; what is beyond it is all of it."""
+    """The share of the peak of ``H100``, at most all of it."""
     return f"{min(1.0, flops / H100.flops):.0%}"

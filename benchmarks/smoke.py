@@ -1,19 +1,19 @@
-"""First contact with a device: does each thing work at all? One line and one record a check.
+"""First contact with a device: checks that each thing works at all, one line for each check.
 
     python benchmarks/smoke.py [models triton cuda ...] [--device cuda] [--json smoke.json]
 
-``models`` is an evaluation, the same as a CUDA graph, a training step and an FP8 product; the rest
-are implementations, each of whose kernels is called once and compared with the reference in fp64.
+``models`` are an evaluation, the same as a CUDA graph, a training step and an FP8 product. All
+other words are implementations: each of their kernels is called once and compared with the
+reference in fp64.
 
-Checks run in a process beside this one, which writes the record after each. A check that ends its
-process, breaks the device for it (after an illegal access nothing runs there any more) or does not
-answer costs only itself: the next ones run in a new process.
+Checks run in another process; this one writes the record after each. A check may end its process,
+break the device for it (after an illegal access nothing more runs there) or not answer. The checks
+after it then run in a new process.
 
 Exit status: 0 if all that is here is good, ``BROKE`` if a check ended its process, else 1.
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import every_op
 import torch
 from every_op import ALLOWED, Unavailable
 
 from blip3o_fast import ops
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.cases import Disagreement, check_agreement
 from blip3o_fast.benchmarking.environment import describe_commit
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
@@ -49,15 +49,15 @@ GRAPHED_STEPS = 3
 
 Verdict = Literal["good", "wrong", "failed", "broke", "not here"]
 Check = Callable[[], str]
-"""Returns what there is to say; raises ``Disagreement`` if wrong, ``Unavailable`` if not here."""
+"""Returns a line of detail; raises ``Disagreement`` if wrong, ``Unavailable`` if not here."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a check found.
+    """The result of a check.
 
-    ``wrong`` is a result that differs, ``failed`` an error, ``broke`` an error after which its
-    process was of no more use.
+    ``wrong`` is a result that differs. ``failed`` is an error. ``broke`` is an error that ended its
+    process or broke the device for it.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Options:
-    """What is checked: as on the command line."""
+    """The options of the command line."""
 
     what: tuple[str, ...]
     device: str
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answers.append(answer)
         print(f"{answer.name}: {answer.verdict}: {answer.detail}", flush=True)
         if path is not None:
-            write_atomically(path, encode(answers, len(names)))
+            write_json(path, describe(answers, len(names)))
     verdicts = [answer.verdict for answer in answers]
     print(", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts))))
     if "broke" in verdicts:
@@ -118,20 +118,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Options, Path | No
     return Options(what, args.device, args.preset, chosen, args.patience), args.json
 
 
-def encode(answers: Sequence[Answer], count: int) -> bytes:
+def describe(answers: Sequence[Answer], count: int) -> dict[str, Any]:
     """The record so far, of ``count`` checks."""
-    content = {
+    return {
         "kind": KIND,
         "format": FORMAT,
         "commit": describe_commit()[0],
         "of": count,
         "checks": [asdict(answer) for answer in answers],
     }
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def ask(options: Options, names: Sequence[str]) -> Iterator[Answer]:
-    """The answer of every check in order, each by a process that was of use until then."""
+    """The answers of all checks in order. After a check that broke, a new process goes on."""
     context = multiprocessing.get_context("spawn")
     done = 0
     while done < len(names):
@@ -188,7 +187,7 @@ def judge(check: Check, device: torch.device) -> tuple[Verdict, str]:
 
 
 def checks(options: Options) -> dict[str, Check]:
-    """Every check by name, none of which has touched the device yet."""
+    """Every check by name. None has used the device yet."""
     device = torch.device(options.device)
     found: dict[str, Check] = {}
     if MODELS in options.what:
@@ -246,7 +245,7 @@ def train(training: Training) -> str:
 
 
 def multiply(device: torch.device) -> str:
-    """An FP8 product of rows with their own scales, at the least inner width too."""
+    """An FP8 product of rows with their own scales, also at the smallest inner width."""
     if (refusal := ops.e4m3_refusal(device)) is not None:
         raise Unavailable(refusal)
     for inner in (16, 768):

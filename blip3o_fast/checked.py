@@ -198,7 +198,7 @@ def _fits(value: Any, kind: Any) -> bool:
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return len(value) == len(kinds) and all(map(_fits, value, kinds))
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
     if kind in (int, bool, str):
         return type(value) is kind
     return isinstance(value, origin or kind)

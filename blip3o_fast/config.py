@@ -1,19 +1,19 @@
-"""The facts that define a model: one frozen record, and the four published sizes."""
+"""The configuration of a model: one frozen record, and the four published sizes."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Any, Literal, Self
 
+from blip3o_fast.checked import Count, Positive, Share, check, check_names, from_json
 from blip3o_fast.conventions import Conventions, ConventionsName, find_conventions
 
 Size = Literal["tiny", "small", "base", "large"]
 TrainingMode = Literal["patch_only", "cls_patch"]
 
 PUBLISHED_ADALN_EPS = 1e-6
-"""The published AdaLN applies this epsilon whatever ``rms_norm_eps`` says."""
+"""The published AdaLN always uses this epsilon and ignores ``rms_norm_eps``."""
 
 
 @dataclass(unsafe_hash=True)
@@ -31,64 +31,64 @@ class DiTConfig:
         eva_embedding_size: width E of the condition.
         clip_embedding_size: width C of the state.
         num_tokens: tokens N of the state: the product of ``grid``, plus one for a CLS token.
-        max_position_embeddings: rows of the learned ``pos_embed``, used without ``use_3d_rope``;
-            published models with more tokens than rows do without.
-        use_3d_rope: rotary positions on the grid; off means 1-D rotary positions and ``pos_embed``.
+        max_position_embeddings: rows of the learned ``pos_embed``, used without ``use_3d_rope``.
+            Published models with more tokens than rows do without.
+        use_3d_rope: rotary positions on the grid. Off: 1-D rotary positions and ``pos_embed``.
         rope_theta: longest rotary period is ``2 pi * rope_theta`` positions.
-        image_size, patch_size: pixels; their ratio is the default grid's height and width.
+        image_size, patch_size: in pixels. Their ratio is the default grid's height and width.
         use_sandwich_norm: norm and modulate each branch's output as well as its input.
         rms_norm_eps: added to mean squares.
         dropout_prob: on the MLP's output, in training.
         attention_dropout: on attention weights, in training.
-        initializer_range: standard deviation behind every projection's initial weights.
+        initializer_range: scale of the initial weights of every projection.
         layer_scale_init_value: initial layer scale; 0 or less leaves layer scales out.
         use_gradient_checkpointing: recompute each block in the backward pass.
         training_mode: ``patch_only`` (no CLS token) or ``cls_patch`` (CLS first).
-        use_grouped_query_attention: kept for published files; off requires K = H.
+        use_grouped_query_attention: published files have it. Off requires K = H.
         zero_init_output: start from zero velocity.
-        use_eva_adapter: the gated MLP adapter; off means one linear map.
+        use_eva_adapter: the gated MLP adapter. Off: one linear map.
         eva_adapter_layers: layers of the adapter's MLP, widths spaced evenly from E to D.
         eva_adapter_dropout: in the adapter, in training.
         conventions: ``consistent`` or ``published``; see ``blip3o_fast.conventions``.
         grid: (depth, height, width) of the patches; None: (1, image / patch, image / patch).
-        simple_scale_factor: training multiplied its targets by this, ``generate`` divides by it.
-        condition_dropout: probability with which training zeroed the condition; guidance needs
-            some.
+        simple_scale_factor: training multiplied its targets by this; ``generate`` divides by it.
+        condition_dropout: probability with which training zeroed the condition. Guidance needs it
+            above 0.
 
     Raises:
         ValueError: naming the field, what was expected and what came.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_key_value_heads: int = 4
-    intermediate_size: int = 3072
-    eva_embedding_size: int = 4096
-    clip_embedding_size: int = 1024
-    num_tokens: int = 256
-    max_position_embeddings: int = 256
+    hidden_size: Count = 768
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    num_key_value_heads: Count = 4
+    intermediate_size: Count = 3072
+    eva_embedding_size: Count = 4096
+    clip_embedding_size: Count = 1024
+    num_tokens: Count = 256
+    max_position_embeddings: Count = 256
     use_3d_rope: bool = True
-    rope_theta: float = 10000.0
-    image_size: int = 224
-    patch_size: int = 14
+    rope_theta: Positive = 10000.0
+    image_size: Count = 224
+    patch_size: Count = 14
     use_sandwich_norm: bool = True
-    rms_norm_eps: float = 1e-6
-    dropout_prob: float = 0.0
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.01
+    rms_norm_eps: Positive = 1e-6
+    dropout_prob: Share = 0.0
+    attention_dropout: Share = 0.0
+    initializer_range: Positive = 0.01
     layer_scale_init_value: float = 0.1
     use_gradient_checkpointing: bool = False
     training_mode: TrainingMode = "patch_only"
     use_grouped_query_attention: bool = True
     zero_init_output: bool = True
     use_eva_adapter: bool = True
-    eva_adapter_layers: int = 6
-    eva_adapter_dropout: float = 0.1
+    eva_adapter_layers: Count = 6
+    eva_adapter_dropout: Share = 0.1
     conventions: ConventionsName = "consistent"
-    grid: tuple[int, int, int] | None = None
-    simple_scale_factor: float = 1.0
-    condition_dropout: float = 0.0
+    grid: tuple[Count, Count, Count] | None = None
+    simple_scale_factor: Positive = 1.0
+    condition_dropout: Share = 0.0
 
     def __setattr__(self, name: str, value: object) -> None:
         # transformers.Trainer sets ``use_cache`` on the configuration of any model it trains.
@@ -97,13 +97,16 @@ class DiTConfig:
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
-        self._check_types()
-        find_conventions(self.conventions)
+        check(self)
         if self.grid is None:
             side = self.image_size // self.patch_size
             object.__setattr__(self, "grid", (1, side, side))
         self._check_dimensions()
-        self._check_constants()
+        if self.conventions == "published" and self.rms_norm_eps != PUBLISHED_ADALN_EPS:
+            raise ValueError(
+                f"rms_norm_eps: the published AdaLN always applies {PUBLISHED_ADALN_EPS:g}; "
+                f"{self.rms_norm_eps:g} needs conventions='consistent'"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -133,14 +136,14 @@ class DiTConfig:
 
     @classmethod
     def preset(cls, size: Size, **overrides: Any) -> Self:
-        """A published size, with any field replaced.
+        """A published size, with some fields replaced.
 
         >>> DiTConfig.preset("base").num_hidden_layers
         12
         """
         if size not in PRESETS:
             raise ValueError(f"size: expected one of {', '.join(PRESETS)}, got {size!r}")
-        cls._check_names(overrides)
+        check_names(cls, overrides, "config key")
         fields: dict[str, Any] = {**PRESETS[size], **overrides}
         if fields.get("training_mode") == "cls_patch":
             fields.setdefault("num_tokens", 257)
@@ -150,21 +153,17 @@ class DiTConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Read a ``config.json``. One without ``conventions`` was published, and loads as such.
+        """Read the fields of a ``config.json``. Without ``conventions`` it is a published one.
 
         Raises:
             ValueError: on an unknown key, naming the nearest valid one.
         """
-        known: dict[str, Any] = {
+        known = {
             name: value
             for name, value in fields.items()
             if name not in _LIBRARY_KEYS and not name.startswith("_")
         }
-        cls._check_names(known)
-        known.setdefault("conventions", "published")
-        if isinstance(known.get("grid"), list):
-            known["grid"] = tuple(known["grid"])
-        return cls(**known)
+        return from_json(cls, {"conventions": "published", **known}, "config")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; ``DiTConfig.from_dict`` reads them back."""
@@ -172,34 +171,10 @@ class DiTConfig:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
-        self._check_names(changes)
+        check_names(type(self), changes, "config key")
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def _check_names(cls, fields: Mapping[str, Any]) -> None:
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-                raise ValueError(f"unknown config key {name!r}{hint}")
-
-    def _check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{field.name}: expected true or false, got {value!r}")
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{field.name}: expected an integer, got {value!r}")
-            if field.type is float and (
-                isinstance(value, bool) or not isinstance(value, (int, float))
-            ):
-                raise ValueError(f"{field.name}: expected a number, got {value!r}")
-
     def _check_dimensions(self) -> None:
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             raise ValueError(
                 f"hidden_size: expected num_attention_heads ({self.num_attention_heads}) times a "
@@ -217,17 +192,14 @@ class DiTConfig:
                 f"num_key_value_heads: expected {self.num_attention_heads} without grouped-query "
                 f"attention, got {self.num_key_value_heads}"
             )
-        if self.training_mode not in ("patch_only", "cls_patch"):
-            raise ValueError(
-                f"training_mode: expected patch_only or cls_patch, got {self.training_mode!r}"
-            )
         grid = self.patches
-        if len(grid) != 3 or min(grid) < 1:
+        if min(grid) < 1:
             raise ValueError(
-                f"grid: expected three positive integers (depth, height, width), got {grid}"
+                f"image_size: expected at least patch_size ({self.patch_size}), "
+                f"got {self.image_size}"
             )
         tokens = math.prod(grid) + (self.training_mode == "cls_patch")
-        # The published configuration lets its two statements about CLS disagree; tokens decide.
+        # In published files num_tokens may count a CLS token although the mode has none.
         cls_unsaid = self.conventions == "published" and self.num_tokens == tokens + 1
         if self.num_tokens != tokens and not cls_unsaid:
             raise ValueError(
@@ -247,41 +219,8 @@ class DiTConfig:
                 f"got {self.max_position_embeddings}"
             )
 
-    def _check_constants(self) -> None:
-        if self.conventions == "published" and self.rms_norm_eps != PUBLISHED_ADALN_EPS:
-            raise ValueError(
-                f"rms_norm_eps: the published AdaLN always applies {PUBLISHED_ADALN_EPS:g}; "
-                f"{self.rms_norm_eps:g} needs conventions='consistent'"
-            )
-        for name in _PROBABILITIES:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}: expected a probability below 1, got {getattr(self, name)}"
-                )
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "simple_scale_factor"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {value}")
 
-
-_POSITIVE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "eva_embedding_size",
-    "clip_embedding_size",
-    "num_tokens",
-    "max_position_embeddings",
-    "image_size",
-    "patch_size",
-    "eva_adapter_layers",
-)
-
-_PROBABILITIES = ("dropout_prob", "attention_dropout", "eva_adapter_dropout", "condition_dropout")
-
-# What transformers writes beside the model's own fields.
+# transformers adds these to a configuration.
 _LIBRARY_KEYS = frozenset(
     (
         "architectures",

@@ -1,8 +1,7 @@
-"""The conventions of a model: one record states every choice that differs between them.
+"""The conventions of a model: one record holds every choice in which they differ.
 
-The published implementation trains on the path of ``flow.path`` but contradicts it elsewhere. The
-name of a record is a field of ``DiTConfig``. Adding a third set of conventions is adding one record
-here.
+The published implementation trains on the path of ``flow.path``, but contradicts it elsewhere.
+``DiTConfig.conventions`` names a record. A third set of conventions is one more record here.
 
 ==========================  ===========================  ========================================
 choice                      ``consistent``               ``published``
@@ -32,11 +31,11 @@ GridName = Literal["ascending", "published", "published_trainer"]
 
 
 def clean_coefficient(t: Tensor) -> Tensor:
-    """``t / (t^2 + (1 - t)^2)``: times ``x_t``, the best linear guess of ``x_1`` from ``x_t``.
+    """``t / (t^2 + (1 - t)^2)``. Times ``x_t`` it is the best linear guess of ``x_1`` from ``x_t``.
 
-    The consistent conventions show the network this guess instead of ``x_t``. At t = 0 the state is
-    noise and says nothing about the data, and the guess is zero. With the output skip of ``-x_t`` a
-    single Euler step then estimates the conditional mean without depending on the noise.
+    The consistent conventions give the network this guess instead of ``x_t``. At t = 0 the state is
+    noise and says nothing about the data, so the guess is zero. The output skip is then ``-x_t``.
+    So the result of a single Euler step does not depend on the noise.
     """
     return t / (t.square() + (1 - t).square())
 
@@ -45,10 +44,10 @@ def skip_coefficient(t: Tensor) -> Tensor:
     """``c(t) = (2t - 1) / (t^2 + (1 - t)^2)``: the velocity is ``c(t) x_t`` plus the network's
     output.
 
-    ``c(t) x_t`` is the best linear guess of ``v = x_1 - eps`` from ``x_t`` alone when both are
-    uncorrelated with unit variance: E[v x_t] / E[x_t^2]. Without it the network has to carry the
-    noise through every norm to its output. At t = 0, where v = E[x_1] - eps, every part of eps that
-    it loses is an error of the estimate. The skip of arXiv:2206.00364 is the same idea. It has no
+    ``c(t) x_t`` is the best linear guess of ``v = x_1 - eps`` from ``x_t``, if x_1 and eps are
+    uncorrelated and have unit variance: c = E[v x_t] / E[x_t^2]. Without it the network must carry
+    the noise through all its norms to the output. At t = 0 the answer is E[x_1] - eps, and any part
+    of eps that is lost is an error. The skip of arXiv:2206.00364 is the same idea. It has no
     parameters.
     """
     return (2 * t - 1) / (t.square() + (1 - t).square())
@@ -60,19 +59,19 @@ class Conventions:
 
     Attributes:
         time_scale: the timestep embedding reads ``time_scale * t``.
-        input_gain: weight of the state that enters the network, a function of t; None: 1.
-        output_skip: weight of the state that is added to the network's output; None: 0.
+        input_gain: from t to the weight of the state that enters the network; None: 1.
+        output_skip: from t to the weight of the state that is added to its output; None: 0.
         aligned_stream: add the adapted EVA token i to token i of the input stream.
         rotary: layout of the rotary angles, see ``model.positions``.
-        head_width_multiple: what that layout divides a head into.
+        head_width_multiple: the head width must be a multiple of it, for that layout.
         cross_positions: whether cross-attention rotates its queries and keys.
         needs_positions: whether a model without ``use_3d_rope`` must have a learned position for
             every token; otherwise a table that is too short is left out.
-        time_grid: the grid that the sampler walks unless told otherwise.
+        time_grid: the default grid of the sampler.
         noise_in_feature_dtype: draw noise in the dtype of the features, not in fp32.
         loss: the form of the loss, see ``reference.flow_loss``: ``published`` has the opposite sign
             in its clean estimate, and clamps and caps.
-        loss_masks: whether two terms of the loss see only samples with t > 0.5.
+        loss_masks: whether two terms of the loss count only samples with t > 0.5.
     """
 
     time_scale: float

@@ -102,13 +102,6 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
-def add_switch(
-    parser: argparse.ArgumentParser, name: str, *, default: bool | str | None, text: str
-) -> None:
-    """Add ``--name`` and ``--no_name``."""
-    parser.add_argument(f"--{name}", f"--no_{name}", action=Switch, default=default, help=text)
-
-
 def _shown(field: "dataclasses.Field[Any]") -> Any:
     """A default as the help shows it."""
     if is_required(field):

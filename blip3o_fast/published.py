@@ -2,9 +2,10 @@
 
     from blip3o_fast import BLIP3oCLIPDiTModel, BLIP3oCLIPDiTConfig, create_clip_reproduction_model
 
-These are the library's own model with ``conventions="published"``, not a copy of it: the same
-constructor fields, ``forward`` and ``generate`` signatures, state-dict keys and, from the same
-noise, the same outputs to fp32 rounding. ``docs/drop-in.md`` lists what is supported and what not.
+They are the library's own model with ``conventions="published"``. They have the published
+constructor fields, signatures of ``forward`` and ``generate``, and state-dict keys. From the same
+noise they give the published outputs up to fp32 rounding. ``docs/drop-in.md`` lists
+what is supported.
 """
 
 import inspect
@@ -156,7 +157,7 @@ create_improved_clip_reproduction_model = create_clip_reproduction_model
 def accelerate(model: nn.Module) -> BLIP3oCLIPDiTModel:
     """A fast model that shares the parameters of an instance of the published one.
 
-    Nothing is copied: training either changes both. Device, dtype and mode carry over.
+    Nothing is copied, so training one of them changes both. Device, dtype and mode are kept.
 
     Raises:
         TypeError: if ``model`` has no published configuration.
@@ -174,7 +175,7 @@ def accelerate(model: nn.Module) -> BLIP3oCLIPDiTModel:
 
 
 def _own_config(config: object) -> DiTConfig:
-    """``config`` itself, or the same facts read from the published configuration class."""
+    """``config`` itself, or one with the fields of an instance of the published class."""
     if isinstance(config, DiTConfig):
         return config
     names = DiTConfig.__dataclass_fields__

@@ -77,10 +77,17 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     emulate_cuda(monkeypatch)
     calls: list[None] = []
+
+    def counted(function):
+        return lambda *args: calls.append(None) or function(*args)
+
     for op in OPS.values():
         if (fused := op.fused.get(Impl.CUDA)) is not None:
-            counted = lambda *args, f=fused.apply: calls.append(None) or f(*args)  # noqa: E731
-            monkeypatch.setitem(op.fused, Impl.CUDA, fused._replace(apply=counted))
+            operators = {**fused.operators, "forward": counted(fused.operators["forward"])}
+            recorded = fused.recorded and counted(fused.recorded)
+            monkeypatch.setitem(
+                op.fused, Impl.CUDA, fused._replace(operators=operators, recorded=recorded)
+            )
     return calls
 
 

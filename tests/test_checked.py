@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from blip3o_fast.checked import (
     describe,
     from_json,
 )
-from blip3o_fast.flags import Flag, add_flags, add_switch, given, help_texts
+from blip3o_fast.flags import Flag, add_flags, given, help_texts
 
 
 @dataclass(frozen=True)
@@ -250,16 +250,17 @@ def test_a_partial_command_line_requires_nothing(capsys):
 @pytest.mark.parametrize(
     ("argv", "value"),
     [
-        ([], True),
-        (["--use_heun"], True),
-        (["--no_use_heun"], False),
-        (["--no_use_heun", "--use_heun"], True),
+        ([], {}),
+        (["--use_heun"], {"use_heun": True}),
+        (["--no_use_heun"], {"use_heun": False}),
+        (["--no_use_heun", "--use_heun"], {"use_heun": True}),
     ],
 )
 def test_switch(argv, value):
+    Solver = make_dataclass("Solver", [("use_heun", bool, True)])
     parser = argparse.ArgumentParser()
-    add_switch(parser, "use_heun", default=True, text="two evaluations a step")
-    assert parser.parse_args(argv).use_heun is value
+    add_flags(parser, Solver)
+    assert given(Solver, parser.parse_args(argv)) == value
 
 
 def test_types_in_words():

@@ -1,16 +1,15 @@
-"""Measurement: the library against its limits and its peers, in one run.
+"""Measurement: the library beside its limits and its peers, in one run.
 
-    shapes, work      what is run, and the flops and bytes that it cannot avoid
-    ceilings          what this device reaches on copies and matrix products
-    cases, *_cases    everything that is timed, by contender
-    peers, checkout   contenders that are other people's
-    clock, watch      how it is timed
-    selection, suite  a whole run, into a record
-    environment       where it was measured
-    record, compare   the record as JSON, and one against another
-    table, plots      the record for people
+    shapes, work            sizes, and the flops and bytes that cannot be avoided
+    ceilings                the rates of copies and matrix products on this device
+    cases, *_cases          everything that is timed, by contender
+    peers, checkout         the contenders of other libraries
+    clock, watch            how it is timed
+    selection, suite        a whole run, which becomes a record
+    environment             where it was measured
+    record, compare         the record as JSON, and its comparison with another
+    record_text, *_plots    the record as tables and pictures
 
-A time never stands without its limit: ``limit = max(flops / rate, bytes / bandwidth)`` with the
-rate and the bandwidth that the same run measured, and ``bytes / transfer`` for what comes from the
-host.
+Every time stands beside its limit, ``max(flops / rate, bytes / bandwidth)``, with the rate and the
+bandwidth of the same run. For data from the host the limit is ``bytes / transfer``.
 """

@@ -1,4 +1,4 @@
-"""Attention of one layer, by itself and with the rotation before it."""
+"""The attention of one layer, alone and after its rotation."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +16,7 @@ from blip3o_fast.ops import OPS, Impl
 
 
 def attention_cases(shape: Shape, dtype: str, device: torch.device) -> Iterator[Case]:
-    """Attention of one layer by every backend that can run, forward and backward, and with rope."""
+    """Attention by every backend that can run, forward and backward, and rope with attention."""
     config, size = shape.config, DTYPES[dtype].itemsize
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     B, N = shape.batch, shape.tokens
@@ -43,7 +43,7 @@ def attention_cases(shape: Shape, dtype: str, device: torch.device) -> Iterator[
 
 
 def _rope_attention_case(shape: Shape, dtype: str, device: torch.device) -> Case:
-    """One kernel and two. The limit of both is that of attention: it reads all that rope does."""
+    """Rope and attention by one kernel and by two. The limit is that of attention alone."""
     where = (DTYPES[dtype], device)
     H, K = shape.config.num_attention_heads, shape.config.num_key_value_heads
 

@@ -18,9 +18,9 @@ from blip3o_fast.ops import Impl
 def block_cases(
     shape: Shape, dtype: str, device: torch.device, *, compiled: bool
 ) -> Iterator[Case]:
-    """One transformer block, forward, with its modulations computed from the time.
+    """The forward pass of one transformer block; it computes its modulations from the time.
 
-    The blocks of the model take turns, so that none finds its weights in a cache.
+    The blocks of the model take turns, so that no block finds its weights in a cache.
     """
     network = Network(shape, dtype, device)
     needed = work.block(shape.config, shape.batch, DTYPES[dtype].itemsize)

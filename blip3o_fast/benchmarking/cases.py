@@ -10,21 +10,21 @@ from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.benchmarking.work import Work
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Relative distance from the reference above which a contender computes something else. The coarser
-dtype counts: a velocity computed in bf16 may be returned in fp32."""
+"""The largest relative distance from the reference, by dtype. Of two dtypes the coarser counts: a
+velocity that was computed in bf16 may be returned in fp32."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What contenders are compared on.
+    """Something that contenders do in turns.
 
     Attributes:
         group: ops, attention, block, evaluation, generate, training or loader.
         name: of the op, or of the task within the group.
-        shape: as ``Shape.name``.
+        shape: ``Shape.name``.
         dtype: fp32, bf16 or fp16.
-        work: that it cannot avoid.
-        samples: translated or trained on by a call, 0 where that means nothing.
+        work: the work that cannot be avoided.
+        samples: how many samples a call translates or trains on; 0 if that means nothing.
     """
 
     group: str
@@ -41,8 +41,8 @@ class Contender:
 
     Attributes:
         name: as tables show it.
-        prepare: makes it ready; raises if it cannot run here, or computes something else.
-        ours: whether this library is to blame for its speed.
+        prepare: makes it ready. It raises if the contender cannot run here or gives other results.
+        ours: whether it is this library's, so that a slowdown is a regression.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Case:
 
 
 class Disagreement(ValueError):
-    """A contender that does not compute what the reference does."""
+    """A contender whose results differ from the reference."""
 
 
 def check_agreement(name: str, result: object, expected: object, tolerance: float = 0.0) -> None:
-    """Raise ``Disagreement`` unless all tensors of both are the same up to rounding.
+    """Raise ``Disagreement`` unless all tensors of both are equal up to rounding.
 
-    ``tolerance`` is for what computes in a narrower dtype than its result has.
+    ``tolerance`` is for results that were computed in a narrower dtype than they have.
     """
     got, want = list(_tensors(result)), list(_tensors(expected))
     if len(got) != len(want):
@@ -84,7 +84,7 @@ def check_agreement(name: str, result: object, expected: object, tolerance: floa
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """Tensors of a result in order; None stands for what is not there."""
+    """The tensors of a result in order; None is skipped."""
     if isinstance(value, Tensor):
         yield value.detach()
     elif value is not None:

@@ -1,4 +1,4 @@
-"""What this device reaches: copies in memory, matrix products, deliveries from the host."""
+"""The measured limits of this device: memory copies, matrix products, transfers from the host."""
 
 import os
 from collections.abc import Iterable
@@ -22,8 +22,8 @@ class Ceilings:
     Attributes:
         bandwidth: bytes a second that a copy in its memory reads and writes.
         rates: flops a second of a matrix product, by dtype.
-        transfer: bytes a second that the host delivers to it: from page-locked memory to a GPU; on
-            a CPU a copy by all cores, whatever the number of torch's threads.
+        transfer: bytes a second from page-locked host memory to a GPU. On a CPU it is the rate of a
+            copy by all cores, even if torch uses fewer threads.
     """
 
     bandwidth: float
@@ -31,7 +31,7 @@ class Ceilings:
     transfer: float
 
     def times(self, work: Work, dtype: str) -> dict[str, float]:
-        """The least seconds that each kind of work takes: ``memory``, ``compute``, ``transfer``."""
+        """The least seconds for each kind of work: ``memory``, ``compute``, ``transfer``."""
         return {
             "memory": work.bytes / self.bandwidth,
             "compute": work.flops / self.rates[dtype],
@@ -48,19 +48,18 @@ class Ceilings:
         return max(times, key=lambda kind: times[kind])
 
     def best(self, other: "Ceilings") -> "Ceilings":
-        """The higher of both: what a device has once reached, it can do."""
-        rates = {dtype: max(rate, other.rates[dtype]) for dtype, rate in self.rates.items()}
-        bandwidth, transfer = (
+        """The higher of both, rate by rate."""
+        return Ceilings(
             max(self.bandwidth, other.bandwidth),
+            {dtype: max(rate, other.rates[dtype]) for dtype, rate in self.rates.items()},
             max(self.transfer, other.transfer),
         )
-        return Ceilings(bandwidth, rates, transfer)
 
 
 def measure_ceilings(
     device: torch.device, dtypes: Iterable[str], *, seconds: float = 1.0
 ) -> Ceilings:
-    """Copy large buffers and multiply large matrices of each dtype, ``seconds`` each."""
+    """Copy large buffers and multiply large matrices, for ``seconds`` each."""
     budget = Budget(seconds, rounds=5)
     bandwidth, transfer = _measure_copies(device, budget)
     side = GEMM_SIDE[device.type]
@@ -92,13 +91,13 @@ def _measure_copies(device: torch.device, budget: Budget) -> tuple[float, float]
     torch.set_num_threads(os.cpu_count() or 1)
     try:
         transfer = size / _fastest(copy, device, budget)
-        return bandwidth, max(transfer, bandwidth / 2)  # all cores wait for the busiest one
+        return bandwidth, max(transfer, bandwidth / 2)  # one busy core slows a copy by all cores
     finally:
         torch.set_num_threads(threads)
 
 
 def _fastest(call: Call, device: torch.device, budget: Budget) -> float:
-    """The best quintile, not the median: a ceiling is what the device can do."""
+    """The best quintile of the samples, because a ceiling is what the device can reach."""
     watch = make_watch(Prepared([call]), device)
     watch.start()
     return time_alone(watch, budget).low

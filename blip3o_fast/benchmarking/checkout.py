@@ -38,7 +38,7 @@ def check_checkout(checkout: Path) -> Path:
 
 
 def describe_checkout(checkout: Path | None) -> str:
-    """Which published implementation this is; ``absent: `` and the reason without one."""
+    """The commit of the published implementation, or ``absent: `` and the reason."""
     if checkout is None:
         return "absent: no checkout was named; --published FOLDER"
     commit, changed = find_commit(checkout.resolve())
@@ -48,12 +48,12 @@ def describe_checkout(checkout: Path | None) -> str:
 
 
 def open_checkout(checkout: Path | None, shape: Shape) -> Callable[[BLIP3oDiT], Call] | None:
-    """What makes, of a model of ours, an evaluation of the published one with random weights.
+    """A function from a model of ours to a call of the published one, on the same device.
 
-    Its weights are its own: only time is compared. It has the published sizes with 256 tokens and
-    runs on the device of the given model. It does not run in 16-bit weights, since its embedding of
-    the time stays fp32; where ours has them, its weights are fp32 under autocast, which is how its
-    own evaluator runs it.
+    It has random weights of its own, since only its time is compared, and the published sizes with
+    256 tokens. It cannot run with 16-bit weights, because its embedding of the time stays fp32. If
+    ours has 16-bit weights, it therefore runs with fp32 weights under autocast, as its own
+    evaluator does.
 
     Raises:
         OptionError: if the checkout does not hold the model.
@@ -82,9 +82,9 @@ def open_checkout(checkout: Path | None, shape: Shape) -> Callable[[BLIP3oDiT], 
 
 
 def load_published(file: Path, shape: Shape, num_hidden_layers: int | None = None) -> nn.Module:
-    """The published model in evaluation mode, its zero-initialised weights made random.
+    """The published model in evaluation mode. Weights that start at zero are made random.
 
-    ``num_hidden_layers`` None is what the preset has.
+    ``num_hidden_layers`` None is that of the preset.
     """
     if importlib.util.find_spec("transformers") is None:
         sys.modules.setdefault("transformers", _transformers_stub())

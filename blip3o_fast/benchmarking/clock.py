@@ -1,18 +1,19 @@
 """How things are timed.
 
-Contenders take turns, so that a machine that slows down slows all of them. A turn is a sample: the
-mean of some calls, or one call of what takes long. The figure is the median of the samples, beside
-their quintiles. A contender that fails leaves the turns; the others go on.
+Contenders take turns, so a machine that slows down slows all of them. A turn is a sample: the mean
+of some calls, or one call if it takes long. The figure is the median of the samples, beside their
+quintiles. A contender that fails has no more turns; the others go on.
 
 On CUDA the time is the device's, between two events. For a kernel (``Prepared.kernel``) the calls
-queue up behind a device-side delay, so that the host's time to launch them does not show; whether
-the queue was full before the delay ended is checked. For a program it includes every gap that the
-host leaves, as a user would see it. The host's own cost of a call is measured along with it.
+wait in a queue behind a delay on the device, so that the host's time to launch them does not count.
+It is checked that all calls were queued before the delay ended. For a program the time includes the
+gaps in which the device waits for the host, as a user sees it. The host's own time for a call is
+measured too.
 
-Cold: the calls rotate over copies of their tensors. On CUDA they together exceed the L2 cache three
-times; on a CPU they exceed a core's own caches (``watch.CPU_ROTATION``), while a last-level cache
-that is shared can hold hundreds of megabytes and stays warm. Warm: the same tensors again and
-again, after one call that is not timed.
+Cold: the calls rotate over copies of their tensors. On CUDA the copies are three times the size of
+the L2 cache. On a CPU they exceed a core's own caches (``watch.CPU_ROTATION``); a shared last-level
+cache can hold hundreds of megabytes and stays warm. Warm: the same tensors in every call, after one
+call that is not timed.
 """
 
 import time
@@ -23,7 +24,7 @@ from statistics import median, quantiles
 from blip3o_fast.benchmarking.watch import Sample, Watch
 
 PATIENCE = 10
-"""Turns end after this many times the budgeted seconds, however few there were: at least one."""
+"""Turns end after this many times the budgeted seconds, even if there was only one."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,8 @@ class Budget:
 class Timing:
     """Seconds a call: median and quintiles of ``samples`` turns.
 
-    ``host`` is what the host spends on launching a call (None on a CPU), ``warm`` the median on the
-    same tensors, ``queued`` whether the device never waited for the host (None where that was not
-    asked).
+    ``host`` is the host's time to launch a call (None on a CPU). ``warm`` is the median on the same
+    tensors. ``queued`` says whether the device never waited for the host (None: not measured).
     """
 
     median: float
@@ -63,7 +63,7 @@ class Timing:
 
 
 def time_together(watches: Sequence[Watch], budget: Budget) -> list[Timing | Exception]:
-    """Time started watches in turns; what a contender raised stands in place of its timing."""
+    """Time started watches in turns. A contender that failed gives its error instead."""
     turns_of = [_Turns(watch) for watch in watches]
     start = time.perf_counter()
     turns = 0
@@ -110,7 +110,7 @@ class _Turns:
 
 
 def summarise(cold: Sequence[Sample], warm: Sequence[Sample], per_call: int) -> Timing:
-    """Median and quintiles of a task, of which a call does ``per_call``."""
+    """Median and quintiles of a task that a call does ``per_call`` times."""
     seconds = [sample.seconds / per_call for sample in cold]
     low, *_, high = quantiles(seconds, n=5, method="inclusive") if seconds[1:] else seconds * 2
     hosts = [sample.host / per_call for sample in cold if sample.host is not None]

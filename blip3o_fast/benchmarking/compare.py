@@ -1,8 +1,8 @@
-"""One run against an earlier one, with a band for noise.
+"""The comparison of a run with an earlier one, with a band for noise.
 
-A figure has changed when its ratio to the old one leaves ``1 + band``, where the band is the larger
-of ``LEAST_BAND`` and twice the spread, (high - low) / median, of either run. The bands of a CPU
-start higher: other processes share it.
+A figure has changed if its ratio to the old one is above ``1 + band`` or below ``1 / (1 + band)``.
+The band is the larger of ``LEAST_BAND`` and twice the spread, (high - low) / median, of either run.
+It is wider on a CPU, which other processes share.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Changes in the order of the new run, and what only one run has."""
+    """Changes in the order of the new run, and the figures that only one run has."""
 
     changes: tuple[Change, ...]
     gone: tuple[str, ...]
@@ -65,7 +65,7 @@ def check_device(old: Record, device: str) -> None:
 
 
 def compare(old: Record, new: Record) -> Comparison:
-    """Compare two runs on one kind of device. Groups that ``new`` left out are not gone.
+    """Compare two runs on one kind of device. Groups that ``new`` did not run do not count as gone.
 
     Raises:
         ValueError: if the devices differ, or nothing was measured in both.
@@ -96,7 +96,7 @@ def noise_band(old: Measurement, new: Measurement, least: float) -> float:
 
 
 def _drift(old: Record, new: Record, least: float) -> list[str]:
-    """Whether the device itself was faster or slower: then no figure says much."""
+    """A warning if the device itself was faster or slower, so that no figure says much."""
     found: list[str] = []
     pairs = [
         ("copy bandwidth", old.bandwidth, new.bandwidth),

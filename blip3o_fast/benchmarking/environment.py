@@ -19,20 +19,20 @@ PACKAGES = (
 )
 
 COMMIT = "BLIP3O_FAST_COMMIT"
-"""Names the commit of a copy of a clone that has no history."""
+"""The variable that names the commit, for a copy of a clone without its history."""
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """JSON-ready facts. ``device`` names what was measured; runs on different ones do not compare.
+    """JSON-ready facts. Runs compare only if their ``device`` is the same.
 
-    ``clocks`` holds what nvidia-smi says now (None on a CPU); ``load`` is the load average of the
-    machine now. ``commit`` and ``changed`` are those of ``describe_commit``.
+    ``clocks`` are those that nvidia-smi shows now (None on a CPU). ``load`` is the present load
+    average of the machine. ``commit`` and ``changed`` are those of ``describe_commit``.
     """
     versions = {"blip3o_fast": blip3o_fast.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    versions["torch"] = torch.__version__  # says of which build, which its metadata may not
+    versions["torch"] = torch.__version__  # names the build, which the metadata may leave out
     commit, changed = describe_commit()
     return {
         "device": device_name(device),
@@ -54,17 +54,17 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 def describe_commit() -> tuple[str | None, bool | None]:
     """The commit that the library runs from, and whether files differ from it.
 
-    Outside a clone the environment variable ``BLIP3O_FAST_COMMIT`` may name one; else None.
+    Outside a clone it is the value of the environment variable ``BLIP3O_FAST_COMMIT``, or None.
     """
     commit, changed = find_commit(Path(__file__).resolve().parents[2])
     return commit or os.environ.get(COMMIT), changed
 
 
 def find_commit(root: Path) -> tuple[str | None, bool | None]:
-    """The commit of the clone at ``root`` and whether files differ from it.
+    """The commit of the clone at ``root``, and whether files differ from it.
 
-    An installed library may lie in the virtual environment of another project's clone, whose commit
-    says nothing about it: then None.
+    None if ``root`` is not the top of a clone: an installed library may lie in the virtual
+    environment of another project's clone, whose commit means nothing here.
     """
     top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root:
@@ -100,7 +100,7 @@ def _nvidia(field: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None if it is not there or fails."""
+    """The output of a command, or None if there is no such command or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""An evaluation of the network, and whole translations."""
+"""One evaluation of the network, and whole translations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +16,21 @@ from blip3o_fast.benchmarking.op_cases import has_impl
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Call, Prepared
 from blip3o_fast.model import plain_velocity
+from blip3o_fast.model.network import network as run_network
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.sampling import SamplingPlan
 from blip3o_fast.sampling.cache import find_engine
-from blip3o_fast.sampling.hoisted import HoistedVelocity, evaluate
+from blip3o_fast.sampling.hoisted import HoistedVelocity
 from blip3o_fast.sampling.packed import PackedNetwork
 
 TIME = 0.5
 GRID = (0.0, TIME, 1.0)
-"""A single evaluation is that of the second of two Euler steps."""
+"""The grid of two Euler steps. The second evaluation, at ``TIME``, is the one that is timed."""
 GRAPHED_STEPS = 50
 FP8 = torch.float8_e4m3fn
 FP8_TOLERANCE = 0.2
-"""With 3 bits of mantissa base at random is off by 0.07; a wrong product would be by 1."""
+"""With 3 bits of mantissa, base with random weights is off by 0.07. A wrong product is off by 1."""
 
 
 class Network:
@@ -54,7 +55,7 @@ class Network:
         return self._made
 
     def velocity(self) -> Tensor:
-        """What every contender has to compute: by the reference, nothing hoisted, at ``TIME``."""
+        """The expected result: the velocity at ``TIME`` by the reference, nothing hoisted."""
         if self._velocity is None:
             model, x, eva = self.get()
             with using(model, Impl.REFERENCE):
@@ -72,7 +73,7 @@ def evaluation_cases(
 ) -> Iterator[Case]:
     """One evaluation of the velocity: hoisted and not, ours and by ``torch.compile``.
 
-    ``published`` makes, of a model, a call of the published implementation at this shape.
+    ``published`` makes a call of the published implementation at this shape, on a model's device.
     """
     network = Network(shape, dtype, device)
     needed = work.evaluation(shape.config, shape.batch, DTYPES[dtype].itemsize)
@@ -120,7 +121,7 @@ def evaluation_cases(
 
 
 def plain(network: Network, impl: Impl | None, *, compile_it: bool = False) -> Prepared:
-    """One evaluation by the model itself: adapter, keys and values, modulations and all."""
+    """One evaluation by the model itself, with adapter, keys, values and modulations."""
     model, x, eva = network.get()
     velocity: Callable[[], Any]
     if compile_it:
@@ -146,7 +147,7 @@ def hoisted(
     *,
     compile_it: bool = False,
 ) -> Prepared:
-    """One evaluation by the plan's own function, every launch made by the host."""
+    """One evaluation by the plan's own function, without a graph."""
     model, x, eva = network.get()
     dtype = dtype or network.dtype
     plan = SamplingPlan(model, steps=2, solver="euler", time_grid=GRID, dtype=dtype, impl=impl)
@@ -155,7 +156,7 @@ def hoisted(
     velocity = trajectory.velocity
     assert isinstance(velocity, HoistedVelocity)
     if compile_it:
-        velocity.run = _compiled_evaluation(find_engine(model, dtype, impl).network, network.device)
+        velocity.run = _compiled_network(find_engine(model, dtype, impl).network, network.device)
 
     def call() -> object:
         with torch.no_grad():
@@ -167,9 +168,10 @@ def hoisted(
 
 
 def graphed(network: Network, dtype: torch.dtype | None = None, **per_op: Impl) -> Prepared:
-    """A translation by ``GRAPHED_STEPS`` Euler steps, each a replay: an evaluation and an update.
+    """A translation by ``GRAPHED_STEPS`` Euler steps. Each is a replay: evaluation and update.
 
-    The preparation of the condition is spread over the steps, so the figure is an upper bound.
+    The figure is the time of a step. It contains a share of the preparation of the condition, so it
+    is an upper bound.
     """
     model, x, eva = network.get()
     steps = GRAPHED_STEPS
@@ -185,9 +187,9 @@ def graphed(network: Network, dtype: torch.dtype | None = None, **per_op: Impl) 
 def generate_cases(
     shape: Shape, dtype: str, device: torch.device, *, steps: int, eager: bool = False
 ) -> Iterator[Case]:
-    """A whole translation by Heun's method: two evaluations a step, and the condition once.
+    """A whole translation by Heun's method: the condition once, and two evaluations a step.
 
-    On a GPU each step is the replay of a graph; ``eager`` also launches every kernel instead.
+    On a GPU each evaluation is the replay of a graph. ``eager`` adds a contender without graph.
     """
     network = Network(shape, dtype, device)
     size = DTYPES[dtype].itemsize
@@ -213,7 +215,7 @@ def generate_cases(
 
 @contextmanager
 def using(model: BLIP3oDiT, impl: Impl | None, **per_op: Impl) -> Iterator[None]:
-    """Run the ops of ``model`` in ``impl``, but for the exceptions, without gradients."""
+    """Run the ops of ``model`` by ``impl``, except those in ``per_op``, without gradients."""
     model.set_impl(impl, **per_op)
     try:
         with torch.no_grad():
@@ -223,32 +225,32 @@ def using(model: BLIP3oDiT, impl: Impl | None, **per_op: Impl) -> Iterator[None]
 
 
 def _compiled(module: Any, device: torch.device) -> Callable[..., Any]:
-    """A module under ``torch.compile``, tuned as far as it goes on a GPU, graphs included."""
+    """A module under ``torch.compile``; on a GPU with all tuning and CUDA graphs."""
     mode = "max-autotune" if device.type == "cuda" else "default"
     return _own_outputs(torch.compile(module, mode=mode, dynamic=False), device)
 
 
-def _compiled_evaluation(network: PackedNetwork, device: torch.device) -> Callable[..., Any]:
-    """The hoisted evaluation under ``torch.compile``; its weights stay where they are.
+def _compiled_network(packed: PackedNetwork, device: torch.device) -> Callable[..., Any]:
+    """The packed network under ``torch.compile``.
 
-    Arguments that are not parameters are copied into the graph at every replay, unless they are
-    marked as static: without the mark the compiler would be charged 180 MB of copies.
+    Every replay copies the arguments that are neither parameters nor marked as static. Without the
+    mark the compiled network would copy 180 MB of weights each time.
     """
     if device.type == "cuda":
-        for tensor in network.projections():
+        for tensor in packed.projections():
             torch._dynamo.mark_static_address(tensor)  # pyright: ignore[reportPrivateUsage]
     mode = "max-autotune" if device.type == "cuda" else "default"
-    run = torch.compile(evaluate, mode=mode, dynamic=False, fullgraph=True)
-    return _own_outputs(partial(run, network), device)
+    run = torch.compile(run_network, mode=mode, dynamic=False, fullgraph=True)
+    return _own_outputs(run, device)
 
 
 def _own_outputs(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Tell compiled graphs that the last result may be overwritten."""
+    """``call``, which lets compiled graphs overwrite the result of the last call."""
     if device.type != "cuda":
         return call
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return call(*args)
+        return call(*args, **options)
 
     return run

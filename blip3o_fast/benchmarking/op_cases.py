@@ -25,9 +25,9 @@ class Subject:
 
     Attributes:
         name: as errors show it.
-        arguments: makes what it is given; random, since zeros would let a device clock higher.
-        reference: what every contender has to compute.
-        differentiable: how many arguments receive gradients, the first ones.
+        arguments: makes its arguments. They are random, since zeros let a device clock higher.
+        reference: gives the expected results.
+        differentiable: how many of the first arguments receive gradients.
     """
 
     name: str
@@ -47,7 +47,7 @@ def typical(op: Op, sizes: Sizes) -> Subject:
 
 
 def sizes_of(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Sizes:
-    """The sizes of an evaluation of the network."""
+    """The sizes of the ops in an evaluation of the network."""
     config = shape.config
     return Sizes(
         batch=shape.batch,
@@ -66,24 +66,24 @@ def sizes_of(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Si
 
 
 def op_work(op: Op, shape: Shape, dtype: torch.dtype, *, backward: bool = False) -> work.Work:
-    """What an op cannot avoid at its typical specimen."""
+    """The work that an op cannot avoid at its typical specimen."""
     arguments = op.specimens(sizes_of(shape, dtype, "meta"))[0]
     return work.Work(*op.work(*arguments, backward=backward))
 
 
 def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) -> Iterator[Case]:
-    """Every op of one kernel at one shape, forward and backward.
+    """Every op with a Triton kernel at one shape, forward and backward.
 
     Args:
         shape: widths and rows.
         dtype: of the activations.
-        device: where.
-        compiled: also time the reference under ``torch.compile``, which takes its time to compile.
+        device: of the tensors.
+        compiled: also time the reference under ``torch.compile``, which takes long to compile.
     """
     sizes = sizes_of(shape, DTYPES[dtype], device)
     for op in OPS.values():
         if not op.triton:
-            continue  # it stands for several, beside which it is timed
+            continue  # it replaces several ops; ``attention_cases`` times it beside them
         for backward in (False, True) if op.backward is not None else (False,):
             needed = op_work(op, shape, DTYPES[dtype], backward=backward)
             name = op.name + (" backward" if backward else "")
@@ -110,18 +110,18 @@ def implementations(
     yield "reference", reference, device.type == "cpu"
     width = shape.config.hidden_size
     for impl in (Impl.TRITON, Impl.CUDA) if device.type == "cuda" else (Impl.ATEN,):
-        # The record says why not in its lists of what is absent and left out.
+        # The record says why an implementation is absent.
         if has_impl(impl, op.name, DTYPES[dtype], device, width=width, gradients=backward):
             yield impl.value, op.function(impl), True
     if device.type == "cuda":
-        for name, call, ours in peers.op_peers(op.name, shape):
-            yield name, partial(_of_tensors, call), ours
+        for name, call in peers.op_peers(op.name, shape):
+            yield name, partial(_of_tensors, call), False
     if compiled:
         yield "torch.compile", compile_reference(reference, device), False
 
 
 def _of_tensors(call: Callable[..., Any], *arguments: Any) -> Any:
-    """A peer takes no numbers: it has those of the specimen."""
+    """Call a peer with the tensors only: it knows the specimen's numbers."""
     return call(*(x for x in arguments if isinstance(x, Tensor)))
 
 
@@ -145,7 +145,7 @@ def has_impl(
 
 
 def compile_reference(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The reference under ``torch.compile``, tuned as far as it goes without a graph of its own."""
+    """The reference under ``torch.compile``; on a GPU with all tuning, without CUDA graphs."""
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     return torch.compile(call, mode=mode, dynamic=False, fullgraph=True)
 
@@ -158,7 +158,7 @@ def make_contender(
     device: torch.device,
     backward: bool,
 ) -> Contender:
-    """An implementation, to be timed on tensors that rotate once it agrees with the reference."""
+    """An implementation. It must agree with the reference; it is timed on rotating tensors."""
 
     def prepare() -> Prepared:
         torch.manual_seed(0)
@@ -193,7 +193,7 @@ def _backward(
     leaves = [x.requires_grad_() for x in arguments[: subject.differentiable]]
     result = call(*arguments)
     outputs = [result] if isinstance(result, Tensor) else list(result)
-    torch.manual_seed(1)  # every contender is given the same gradients
+    torch.manual_seed(1)  # the same gradients for every contender
     # Not randn_like: it fills memory in its order, which differs between contenders.
     grads = [torch.randn(x.shape, device=x.device, dtype=x.dtype) for x in outputs]
 

@@ -1,7 +1,7 @@
-"""Other libraries at the same tasks: who is here, who is not and why.
+"""Other libraries at the same tasks: which are present, and why the others are not.
 
-Their kernels cover parts of our contracts, so a peer is what one would write with that library: all
-of its kernels that fit, torch for the rest. It is timed only if it agrees with the reference.
+Their kernels do parts of our ops. So a peer is the code that one would write with that library: its
+kernels where they fit, and torch for the rest. It is timed only if it agrees with the reference.
 """
 
 import importlib
@@ -25,11 +25,11 @@ PEERS = {
     "flash_attn_3": "flash_attn_interface",
     "triton": "triton",
 }
-"""Distribution: module that is imported to see whether it works."""
+"""By distribution: the module that is imported to see whether it works."""
 
 
 def find_peers(device: torch.device) -> dict[str, str]:
-    """Every peer: its version, or ``absent: `` and the reason."""
+    """For every peer its version, or ``absent: `` and the reason."""
     found = {name: _state(name, module) for name, module in PEERS.items()}
     if device.type == "cpu":
         for name, state in found.items():
@@ -61,28 +61,20 @@ def backend_refusal(backend: ops.AttentionBackend, q: Tensor, k: Tensor, v: Tens
         return str(error)
 
 
-def op_peers(name: str, shape: Shape) -> Iterator[tuple[str, Callable[..., Any], bool]]:
-    """What an op would be made of with each installed library: takes our tensors, gives our result.
-
-    Yields name, function and whether it is ours (never).
-    """
+def op_peers(name: str, shape: Shape) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """An op by each installed library: its name, and a function from our tensors to our results."""
     norms = {"liger": ("liger_kernel", _liger), "quack": ("quack", _quack), "apex": ("apex", _apex)}
     if name in ("sandwich_norm", "sandwich_join"):
-        build = _sandwich_norm if name == "sandwich_norm" else _sandwich_join
         for library, (module, norm) in norms.items():
             if importlib.util.find_spec(module) is not None:
-                yield library, build(norm), False
-    own = {"swiglu": _liger_swiglu, "rope": _liger_rope}.get(name)
+                yield library, norm if name == "sandwich_norm" else _sandwich_join(norm)
+    own = {"swiglu": _liger_swiglu, "rope": _liger_rope(shape)}.get(name)
     if own is not None and importlib.util.find_spec("liger_kernel") is not None:
-        yield "liger", own(shape), False
+        yield "liger", own
 
 
 DoubleNorm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """``(x, w1, w2, shift, scale)``: the contract of ``ops.sandwich_norm``."""
-
-
-def _sandwich_norm(norm: DoubleNorm) -> Callable[..., Any]:
-    return norm
 
 
 def _sandwich_join(norm: DoubleNorm) -> Callable[..., Any]:
@@ -119,14 +111,9 @@ def _modulated(u: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], u, 1 + scale[:, None])
 
 
-def _liger_swiglu(shape: Shape) -> Callable[..., Any]:
-    del shape
-
-    def swiglu(gate_up: Tensor) -> Tensor:
-        function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-        return function.apply(*gate_up.chunk(2, dim=-1))
-
-    return swiglu
+def _liger_swiglu(gate_up: Tensor) -> Tensor:
+    function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+    return function.apply(*gate_up.chunk(2, dim=-1))
 
 
 def _liger_rope(shape: Shape) -> Callable[..., Any]:
@@ -134,7 +121,7 @@ def _liger_rope(shape: Shape) -> Callable[..., Any]:
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
     def rope(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # It reads half a table, which is right where both halves are equal, as they are here.
+        # It reads half of a table. The halves are equal here.
         function = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction
         q, k, v = qkv.unflatten(-1, (H + 2 * K, d)).split((H, K, K), dim=2)
         q, k = function.apply(

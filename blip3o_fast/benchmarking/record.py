@@ -1,4 +1,4 @@
-"""A run of the benchmarks as data: what was measured where, and what was left out and why."""
+"""A run of the benchmarks as data: what was measured where, what was not, and why."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,11 +17,10 @@ class Measurement:
     """One contender at one task.
 
     Times are seconds of the task; ``low`` and ``high`` are quintiles of the samples. ``limit`` is
-    the least time that this device, as measured in the same run, could take; ``bound`` says whether
-    that is ``memory``, ``compute`` or ``transfer``. ``host``, ``warm`` and ``queued`` are those of
-    ``clock.Timing``, ``rotation`` that of ``watch.Prepared``: ``median`` is cold where it is
-    not 0. ``peak`` is what a call allocates at most beyond what was there before it, in bytes (None
-    on a CPU).
+    the least time that the task could take at the ceilings of the same run. ``bound`` says which of
+    them decides: ``memory``, ``compute`` or ``transfer``. ``host``, ``warm`` and ``queued`` are as
+    in ``clock.Timing``, ``rotation`` as in ``watch.Prepared``. ``median`` is cold unless
+    ``rotation`` is 0. ``peak`` is the most bytes that a call allocates (None on a CPU).
     """
 
     group: str
@@ -48,12 +47,12 @@ class Measurement:
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """What tells measurements of a run apart."""
+        """No two measurements of a run have the same key."""
         return self.group, self.name, self.shape, self.dtype, self.contender
 
     @property
     def fraction(self) -> float:
-        """Of the limit: 1 is as fast as this device can."""
+        """The limit over the time: 1 is as fast as this device allows."""
         return self.limit / self.median
 
 
@@ -70,8 +69,8 @@ class Record:
         peers: every peer: its version, or ``absent: `` and the reason.
         measurements: in the order in which they were made.
         left_out: what was not measured, and why.
-        failures: what was not measured by a fault of this library or of the run, and why; records
-            of older versions have none, since a failure left no record.
+        failures: what was not measured because this library or the run failed, and how. Older
+            records have none.
     """
 
     settings: dict[str, Any]

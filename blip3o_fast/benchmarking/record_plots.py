@@ -1,4 +1,4 @@
-"""The record's pictures, drawn with matplotlib (the ``plots`` extra)."""
+"""The pictures of a record, drawn with matplotlib (the ``plots`` extra)."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ PUBLISHED = "published"
 
 
 class Point(NamedTuple):
-    """A value of a contender at a batch, beside its limit where there is one."""
+    """A value of a contender at a batch, and its limit if it has one."""
 
     m: Measurement
     value: float
@@ -34,7 +34,7 @@ class Point(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What the point belongs to."""
+        """The name of the point's line."""
         return f"{self.m.contender}, {self.m.dtype}"
 
 
@@ -119,7 +119,7 @@ def _draw_bars(axes: "Axes", points: list[Point], label: str) -> None:
 
 
 def _draw_lines(axes: "Axes", points: list[Point], batches: list[int], label: str) -> None:
-    """A contender that was not timed at every batch has marks and no line between them."""
+    """Lines over batches. A contender without a value at every batch has marks only."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for point in points:
         lines.setdefault(point.line, []).append((point.m.batch, point.value))
@@ -141,7 +141,7 @@ def _draw_lines(axes: "Axes", points: list[Point], batches: list[int], label: st
 
 
 def _evaluations(record: Record) -> list[Measurement]:
-    """Evaluations of the published 256 tokens, of base where it was measured."""
+    """Evaluations with the published 256 tokens: of base if it was measured, else of all."""
     rows = [m for m in record.measurements if m.group == "evaluation"]
     plain = [m for m in rows if re.fullmatch(r"[a-z]+-b\d+", m.shape)]
     base = [m for m in plain if m.shape.startswith("base-")]

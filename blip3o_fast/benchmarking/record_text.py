@@ -11,7 +11,7 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def render_record(record: Record) -> str:
-    """Device, ceilings, a table a group, what is absent and what failed."""
+    """Device, ceilings, a table for each group, and what is absent, left out or failed."""
     environment = record.environment
     rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in record.rates.items())
     lines = [
@@ -32,9 +32,9 @@ def render_record(record: Record) -> str:
 
 
 def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
-    """Times beside their limit; contenders of one task stand together.
+    """Times beside their limit. The contenders of a task are together.
 
-    Times are cold where ``warm`` says what they are on the same tensors again and again.
+    Where there is a ``warm`` time, on the same tensors in every call, the other times are cold.
     """
     head = ("", "contender", "time", "+-", "limit", "of limit", "bound by", "warm", "host")
     cells: list[Sequence[str]] = []

@@ -1,7 +1,7 @@
-"""The roofline: row ops beside the copy bandwidth, everything else under the roofs.
+"""The roofline: row ops by their share of the copy bandwidth, everything else under the roofs.
 
-Row ops have no matrix products, so they have no place on an axis of operations per byte; each has a
-line of its own instead, with the share of the copy bandwidth that it reaches.
+Row ops have no matrix products, so they have no place on an axis of operations per byte. Each has
+its own line instead.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def draw_roofline(figure: "Figure", record: Record) -> bool:
-    """Every measurement of ours that memory or arithmetic limits."""
+    """Every measurement of ours, but those that a transfer from the host limits."""
     ours = [m for m in record.measurements if m.ours and not m.transfer]
     rows, products = [m for m in ours if not m.flops], [m for m in ours if m.flops]
     if not ours:

@@ -1,4 +1,4 @@
-"""Which cases a run consists of."""
+"""The cases of a run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import loader_cases, training_cases
 
 Source = tuple[str, Callable[[], Iterator[Case]]]
-"""A group, and what makes cases of it; they hold no tensors until a contender is prepared."""
+"""A group, and a function that makes its cases; they hold no tensors until they are prepared."""
 
 GROUPS = ("ops", "attention", "block", "evaluation", "generate", "training", "loader")
 
@@ -28,9 +28,9 @@ class Settings:
     """What to measure.
 
     Attributes:
-        device: where.
-        quick: the shortest set that still shows every group: no compilation, few samples and, where
-            a call takes long, only the contenders that a user would choose.
+        device: to measure on.
+        quick: the shortest run that still has every group: no compilation, few samples, and of long
+            calls only the contenders that a user would choose.
         groups: which of ``GROUPS``.
         published: checkout of the published implementation, or None.
         seconds: of measurement for a case, all contenders together.
@@ -70,20 +70,14 @@ def omissions(settings: Settings) -> dict[str, str]:
     return left
 
 
-def choose_cases(settings: Settings) -> Iterator[Case]:
-    """The cases of a run, made lazily: each frees its tensors before the next is prepared."""
-    for _, make in choose_sources(settings):
-        yield from make()
-
-
 def choose_sources(settings: Settings) -> Iterator[Source]:
-    """Where the cases of the settings' groups come from on their device."""
+    """The sources of the groups that were asked for, on the device."""
     sources = cpu_sources if settings.device.type == "cpu" else gpu_sources
     return (source for source in sources(settings) if source[0] in settings.groups)
 
 
 def cpu_sources(settings: Settings) -> Iterator[Source]:
-    """Batch 1 of base, and what trains and loads at the size of tiny."""
+    """Batch 1 of base; tiny where base would take too long."""
     device, compiled = settings.device, not settings.quick
     base = Shape("base")
     yield "ops", partial(op_cases, base, "fp32", device, compiled=compiled)

@@ -8,7 +8,7 @@ from blip3o_fast.config import PRESETS, DiTConfig, Size
 
 @dataclass(frozen=True)
 class Shape:
-    """A preset at batch B; N tokens are a square grid of patches.
+    """A preset at a batch and a number of tokens, which are a square grid of patches.
 
     Attributes:
         preset: tiny, small, base or large.

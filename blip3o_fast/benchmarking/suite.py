@@ -1,9 +1,9 @@
-"""A run: time the chosen cases, beside the ceilings of their device, into a record.
+"""A run: times the chosen cases and the ceilings of the device, and makes a record of them.
 
-What fails is recorded with its reason, and everything else is measured all the same: a contender
-that cannot be prepared, that computes something else, or that raises while it is timed; a case that
-cannot be made. Two things end a run early, with the record of what was measured before: SIGINT or
-SIGTERM, and a fault after which the device runs nothing more in this process.
+Failures do not end a run. It records the reason and goes on if a case cannot be made, or if a
+contender cannot be prepared, gives wrong results or raises while it is timed. Two things end a run
+early: SIGINT or SIGTERM, and a fault after which the device runs nothing more in this process. The
+record then holds what was measured before.
 """
 
 import gc
@@ -26,7 +26,7 @@ from blip3o_fast.benchmarking.selection import Settings, choose_sources, dtypes,
 from blip3o_fast.benchmarking.watch import Watch, make_watch
 
 RUN = "the run"
-"""What a failure is filed under that ended the run."""
+"""The name of a failure that ended the run."""
 
 
 class Stopped(BaseException):
@@ -34,7 +34,7 @@ class Stopped(BaseException):
 
 
 class Result(NamedTuple):
-    """A contender's timing, before it is known what its device reached in the whole run."""
+    """A contender's timing, before the ceilings of the whole run are known."""
 
     task: Task
     contender: str
@@ -51,13 +51,13 @@ def run_suite(
 ) -> Record:
     """Measure.
 
-    The device's ceilings are measured before and after, and the higher count: a device that others
-    used in between would otherwise seem faster than its limit.
+    The device's ceilings are measured before and after, and the higher ones count. Otherwise a
+    device that others used meanwhile could seem faster than its limit.
 
     Args:
-        settings: what.
-        progress: is told the name of each case before it starts.
-        save: is given the record so far after each case.
+        settings: what to measure.
+        progress: called with the name of each case before it starts.
+        save: called with the record so far after each case.
     """
     with stop_on_signals():
         progress("ceilings of this device")
@@ -77,7 +77,7 @@ def run_suite(
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise ``Stopped`` inside; a second signal acts as it would without."""
+    """The first SIGINT or SIGTERM inside raises ``Stopped``; the next one acts as usual."""
 
     def receive(number: int, frame: FrameType | None) -> None:
         del frame
@@ -104,8 +104,8 @@ class Run:
 
     Attributes:
         results: of every contender that was timed.
-        left_out: what was not measured by choice, by the fault of others or for want of memory.
-        failures: what was not measured by a fault of ours, and why.
+        left_out: what was not measured by choice, because a peer failed, or for lack of memory.
+        failures: what was not measured because something of ours failed, and how.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -121,7 +121,7 @@ class Run:
         self.ceilings = self._ceilings()
 
     def cases(self) -> Iterator[Case]:
-        """The cases that the settings ask for, up to what cannot be made of each source."""
+        """The cases that the settings ask for. A source that fails ends with its failure."""
         for index, (group, make) in enumerate(choose_sources(self.settings)):
             try:
                 yield from make()
@@ -147,13 +147,13 @@ class Run:
             torch.cuda.empty_cache()
 
     def measure_ceilings(self) -> None:
-        """Once more: the higher of both measurements counts."""
+        """Measure the ceilings again; the higher ones count."""
         if self.device.type == "cuda":
             self.environment["clocks_after"] = clocks()
         self.ceilings = self.ceilings.best(self._ceilings())
 
     def record(self) -> Record:
-        """All of it."""
+        """The record so far."""
         settings = self.settings
         return Record(
             settings={

@@ -1,4 +1,4 @@
-"""A training step, and the loader that feeds it."""
+"""A training step, and the loader."""
 
 import shutil
 import tempfile
@@ -29,16 +29,16 @@ from blip3o_fast.training.step import OptimizerStep
 from blip3o_fast.training.trainer import Trainer
 
 BATCHES_AHEAD = 4
-"""A sample of the loader reads this many times what it keeps ready: the rest was not ready."""
+"""A sample reads this many times the batches that the loader has ready, so most were not ready."""
 DISTINCT = 8
-"""Different samples among those of a case: drawing each anew takes longer than writing it."""
+"""How many samples of a case differ. To draw all of them would take longer than to write them."""
 MOST_STEPS = 1000
 
 
 class RandomShards:
-    """A data set of random embeddings, written when first asked for and removed with this object.
+    """A data set of random embeddings. It is written at first use and removed with this object.
 
-    ``samples`` to learn from, and one for validation.
+    It has ``samples`` samples for training and one for validation.
     """
 
     def __init__(self, config: DiTConfig, samples: int) -> None:
@@ -56,7 +56,7 @@ class RandomShards:
 
 
 class Training:
-    """A trainer between two steps and a batch in memory, made when first asked for and kept.
+    """A trainer and a batch in memory, made at first use and kept.
 
     ``dtype`` is that of autocast; weights and optimizer state are fp32.
     """
@@ -68,7 +68,7 @@ class Training:
         self._made: tuple[Trainer, Batch] | None = None
 
     def get(self) -> tuple[Trainer, Batch]:
-        """A trainer whose loader is closed, and what came of that."""
+        """A trainer whose loader is closed, and a batch of it."""
         if self._made is None:
             shards = RandomShards(self.shape.config, self.shape.batch)
             options = TrainingOptions(
@@ -94,9 +94,9 @@ def training_cases(
 ) -> Iterator[Case]:
     """A whole optimizer step on a batch in memory: draws, forward, loss, backward, clipping, AdamW.
 
-    ``dtype`` is that of autocast; weights and optimizer state are fp32. On a GPU also by the CUDA
-    C++ kernels, where they are built, and with every op by plain PyTorch. All take turns at one
-    trainer, but for those that are compiled.
+    ``dtype`` is that of autocast; weights and optimizer state are fp32. On a GPU there are also the
+    CUDA C++ kernels, if they are built, and plain PyTorch. Contenders share one trainer, but each
+    compiled one has its own.
     """
     needed = step_work(shape, DTYPES[dtype].itemsize)
     task = Task("training", "step", shape.name, dtype, needed, shape.batch)
@@ -127,17 +127,17 @@ def training_cases(
 
 
 def step_work(shape: Shape, size: int) -> work.Work:
-    """Of an optimizer step; ``size`` bytes an element of activations."""
+    """The work of an optimizer step; ``size`` is the bytes of an element of activations."""
     with torch.device("meta"):
         parameters = BLIP3oDiT(shape.config).get_num_parameters()
     return work.training_step(shape, parameters, size)
 
 
 def prepare_step(training: Training, impl: Impl | None = None, **per_op: Impl) -> Prepared:
-    """A step of a trainer, its ops by ``impl`` but for the exceptions in ``per_op``."""
+    """A step of a trainer, with its ops by ``impl``, except those in ``per_op``."""
     trainer, batch = training.get()
     trainer.model.set_impl(impl, **per_op)
-    # Made anew, for it takes the implementation of the loss from the model.
+    # A new one, because it takes the implementation of the loss from the model.
     take_step = OptimizerStep(trainer.plan, trainer.world, trainer.parallel, trainer.state)
     step = iter(range(MOST_STEPS))
 
@@ -149,10 +149,9 @@ def prepare_step(training: Training, impl: Impl | None = None, **per_op: Impl) -
 
 
 def loader_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
-    """A batch of a loader that does nothing else, from shards in bf16 that the page cache holds:
-    copies, checks and transfers, not the disk.
+    """A batch of the loader, from bf16 shards in the page cache: copies, checks and transfers.
 
-    Loaders read ahead, so each is timed by itself, over many more batches than it keeps ready.
+    Loaders read ahead. So each is timed alone, over many more batches than it has ready.
     """
     config = shape.config
     widths = config.eva_embedding_size + config.clip_embedding_size
@@ -189,10 +188,10 @@ def write_shards(
     scales: tuple[float, float] = (1.0, 1.0),
     distinct: int | None = None,
 ) -> None:
-    """Random paired embeddings in bf16; the first ``held_out`` of them are for validation.
+    """Random paired embeddings in bf16. The first ``held_out`` samples are for validation.
 
     ``scales`` are the standard deviations of EVA and of CLIP embeddings. The embeddings repeat
-    after ``distinct`` samples, None if they never do; the keys are all different.
+    after ``distinct`` samples; None: never. The keys are all different.
     """
     facts = Manifest(
         tokens=config.num_tokens,

@@ -1,7 +1,7 @@
-"""The clocks: the host's, and the device's events. A contender has its own, which learns from it.
+"""The clocks: the host's clock, and the events of a device.
 
-No sample waits long. On CUDA it is taken at most ``ATTEMPTS`` times behind at most
-``LONGEST_DELAY``: 0.4 s of waiting, whatever is timed.
+Each contender has its own watch, which adapts to it. On CUDA a sample is taken at most ``ATTEMPTS``
+times, behind a delay of at most ``LONGEST_DELAY``. So no sample waits more than 0.4 s.
 """
 
 import time
@@ -18,12 +18,12 @@ CPU_ROTATION = 16 << 20
 SAMPLE_SECONDS = 2e-3
 MOST_CALLS = 200
 QUEUE = 20
-"""Calls that queue up on CUDA, unless the 1,024 launches that a stream holds are fewer."""
+"""Calls that are queued on CUDA; fewer if they are more than the 1,024 launches of a stream."""
 CYCLES = 2e9
-"""A second on the clock of an H100, by which a delay is counted."""
+"""A second on the clock of an H100; delays are counted in cycles."""
 SHORTEST_DELAY, LONGEST_DELAY = 0.5e-3, 50e-3
 MARGIN = 2.0
-"""A delay over the time that the host needs to queue the calls."""
+"""The delay is this many times the host's time to queue the calls."""
 ATTEMPTS = 8
 
 
@@ -32,12 +32,12 @@ class Prepared:
     """Something ready to be timed.
 
     Attributes:
-        calls: the same work on distinct tensors, called in rotation.
-        kernel: whether launches may queue up behind a delay on the device.
+        calls: the same work on different tensors, called in rotation.
+        kernel: whether its launches may be queued behind a delay on the device.
         warm: whether ``calls[0]`` is also timed alone.
-        rotation: bytes that the tensors of all calls take together, 0 if nothing rotates.
-        per_call: how often a call does the task; times are divided by it.
-        close: frees what garbage collection does not.
+        rotation: bytes of the tensors of all calls together; 0 if nothing rotates.
+        per_call: how often a call does the task. Times are divided by it.
+        close: called at the end, for what garbage collection does not free.
     """
 
     calls: Sequence[Call]
@@ -51,8 +51,8 @@ class Prepared:
 class Sample(NamedTuple):
     """Mean seconds of some calls.
 
-    ``host`` is what the host spent on launching one (None where it does the work itself),
-    ``queued`` whether the device never waited for the host (None where that was not asked).
+    ``host`` is the host's time to launch a call (None if the host does the work itself). ``queued``
+    says whether the device never waited for the host (None: not measured).
     """
 
     seconds: float
@@ -61,12 +61,12 @@ class Sample(NamedTuple):
 
 
 class Watch:
-    """The host's clock; the device is the host.
+    """The host's clock, for work on the host.
 
     Attributes:
         prepared: what is timed.
-        count: calls of a sample, enough to outlast the clock's noise.
-        peak: bytes that a call allocates at most, where that is known.
+        count: calls of a sample, enough to exceed the clock's noise.
+        peak: the most bytes that a call allocates, if that is known.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -89,7 +89,7 @@ class Watch:
         return self.sample(self._rotation)
 
     def warm(self) -> Sample:
-        """A sample of the first call, again and again; one call more is not timed."""
+        """A sample of the first call repeated, after one call that is not timed."""
         self.prepared.calls[0]()
         return self.sample(repeat(self.prepared.calls[0]))
 
@@ -101,10 +101,10 @@ class Watch:
 
 
 class DeviceWatch(Watch):
-    """The device's events.
+    """The events of a device.
 
     Attributes:
-        delay: seconds of sleep on the device before a sample's calls, long enough for the host to
+        delay: seconds that the device sleeps before the calls of a sample, so that the host can
             queue all of them.
     """
 
@@ -134,9 +134,9 @@ class DeviceWatch(Watch):
     def sample(self, calls: Iterator[Call]) -> Sample:
         """See ``Watch``.
 
-        If the device started before the last call was queued, either the delay was too short, which
-        doubles then, or the stream was full and the host had to wait for the device; then half as
-        many calls are queued. What was learned holds for the samples that follow.
+        The device may start before the last call is queued. Then either the delay was too short, so
+        it is doubled, or the stream was full and the host waited for the device, so half as many
+        calls are queued. Later samples keep the new delay and count.
         """
         if not self.prepared.kernel:
             return self._timed(calls)._replace(queued=None)
@@ -152,7 +152,7 @@ class DeviceWatch(Watch):
         return sample
 
     def _timed(self, calls: Iterator[Call]) -> Sample:
-        """Calls behind the delay; ``queued`` is whether all were before the first began."""
+        """Time calls behind the delay. ``queued``: all were queued before the first began."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
         if self.delay:
@@ -169,12 +169,12 @@ class DeviceWatch(Watch):
 
 
 def make_watch(prepared: Prepared, device: torch.device) -> Watch:
-    """What times calls on ``device``, not yet started."""
+    """A watch for calls on ``device``, not yet started."""
     return DeviceWatch(prepared, device) if device.type == "cuda" else Watch(prepared)
 
 
 def rotation_bytes(device: torch.device) -> int:
-    """Bytes over which calls rotate to find a cold cache."""
+    """How many bytes the tensors of rotating calls must have, so that caches are cold."""
     if device.type == "cuda":
         return 3 * torch.cuda.get_device_properties(device).L2_cache_size
     return CPU_ROTATION

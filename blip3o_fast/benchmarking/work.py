@@ -1,9 +1,9 @@
-"""What cannot be avoided: floating-point operations, and bytes of memory traffic.
+"""The work that cannot be avoided: floating-point operations, and bytes of memory traffic.
 
-Flops count matrix products and attention, two a multiply-add, and nothing elementwise: those ops
-are bound by memory everywhere. Bytes count every input and every weight read once and every output
-written once, nothing between: an implementation that kept all else in registers would move these.
-Those of a fused op stand in its record, ``ops.Op.work``.
+Flops are those of matrix products and attention, two for each multiply-add. Elementwise work counts
+none, since memory bounds it everywhere. Bytes count every input and weight read once and every
+output written once. An implementation that keeps everything else in registers moves just these. The
+work of a fused op is in its record, ``ops.Op.work``.
 """
 
 from itertools import pairwise
@@ -16,12 +16,12 @@ from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow import find_solver
 
 FREQUENCIES = 256
-"""Sines and cosines of a time, which its embedder reads."""
+"""Sines and cosines of a time, the input of its embedder."""
 FP32 = 4
 
 
 class Work(NamedTuple):
-    """Floating-point operations, bytes that memory moves, bytes that the host delivers."""
+    """Floating-point operations, bytes of memory traffic, bytes transferred from the host."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -43,8 +43,8 @@ class Work(NamedTuple):
 def attention(config: DiTConfig, batch: int, size: int, *, backward: bool = False) -> Work:
     """One attention, N queries over N keys.
 
-    Backward needs four products. Flash kernels recompute the logits, a fifth; the limit does not
-    charge what is their choice.
+    Backward needs four products. Flash kernels choose to recompute the logits, which is a fifth and
+    not part of the limit.
     """
     H, K, d, N = (
         config.num_attention_heads,
@@ -60,7 +60,7 @@ def attention(config: DiTConfig, batch: int, size: int, *, backward: bool = Fals
 
 
 def block(config: DiTConfig, batch: int, size: int) -> Work:
-    """One block of the plain model: keys and values and five of its modulations included."""
+    """One block of the plain model, with its keys and values and five of its modulations."""
     rows = batch * config.num_tokens
     D, K, d = config.hidden_size, config.num_key_value_heads, config.head_dim
     shared = layer_weights(config) + D * 2 * K * d
@@ -72,7 +72,7 @@ def block(config: DiTConfig, batch: int, size: int) -> Work:
 
 
 def evaluation(config: DiTConfig, batch: int, size: int) -> Work:
-    """One evaluation of which all is hoisted that does not depend on the state."""
+    """One evaluation, without the work that does not depend on the state."""
     L, N, C = config.num_hidden_layers, config.num_tokens, config.clip_embedding_size
     weights = core_weights(config)
     flops = 2.0 * batch * N * weights + 2 * L * attention(config, batch, size).flops
@@ -81,7 +81,7 @@ def evaluation(config: DiTConfig, batch: int, size: int) -> Work:
 
 
 def conditioning(config: DiTConfig, batch: int, size: int) -> Work:
-    """What is done once for a condition: the adapter, and the keys and values of all blocks."""
+    """The work for a condition: the adapter, and the keys and values of all blocks."""
     rows, weights = batch * config.num_tokens, conditioning_weights(config)
     moved = weights + rows * (config.eva_embedding_size + condition_width(config))
     return Work(2.0 * rows * weights, moved * size)
@@ -97,10 +97,10 @@ def generation(shape: Shape, steps: int, solver: str, size: int) -> Work:
 def training_step(shape: Shape, parameters: int, size: int) -> Work:
     """Forward with nothing hoisted, backward, AdamW.
 
-    Backward does each product twice, for the gradient of its weight and for that of its input; the
-    inputs of the model need none. Bytes are those of the weights (read in both passes), of their
-    fp32 gradients, and of AdamW's 7 fp32 words a parameter (weight and two moments, read and
-    written; gradient, read); activations, which depend on the implementation, are left out.
+    Backward does each product twice: for the gradient of its weight and for that of its input. The
+    inputs of the model need no gradient. Bytes are those of the weights (read in both passes), of
+    their fp32 gradients, and of AdamW's 7 fp32 words for each parameter (weight and two moments
+    read and written, gradient read). Activations depend on the implementation and are left out.
     """
     config, batch = shape.config, shape.batch
     D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
@@ -112,7 +112,7 @@ def training_step(shape: Shape, parameters: int, size: int) -> Work:
 
 
 def adapter_widths(config: DiTConfig, multiple: int = 64) -> list[int]:
-    """Widths of the adapter from E to D, the inner ones rounded up as on CUDA."""
+    """Widths of the adapter from E to D, rounded up to a multiple; 64 on CUDA."""
     widths = np.linspace(
         config.eva_embedding_size, config.hidden_size, config.eva_adapter_layers + 1
     )
@@ -120,26 +120,26 @@ def adapter_widths(config: DiTConfig, multiple: int = 64) -> list[int]:
 
 
 def condition_width(config: DiTConfig) -> int:
-    """Elements a token that a condition keeps: keys, values, and its own stream."""
+    """Elements that a condition keeps for each token: keys, values, and its stream."""
     kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return kept + (config.hidden_size if config.rules.aligned_stream else 0)
 
 
 def layer_weights(config: DiTConfig) -> int:
-    """Elements of a block's projections but those of its condition's keys and values."""
+    """Elements of a block's projections, without those of the condition's keys and values."""
     D, inner = config.hidden_size, config.intermediate_size
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return D * (H + 2 * K) * d + 3 * D * D + 3 * D * inner
 
 
 def core_weights(config: DiTConfig) -> int:
-    """Elements of the projections that every evaluation reads."""
+    """Elements of the projections of an evaluation."""
     ends = 2 * config.hidden_size * config.clip_embedding_size
     return config.num_hidden_layers * layer_weights(config) + ends
 
 
 def conditioning_weights(config: DiTConfig) -> int:
-    """Elements of the projections that a condition passes once."""
+    """Elements of the projections that prepare a condition."""
     D, E, L = config.hidden_size, config.eva_embedding_size, config.num_hidden_layers
     kept = D * 2 * L * config.num_key_value_heads * config.head_dim
     if not config.use_eva_adapter:
@@ -149,7 +149,7 @@ def conditioning_weights(config: DiTConfig) -> int:
 
 
 def modulation_weights(config: DiTConfig) -> int:
-    """Elements that a time passes: its embedder, and AdaLN at every site."""
+    """Elements of the projections of a time: its embedder, and AdaLN at every site."""
     D, L = config.hidden_size, config.num_hidden_layers
     sites = (6 if config.use_sandwich_norm else 3) * L + 1
     return sites * D * 2 * D + FREQUENCIES * D + D * D

@@ -1,21 +1,23 @@
 """``blip3o-fast bench``: times beside their limits, and beside other implementations.
 
-Ends with tables, and ``bench.json`` and plots in the output folder; the record is written after
-every case, so that a run that is stopped loses one at most. It exits with 1 if something failed or
-the run was stopped, or with ``--compare`` if this library has become slower than an earlier run by
-more than noise.
+Prints tables, and writes ``bench.json`` and pictures to the output folder. The record is written
+after every case, so a run that is stopped loses at most one. Exits with 1 if something failed, if
+the run was stopped, or if with ``--compare`` this library is slower than in an earlier run by more
+than noise.
 """
 
 import argparse
-import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from blip3o_fast.checked import Positive, check
+from blip3o_fast.devices import DeviceName, find_device
 from blip3o_fast.errors import OptionError
-from blip3o_fast.flags import add_switch
+from blip3o_fast.flags import add_flags, given
 
 if TYPE_CHECKING:
     from blip3o_fast.benchmarking.record import Record
@@ -24,25 +26,63 @@ if TYPE_CHECKING:
 RECORD_NAME = "bench.json"
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of ``bench``.
+
+    Attributes:
+        quick: few samples and no compilation: under 2 minutes on two cores.
+        output_dir: folder for bench.json and the pictures.
+        compare: bench.json of an earlier run on the same device.
+        groups: of ops, attention, block, evaluation, generate, training, loader; None: all.
+        published: checkout of the published implementation, to be timed too.
+        device: device to run on; auto: cuda if there is a GPU.
+        seconds: of measurement for a task.
+        plots: draw the pictures (needs matplotlib).
+
+    Raises:
+        OptionError: naming the option, what was expected and what came.
+    """
+
+    quick: bool = False
+    output_dir: str = "bench"
+    compare: str | None = None
+    groups: tuple[str, ...] | None = None
+    published: str | None = None
+    device: DeviceName = "auto"
+    seconds: Positive = 2.0
+    plots: bool = True
+
+    def __post_init__(self) -> None:
+        check(self, error=OptionError)
+
+    def settings(self) -> "Settings":
+        """What to measure.
+
+        Raises:
+            OptionError: for a group, a device or a checkout that there is not.
+        """
+        from blip3o_fast.benchmarking.checkout import check_checkout
+        from blip3o_fast.benchmarking.selection import GROUPS, Settings
+
+        for group in self.groups or ():
+            if group not in GROUPS:
+                raise OptionError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
+        published = None if self.published is None else Path(self.published)
+        if published is not None:
+            check_checkout(published)
+        return Settings(
+            device=find_device(self.device),
+            quick=self.quick,
+            groups=tuple(g for g in GROUPS if self.groups is None or g in self.groups),
+            published=published,
+            seconds=self.seconds,
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench``."""
-    add = parser.add_argument
-    add(
-        "--quick",
-        action="store_true",
-        help="few samples and no compilation: under 2 minutes on two cores",
-    )
-    add("--output_dir", default="bench", help="folder for bench.json and the plots")
-    add("--compare", metavar="FILE", help="bench.json of an earlier run on the same device")
-    add(
-        "--groups",
-        nargs="+",
-        help="of ops, attention, block, evaluation, generate, training, loader; None: all",
-    )
-    add("--published", metavar="FOLDER", help="checkout of the published implementation, a peer")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device")
-    add("--seconds", type=float, default=2.0, help="of measurement for a task")
-    add_switch(parser, "plots", default=True, text="draw the pictures (needs matplotlib)")
+    add_flags(parser, BenchOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
     from blip3o_fast.benchmarking.suite import run_suite
     from blip3o_fast.report.style import require_plots
 
-    settings = read_settings(args)
-    if args.plots:
+    options = BenchOptions(**given(BenchOptions, args))
+    settings = options.settings()
+    if options.plots:
         require_plots()
-    earlier = None if args.compare is None else read_earlier(args.compare, settings.device)
-    folder = Path(args.output_dir)
+    earlier = None if options.compare is None else read_earlier(options.compare, settings.device)
+    folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     record = run_suite(
         settings,
@@ -66,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     )
     record.write(folder / RECORD_NAME)
     print(render_record(record))
-    if args.plots and record.measurements:
+    if options.plots and record.measurements:
         for name, data in draw_plots(record).items():
             (folder / name).write_bytes(data)
     print(f"\nRecord: {folder / RECORD_NAME}")
@@ -94,35 +135,3 @@ def read_earlier(path: str, device: torch.device) -> "Record":
     except (ValueError, OSError) as error:
         raise OptionError(str(error)) from None
     return earlier
-
-
-def read_settings(args: argparse.Namespace) -> "Settings":
-    """The settings that the options ask for.
-
-    Raises:
-        OptionError: naming the option, what was expected and what came.
-    """
-    from blip3o_fast.benchmarking.checkout import check_checkout
-    from blip3o_fast.benchmarking.selection import GROUPS, Settings
-
-    for group in args.groups or ():
-        if group not in GROUPS:
-            raise OptionError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
-    groups = tuple(group for group in GROUPS if args.groups is None or group in args.groups)
-    if not 0 < args.seconds < math.inf:
-        raise OptionError(f"seconds: expected a positive number, got {args.seconds}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device: expected a GPU that torch can use for cuda, found none")
-    published = None if args.published is None else Path(args.published)
-    if published is not None:
-        check_checkout(published)
-    kind = args.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return Settings(
-        device=torch.device(kind),
-        quick=args.quick,
-        groups=groups,
-        published=published,
-        seconds=args.seconds,
-    )

@@ -6,10 +6,7 @@ folder as it was:
     report.html       one self-contained page
     report.json       every number, ``format_version`` first
     samples.csv       one row per sample, one column per method and value
-    similarity.png    similarity against the number of evaluations, baselines as lines
-    histogram.png     per-sample token cosine
-    token_maps.png    cosine on the patch grid, beside the photos if there are any
-    loss.png          training loss, if there is a history
+    *.png             the pictures of ``report_plots``
 """
 
 import csv

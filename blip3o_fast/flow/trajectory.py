@@ -4,9 +4,9 @@
         v = velocity(x, row i)
         x = a_i x + sum_j c_ij v_j
 
-What changes from one evaluation to the next stands in a table on the device, and which row is next
-in a counter on the device. ``Trajectory.advance`` therefore takes no argument that changes, and one
-CUDA graph of it serves every solver and every number of steps.
+All numbers that change from one evaluation to the next are in a table on the device. A counter on
+the device says which row is next. So ``Trajectory.advance`` takes no arguments, and one CUDA graph
+of it serves every solver and every number of steps.
 """
 
 import math
@@ -22,10 +22,9 @@ from blip3o_fast.flow.solvers import Evaluation
 
 
 class Row(NamedTuple):
-    """What one evaluation reads beside the state.
+    """The part of a table's row that the velocity reads.
 
-    ``numbers`` ``[K]`` and ``places`` ``[P]`` (int64) are the columns that the maker of the table
-    added for the velocity.
+    ``numbers`` ``[K]`` and ``places`` ``[P]`` (int64) are the columns that were added for it.
     """
 
     numbers: Tensor
@@ -40,7 +39,7 @@ Callback = Callable[[int, Tensor], None]
 
 
 class SolverTable(NamedTuple):
-    """All evaluations of a solver on a grid, one a row, on the device of the state.
+    """All evaluations of a solver on a grid, one in each row, on the device of the state.
 
     Attributes:
         numbers: ``[n, R + 3 + K]`` in the dtype of the state: the bound on the new state, the
@@ -70,8 +69,8 @@ def solver_table(
         evaluations: of a solver on ``grid``.
         grid: gives the bound that holds at the end of each step.
         device, dtype: of the state.
-        numbers: ``[n, K]`` that the velocity reads; None: the time label, K = 1.
-        places: ``[n, P]`` that the velocity reads; None: P = 0.
+        numbers: ``[n, K]``, columns for the velocity; None: the time label, K = 1.
+        places: ``[n, P]``, columns for the velocity; None: P = 0.
     """
     bound = math.inf if grid.clamp is None else grid.clamp
     rows = [(bound if e.ends_step else math.inf, e.state, e.newest, *e.kept) for e in evaluations]
@@ -90,10 +89,10 @@ class Trajectory:
     """A batch on its way from noise to data: its state, its slopes, and ``advance``.
 
     Args:
-        velocity: the field.
-        table: of the solver; ``row`` says which of its rows is next.
-        x: noise ``[B, N, C]``, fp32 or fp64; overwritten as it moves.
-        guidance_scale: 1 is none; otherwise the velocity returns both halves.
+        velocity: from state and row to slope.
+        table: of the solver. ``row`` says which of its rows is next.
+        x: noise ``[B, N, C]``, fp32 or fp64; ``advance`` overwrites it with the state.
+        guidance_scale: 1 is no guidance; otherwise the velocity returns both halves.
         impl: of ``ops.solver_update``.
     """
 
@@ -140,7 +139,7 @@ class Trajectory:
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _read(self) -> tuple[Tensor, Tensor, Row]:
-        """Coefficients, slot and what the velocity reads, of the next row."""
+        """Of the next row: the bound and the coefficients, the slot, and the velocity's part."""
         own = self.table.slots + 3
         numbers = self.table.numbers.index_select(0, self.row)[0]
         places = self.table.places.index_select(0, self.row)[0]

@@ -1,8 +1,8 @@
 """The EVA adapter: a gated pair of paths from the condition's width to the model's.
 
 Widths fall evenly from E to D (base: 4096, 3541, 2986, 2432, 1877, 1322, 768). Most are not
-multiples of 8, which would push 16-bit GEMMs off the tensor cores' fast path, so on CUDA the rows
-are padded with zeros; parameters keep the published shapes.
+multiples of 8, and 16-bit GEMMs of such widths are slow on tensor cores. On CUDA the rows are
+therefore padded with zeros. Parameters keep the published shapes.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from blip3o_fast.model.layers import is_plain
 from blip3o_fast.ops import ImplTable
 
 CUDA_WIDTH_MULTIPLE = 64
-"""One 128-byte line of 16-bit numbers, so that every row starts on a line."""
+"""128 bytes of 16-bit numbers, so that every row starts on a cache line."""
 
 
 def adapt(
@@ -45,7 +45,7 @@ def adapter_layer(
     eps: float,
     impls: ImplTable,
 ) -> Tensor:
-    """``gelu(norm(linear(h)))`` over the true width of padded rows."""
+    """``gelu(norm(linear(h)))`` of padded rows; the norm counts the true width only."""
     h = F.linear(h, weight, bias)
     return ops.adapter_norm(h, norm_weight, norm_bias, eps=eps, impl=impls.adapter_norm)
 
@@ -76,7 +76,7 @@ class EVAAdapter(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def layers(self) -> list[list[nn.Module]]:
-        """Linear, LayerNorm, GELU and Dropout of every layer."""
+        """The Linear, LayerNorm, GELU and Dropout of every layer."""
         modules = list(self.adaptation_layers)
         return [modules[i : i + 4] for i in range(0, len(modules), 4)]
 
@@ -108,12 +108,12 @@ class EVAAdapter(nn.Module):
 
 
 def width_multiple(x: Tensor) -> int:
-    """What the widths of activations are rounded up to on the device of ``x``."""
+    """The multiple to which widths of activations are rounded up on the device of ``x``."""
     return CUDA_WIDTH_MULTIPLE if x.is_cuda else 1
 
 
 def padded(weight: Tensor, bias: Tensor, width: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """A projection of rows of ``width`` whose output is rounded up to a multiple, with zeros."""
+    """Weight and bias, padded with zeros: for rows of ``width``, to outputs of a multiple."""
     columns, rows = width - weight.shape[1], -weight.shape[0] % multiple
     if columns or rows:
         weight = F.pad(weight, (0, columns, 0, rows))

@@ -1,4 +1,4 @@
-"""One block as a module: parameters under the published names, called by ``model.network``."""
+"""One block as a module, with parameters under the published names."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from blip3o_fast.ops import ImplTable, Modulation
 class DiTBlock(nn.Module):
     """Three branches and the norms around them.
 
-    A block opens with the join that closes the last branch of the block before it, and hands on its
-    own last branch. It reads no parameter but its own, so it can be sharded, compiled, checkpointed
-    and hooked by itself.
+    A block first closes the last branch of the block before it, and returns its own last branch
+    open. It reads only its own parameters, so it can be sharded, compiled, checkpointed and hooked
+    by itself.
     """
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
@@ -71,7 +71,7 @@ class DiTBlock(nn.Module):
         ]
 
     def sites(self, activated: Tensor) -> Sites:
-        """The modulations at a time; ``activated`` is SiLU of its embedding, ``[B, D]``."""
+        """The modulations at a time. ``activated`` ``[B, D]`` is SiLU of the time's embedding."""
         pre = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.pre_sites()]
         post = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.post_sites()]
         return Sites(tuple(pre), tuple(post) or (None, None, None))
@@ -85,17 +85,23 @@ class DiTBlock(nn.Module):
         rotary: Rotary,
         stays: bool = False,
     ) -> tuple[Tensor, Branch]:
-        """Stream ``[B, N, D]`` and open branch, adapted EVA tokens ``[B, M, D]``.
+        """The new stream and open branch.
 
-        ``stays`` promises that the parameters stay in memory after this call. FSDP frees what it
-        has gathered, and may have wrapped the block or what wraps it.
+        Args:
+            x: the stream, ``[B, N, D]``.
+            branch: the open branch of the block before, or None.
+            context: adapted EVA tokens, ``[B, M, D]``.
+            activated: SiLU of the time's embedding, ``[B, D]``.
+            rotary: of the tokens.
+            stays: the parameters stay in memory after this call. FSDP frees them, and may have
+                wrapped the block or a module around it. The branch then needs copies.
         """
         x, last = network.block(self, x, branch, context, rotary, self.sites(activated))
         return x, last if stays else _owned(last)
 
 
 def _owned(branch: Branch) -> Branch:
-    """The branch with copies of the parameters in it: three rows of D numbers, in one launch."""
+    """The branch with copies of its parameters, three rows of D numbers, made in one launch."""
     scale, post = branch.layer_scale, branch.post
     parameters = [scale, *(post[:2] if post is not None else ())]
     given = [p for p in parameters if p is not None]

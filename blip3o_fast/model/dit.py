@@ -1,4 +1,4 @@
-"""The network as a module: state, time and condition to velocity."""
+"""The network as a module, from state, time and condition to velocity."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,9 +21,9 @@ from blip3o_fast.ops import Impl, ImplTable
 class DiT(nn.Module):
     """Diffusion transformer with sandwich norms, grouped-query attention and an EVA adapter.
 
-    Parameters carry the published names and shapes. ``impls`` says which implementation of each
-    fused op runs; ``set_impl`` changes it. ``fitted`` holds the solvers that were fitted to this
-    model (``flow.FittedSolver``), by their number of evaluations.
+    Parameters have the published names and shapes. ``impls`` holds the implementation of each fused
+    op; ``set_impl`` changes it. ``fitted`` holds the solvers that were fitted to this model
+    (``flow.FittedSolver``), by their number of evaluations.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -63,7 +63,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.output_proj.bias)
 
     def set_impl(self, impl: Impl | None = None, **per_op: Impl | None) -> None:
-        """Run every fused op in ``impl`` but those named: ``set_impl(Impl.TRITON, rope=None)``."""
+        """Run every fused op by ``impl``, but those named: ``set_impl(Impl.TRITON, rope=None)``."""
         self.impls.set(impl, **per_op)
 
     @property
@@ -83,10 +83,10 @@ class DiT(nn.Module):
         return self.output_norm, self.output_adaln
 
     def stream(self, context: Tensor) -> Tensor | None:
-        """What the residual stream starts with beside the projected state: ``[B, N, D]`` or None.
+        """What is added to the projected state at the start: ``[B, N, D]``, or None.
 
-        Token i of the state and token i of the condition are the same patch. Where the conventions
-        align them, the adapted EVA tokens ``[B, N, D]`` are added to the stream.
+        Token i of the state and token i of the condition are the same patch. Some conventions
+        therefore add the adapted EVA tokens ``[B, N, D]``. Learned positions are added here too.
         """
         aligned = context if self.config.rules.aligned_stream else None
         if not self.config.has_positions:
@@ -97,7 +97,7 @@ class DiT(nn.Module):
         return aligned + positions
 
     def linear_guess(self, timestep: Tensor, dtype: torch.dtype) -> LinearGuess | None:
-        """The weights of the state at times ``[B]``, ``[B, 1, 1]`` each, or None."""
+        """The linear part of the velocity at times ``[B]``, two ``[B, 1, 1]``, or None."""
         rules = self.config.rules
         if rules.input_gain is None or rules.output_skip is None:
             return None
@@ -161,9 +161,9 @@ class DiT(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Recompute each block in the backward pass: less memory, one more forward.
+        """Recompute each block in the backward pass: less memory for one more forward pass.
 
-        ``gradient_checkpointing_kwargs`` is what ``transformers.Trainer`` passes; only
+        ``transformers.Trainer`` passes ``gradient_checkpointing_kwargs``. Only
         ``{"use_reentrant": False}`` is possible.
 
         Raises:
@@ -186,7 +186,7 @@ class DiT(nn.Module):
         """``gradient_checkpointing_enable`` as version 5 of transformers calls it.
 
         Raises:
-            ValueError: for blocks left out or activations kept elsewhere, which is not possible.
+            ValueError: if blocks are to be left out or activations to be offloaded.
         """
         if every_n_layers != 1 or offload:
             raise ValueError(
@@ -221,13 +221,12 @@ class DiT(nn.Module):
 def plain_velocity(
     model: DiT, eva: Tensor, *, guided: bool
 ) -> Callable[[Tensor, Tensor | float], Tensor]:
-    """The model itself as a velocity field ``(x, t) -> v``, with nothing hoisted.
+    """The model itself as a velocity field ``(x, t) -> v``: every call computes everything.
 
     Args:
         model: in evaluation mode, unless its dropout is wanted.
         eva: ``[B, N, E]``.
-        guided: return ``[2B, N, C]``, the conditional half first; the zero condition is stacked
-            under ``eva``.
+        guided: return ``[2B, N, C]``: with the condition first, then with the zero condition.
     """
     eva = eva.to(model.dtype)
     if guided:

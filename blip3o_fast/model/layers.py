@@ -1,11 +1,10 @@
 """The parts of a block as modules: norms, timestep embedding, attention, MLP.
 
-Parameter names and shapes are the published ones. Projections that read the same input are separate
-parameters (so checkpoints, optimizers and sharding see the published layout) and are packed into
-one GEMM when they run; concatenating weights costs far less than a second pass over the
-activations. A projection that is anything but a plain ``nn.Linear`` (LoRA, hooks,
-parametrisations, FSDP units) is called as the module it is. What the parts compute stands in
-``model.network``.
+Parameter names and shapes are the published ones, so checkpoints, optimizers and sharding see the
+published layout. Projections of the same input are packed into one GEMM when they run: to
+concatenate weights costs far less than a second pass over the activations. A projection that is not
+a plain ``nn.Linear`` (LoRA, hooks, parametrisations, FSDP units) is called as a module. The
+computation of the parts is in ``model.network``.
 """
 
 import math
@@ -25,10 +24,10 @@ MAX_PERIOD = 10000.0
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is exactly ``kind`` and nothing has been hung on it.
+    """Whether ``module`` is exactly a ``kind`` and has no hooks.
 
-    Its parameters may then be used without calling it. Adapters, parametrisations and FSDP change
-    the class; pruning, ``weight_norm`` and tensor parallelism add hooks.
+    If so, its parameters may be used without calling it. Adapters, parametrisations and FSDP change
+    the class. Pruning, ``weight_norm`` and tensor parallelism add hooks.
     """
     hooks = (
         module._forward_hooks,
@@ -40,7 +39,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def project(x: Tensor, *layers: nn.Module) -> Tensor:
-    """The outputs of bias-free linear layers that read the same ``x``, side by side."""
+    """The outputs of bias-free linear layers of the same ``x``, side by side."""
     if len(layers) > 1 and all(is_plain(layer, nn.Linear) for layer in layers):
         return F.linear(x, torch.cat([cast(Tensor, layer.weight) for layer in layers]))
     outputs = [layer(x) for layer in layers]
@@ -56,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """A norm weight and the map from timestep embedding to shift and scale, zero at first."""
+    """A norm weight, and the map from timestep embedding to shift and scale, zero at first."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class AdaLN(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear)
 
     def modulation(self, outer: RMSNorm, activated: Tensor) -> Modulation:
-        """Norm weights and shift, scale ``[B, D]``; ``activated`` is SiLU of the embedding."""
+        """Both norm weights, shift and scale. ``activated`` ``[B, D]`` is SiLU of the embedding."""
         shift, scale = self.adaLN_modulation[1](activated).chunk(2, dim=-1)
         return Modulation(outer.weight, self.norm.weight, shift, scale)
 
@@ -95,7 +94,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Times ``[B]`` in [0, 1] to ``[B, D]``; angles are fp32, fp64 in an fp64 model."""
-        # Quantised layers hold no parameters and read fp32.
+        # Layers that another library has quantised have no parameters and take fp32.
         dtype = next((p.dtype for p in self.mlp.parameters()), torch.float32)
         wide = torch.promote_types(dtype, torch.float32)
         return self.mlp(sinusoids(t.to(wide), self.scale).to(dtype))
@@ -122,7 +121,7 @@ class Attention(nn.Module):
         nn.init.normal_(self.o_proj.weight, std=std / math.sqrt(self.heads))
 
     def drop_rate(self) -> float:
-        """Probability of dropping an attention weight: none in evaluation mode."""
+        """The probability of dropping an attention weight; 0 in evaluation mode."""
         return self.dropout if self.training else 0.0
 
     def out(self, attended: Tensor) -> Tensor:
@@ -133,42 +132,42 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Every token of the state attends to every other."""
 
+    rotates = True
+    forward = network.attend
+
     def project(self, h: Tensor) -> Tensor:
         """Queries, keys and values."""
         return project(h, self.q_proj, self.k_proj, self.v_proj)
-
-    def forward(self, h: Tensor, rotary: Rotary) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return network.attend(self, self.project(h), rotary, None)
 
 
 class CrossAttention(Attention):
     """Every token of the state attends to the adapted EVA tokens.
 
-    Where the conventions give it positions, the queries and keys carry those of self-attention, so
-    that token i of the state can find token i of the condition.
+    Where the conventions say so, its queries and keys carry the positions of self-attention. Token
+    i of the state can then find token i of the condition.
     """
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__(config, impls)
-        self.positions = config.rules.cross_positions
+        self.rotates = config.rules.cross_positions
 
     def project(self, h: Tensor) -> Tensor:
         """Queries."""
         return self.q_proj(h)
 
-    def forward(self, h: Tensor, context: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, h: Tensor, rotary: Rotary, context: Tensor) -> Tensor:
         """``[B, N, D]`` and adapted EVA tokens ``[B, M, D]`` to ``[B, N, D]``."""
-        turning = rotary if self.positions else None
         kv = project(context, self.k_proj, self.v_proj)
+        turning = rotary if self.rotates else None
         kept = network.split_keys_values(kv, self.kv_heads, turning, self.impls)
-        return network.attend(self, self.project(h), turning, kept)
+        return network.attend(self, h, rotary, kept)
 
 
 class SwiGLU(nn.Module):
     """``down(silu(gate(h)) * up(h))`` (arXiv:2002.05202)."""
 
     quantised = False
+    forward = network.swiglu
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__()
@@ -190,7 +189,3 @@ class SwiGLU(nn.Module):
     def down(self, activated: Tensor) -> Tensor:
         """The last projection, dropped out in training."""
         return self.dropout(self.down_proj(activated))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return network.swiglu(self, h)

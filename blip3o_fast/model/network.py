@@ -3,12 +3,12 @@
     h  = norm(x; pre)          y = branch(h)          x' = x + norm(layer_scale * y; post)
 
 ``norm`` is a double RMSNorm with AdaLN modulation. A block has three such branches: self-attention,
-cross-attention and SwiGLU. Closing one branch and opening the next is one op, ``join``, so what
-moves from block to block is the stream and the branch that it has not received yet.
+cross-attention and SwiGLU. One op, ``join``, closes a branch and opens the next one. So a block
+hands on the stream and its last branch, which is still open.
 
-The functions here compute with *parts*: projections, layer scales and settings. The modules of
-``DiT`` are parts when it trains; the packed weights of ``sampling.packed`` are parts when it
-samples. Both run these lines.
+The functions here compute with *parts*: projections, layer scales and settings. In training the
+parts are the modules of ``DiT``. In sampling they are the packed weights of ``sampling.packed``.
+Both run these lines.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,25 +21,25 @@ from blip3o_fast import ops
 from blip3o_fast.ops import ImplTable, Modulation, Quantised
 
 Rows = Tensor | Quantised
-"""What a projection reads: in FP8 the op that computed the rows has quantised them."""
+"""The input of a projection. In FP8 the op before it returns rows in e4m3."""
 
 
 class Rotary(NamedTuple):
-    """``cos`` and ``sin`` ``[N, d]`` of every token's angles."""
+    """``cos`` and ``sin`` ``[N, d]`` of the angles of every token."""
 
     cos: Tensor
     sin: Tensor
 
 
 class KeysValues(NamedTuple):
-    """Of cross-attention, ``[B, M, K, d]`` each: constant while sampling."""
+    """Keys and values of cross-attention, ``[B, M, K, d]`` each. Sampling computes them once."""
 
     keys: Tensor
     values: Tensor
 
 
 class Branch(NamedTuple):
-    """The output ``y`` of a branch that the stream has not received yet, and how it will."""
+    """An open branch: its output ``y``, and how the next join will add it to the stream."""
 
     y: Tensor
     layer_scale: Tensor | None = None
@@ -47,16 +47,16 @@ class Branch(NamedTuple):
 
 
 class Sites(NamedTuple):
-    """The modulations of a block: what opens and what closes each of its three branches."""
+    """The modulations of a block: of the norms that open and that close its three branches."""
 
     pre: tuple[Modulation, ...]
     post: tuple[Modulation | None, ...]
 
 
 class LinearGuess(NamedTuple):
-    """What the state says by itself; weights that broadcast over the state.
+    """The linear part of the velocity: two weights that broadcast over the state.
 
-    ``gain`` times the state enters the network, ``skip`` times the state is added to its output.
+    ``gain`` times the state enters the network. ``skip`` times the state is added to its output.
     """
 
     gain: Tensor
@@ -64,7 +64,7 @@ class LinearGuess(NamedTuple):
 
 
 class Joining(NamedTuple):
-    """How branches are joined to the stream: epsilon, implementations, and rows in e4m3 or not."""
+    """How branches join the stream: epsilon, implementations, and whether ``h`` is e4m3."""
 
     eps: float
     impls: ImplTable
@@ -72,15 +72,20 @@ class Joining(NamedTuple):
 
 
 class AttentionParts(Protocol):
-    """What an attention is made of; ``packed`` parts own the rows that they return."""
+    """What an attention is made of.
+
+    ``rotates`` says whether queries and keys carry rotary positions. ``packed`` parts own the rows
+    that they return, which may then be overwritten.
+    """
 
     heads: int
     kv_heads: int
+    rotates: bool
     impls: ImplTable
     packed: bool
 
     def drop_rate(self) -> float:
-        """Probability of dropping an attention weight."""
+        """The probability of dropping an attention weight."""
         ...
 
     def project(self, h: Any) -> Tensor:
@@ -123,8 +128,8 @@ class BlockParts(Protocol):
         ...
 
     @property
-    def cross_attn(self) -> Callable[[Any, Any, Rotary], Tensor]:
-        """``(h, condition, rotary) -> y``."""
+    def cross_attn(self) -> Callable[[Any, Rotary, Any], Tensor]:
+        """``(h, rotary, condition) -> y``."""
         ...
 
     @property
@@ -153,7 +158,7 @@ BlockCall = Callable[[Tensor, Branch | None], tuple[Tensor, Branch]]
 
 
 def join(how: Joining, x: Tensor, branch: Branch | None, pre: Modulation) -> tuple[Tensor, Rows]:
-    """Close a branch and open the next: the new stream and the rows ``h``, ``[B, N, D]`` each."""
+    """Close ``branch`` and open the next one: the new stream and ``h``, ``[B, N, D]`` each."""
     eps, impls = how.eps, how.impls
     if branch is None:
         norm = ops.sandwich_norm_quantised if how.quantised else ops.sandwich_norm
@@ -168,10 +173,10 @@ def join(how: Joining, x: Tensor, branch: Branch | None, pre: Modulation) -> tup
     return x, h
 
 
-def attend(p: AttentionParts, q: Tensor, rotary: Rotary | None, kept: KeysValues | None) -> Tensor:
-    """Projected rows ``[B, N, ...]`` to ``[B, N, D]``; ``kept`` are the keys of cross-attention."""
-    dropout = p.drop_rate()
-    if rotary is None:
+def attend(p: AttentionParts, h: Rows, rotary: Rotary, kept: KeysValues | None = None) -> Tensor:
+    """Attention of rows ``[B, N, D]`` to themselves, or to ``kept``, the condition's."""
+    q, dropout = p.project(h), p.drop_rate()
+    if not p.rotates:
         assert kept is not None
         heads = q.unflatten(-1, (p.heads, -1))
         return p.out(ops.attention(heads, *kept, dropout=dropout).flatten(2))
@@ -212,16 +217,16 @@ def block(
     rotary: Rotary,
     sites: Sites,
 ) -> tuple[Tensor, Branch]:
-    """Self-attention, cross-attention and MLP; each join closes the branch before it.
+    """Self-attention, cross-attention and MLP. Each join closes the branch before it.
 
-    ``condition`` is what the cross-attention of ``p`` reads: adapted EVA tokens ``[B, M, D]``, or
-    the keys and values that were made of them.
+    ``condition`` is the condition as ``p.cross_attn`` takes it: adapted EVA tokens ``[B, M, D]``,
+    or their keys and values.
     """
     pre, post, scales = sites.pre, sites.post, p.layer_scales
     x, h = join(p.joining, x, branch, pre[0])
     branch = Branch(p.self_attn(h, rotary), scales[0], post[0])
     x, h = join(p.joining, x, branch, pre[1])
-    branch = Branch(p.cross_attn(h, condition, rotary), scales[1], post[1])
+    branch = Branch(p.cross_attn(h, rotary, condition), scales[1], post[1])
     x, h = join(p.joining, x, branch, pre[2])
     return x, Branch(p.mlp(h), scales[2], post[2])
 
@@ -237,18 +242,17 @@ def network(
     *,
     halves: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The velocity at ``state`` ``[B, N, C]``, and the rows ``[B', N, D]`` that it is read from.
+    """The velocity ``[B', N, C]`` at a state, and the rows ``[B', N, D]`` before ``output_proj``.
 
     Args:
         p: input and output projection.
-        state: any floating dtype.
+        state: ``[B, N, C]``, any floating dtype.
         dtype: of the activations.
-        stream: what the residual stream starts with beside the projected state, ``[B', N, D]``, or
-            None.
-        guess: None where the network sees the state as it is.
+        stream: ``[B', N, D]``, added to the projected state at the start, or None.
+        guess: None if the network takes the state as it is and returns the velocity.
         blocks: in order.
         output: modulation before the output projection.
-        halves: B' / B: 2 evaluates both halves of guidance at the same state.
+        halves: B' / B. With 2, both halves of guidance are evaluated at the same state.
     """
     x = p.input_proj(state.to(dtype) if guess is None else _scaled(state, guess.gain, dtype))
     if halves > 1:
@@ -268,7 +272,7 @@ def network(
 
 
 def _scaled(state: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gain * state`` in ``dtype``: one pass over memory where no gradient is recorded."""
+    """``gain * state`` in ``dtype``, in one pass over memory if no gradient is recorded."""
     if torch.is_grad_enabled() or state.dtype == dtype:
         return (gain * state).to(dtype)
     return torch.mul(state, gain, out=torch.empty_like(state, dtype=dtype))

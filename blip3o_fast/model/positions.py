@@ -2,13 +2,14 @@
 
 ``ops.rope`` turns the pair (i, i + d/2) of a head by ``cos[i], sin[i]`` and ``cos[j], sin[j]``.
 
-*rotation*: both members of a pair share one angle, so the map is a rotation: it preserves norms,
-and a logit depends on the offset between two tokens only. The d/2 angles are divided among the
-axes longer than 1, each axis with its own geometric sequence of frequencies.
+*rotation*: both members of a pair have the same angle, so the map is a rotation. It preserves
+norms, and a logit depends only on the offset between two tokens. The d/2 angles are divided among
+the axes longer than 1. Each axis has its own geometric sequence of frequencies.
 
-*shear*: angles are laid out over the whole head as [height d/4 | width d/4 | depth d/2], each
-block its own half twice. A pair thus mixes a height or width angle with a depth angle of 0, which
-makes the map a shear that depends on absolute position.
+*shear*: the published layout. The head is divided into [height d/4 | width d/4 | depth d/2], and
+the two halves of each part have the same angles. So a pair mixes a height or width angle with a
+depth angle, which is 0 on a grid of depth 1. The map is then a shear and depends on absolute
+positions.
 
 A CLS token has angle 0. Without ``use_3d_rope`` positions are 1-D, one per token.
 """
@@ -20,9 +21,9 @@ from blip3o_fast.config import DiTConfig
 
 
 class RotaryTables(nn.Module):
-    """``cos`` and ``sin`` ``[N, d]``, fp32 whatever the model is cast to.
+    """``cos`` and ``sin`` ``[N, d]``, which stay fp32 when the model is cast.
 
-    The longest angle is 15 radians on the default grid, where bf16 is off by up to 0.03 rad.
+    The largest angle on the default grid is 15 radians. There bf16 is off by up to 0.03 rad.
     """
 
     cos: Tensor
@@ -31,7 +32,7 @@ class RotaryTables(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        # Not a parameter, so nothing but this puts them where the parameters are made.
+        # They are computed on the CPU; parameters are made on the default device.
         device = torch.empty(0).device
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos.to(device), persistent=False)
@@ -46,7 +47,7 @@ class RotaryTables(nn.Module):
 
 
 def rotary_tables(config: DiTConfig) -> tuple[Tensor, Tensor]:
-    """``(cos, sin)``, each ``[N, d]`` fp32 on the CPU: the same bits whatever they are used on."""
+    """``(cos, sin)``, each ``[N, d]`` fp32, on the CPU, so that every device has the same bits."""
     with torch.device("cpu"):
         if not config.use_3d_rope:
             angles = _sequence_angles(config)

@@ -1,13 +1,13 @@
-"""Forward passes for a CPU: ``reference`` in as few passes over memory as ATen's operators allow.
+"""The ops on a CPU without gradients: as few passes over memory as ATen's operators allow.
 
-A fused kernel reads a row once. ATen reads it once an operator, and in 16-bit dtypes the reference
-has some thirty of them in a join; here there are about ten, all in the accumulation dtype, in place
-where nobody else holds the tensor (memory just read is in cache, a new tensor is not), rounded once
-at the end. Both norms of a site need one scale a row, as in the fused kernels: with ``p = w1 x``,
+Every ATen operator reads and writes whole rows. In 16-bit dtypes the reference of a join has about
+thirty operators; here it has about ten. All of them compute in the accumulation dtype, and the
+result is rounded once. They work in place where nobody else holds the tensor, because memory that
+was just read is in cache and a new tensor is not.
+
+Two norms in a row need one scale, as in the fused kernels. With ``p = w1 x``,
 
     rms(rms(x; w1); w2) = w2 p / sqrt(mean p^2 + eps (mean x^2 + eps))
-
-No backward.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 from blip3o_fast.reference import Modulation, accumulation_dtype
 
 SOLVER_ELEMENTS = 1 << 18
-"""Elements of the state that ``solver_update`` moves at a time: 1 MiB in fp32."""
+"""How many elements of the state ``solver_update`` computes at a time: 1 MiB in fp32."""
 
 
 def sandwich_norm(
@@ -78,10 +78,10 @@ def solver_update(
     guidance_scale: float,
     out: Tensor,
 ) -> None:
-    """``ops.solver_update`` into ``out``, bit by bit the reference: it rounds every product.
+    """``ops.solver_update`` into ``out``, bit by bit like the reference: it rounds each product.
 
-    A row of ``slopes`` whose coefficient is zero is not read. Samples are taken a few at a time,
-    so that their sums stay in cache.
+    A row of ``slopes`` with coefficient zero is not read. A few samples are computed at a time, so
+    that their sums stay in cache.
     """
     of_x, of_slope, *of_rows = coefficients.tolist()
     kept = -1 if slot is None else int(slot)
@@ -104,7 +104,7 @@ def solver_update(
 
 
 def _modulated(x: Tensor, norm: Modulation, eps: float, *, overwrite: bool) -> Tensor:
-    """Both norms and the modulation of ``x``, which is wide; in its memory if ``overwrite``."""
+    """Both norms and the modulation of ``x``, in its own memory if ``overwrite``."""
     w1, w2, shift, scale = (u.to(x.dtype) for u in norm)
     D = x.shape[-1]
     squares = _norm(x).square_()
@@ -116,5 +116,5 @@ def _modulated(x: Tensor, norm: Modulation, eps: float, *, overwrite: bool) -> T
 
 
 def _norm(x: Tensor) -> Tensor:
-    # The one reduction of ATen that squares as it reads.
+    # The only reduction of ATen that squares as it reads.
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Where softmax attention can be computed: by torch, or by one of the flash-attention packages.
+"""The backends of softmax attention: torch, and the flash-attention packages.
 
-No package is imported before a CUDA tensor asks for it. A package that is installed but broken
-counts as absent, with the reason kept.
+A package is imported when a CUDA tensor first needs it. An installed package that does not load
+counts as absent, and the reason is kept.
 """
 
 import importlib
@@ -21,10 +21,10 @@ from blip3o_fast import reference
 class AttentionBackend(Enum):
     """A way to compute softmax attention.
 
-    ``FLASH_ATTN_3``, ``FLASH_ATTN_4`` and ``FLASH_ATTN_2`` are interfaces of the flash-attention
-    packages. ``SDPA`` is ``torch.nn.functional.scaled_dot_product_attention``, which chooses among
-    its own kernels as ``torch.nn.attention.sdpa_kernel`` allows. Its fused kernels share the keys
-    of a group, its ``MATH`` repeats them.
+    ``FLASH_ATTN_3``, ``FLASH_ATTN_4`` and ``FLASH_ATTN_2`` are the flash-attention packages.
+    ``SDPA`` is ``torch.nn.functional.scaled_dot_product_attention``. It chooses among its own
+    kernels as ``torch.nn.attention.sdpa_kernel`` allows; its fused kernels share the keys of a
+    group, and its kernel ``MATH`` repeats them.
     """
 
     FLASH_ATTN_3 = "flash_attn_3"
@@ -48,7 +48,7 @@ PACKAGES = {
     AttentionBackend.FLASH_ATTN_4: Package("flash_attn.cute", "flash-attn-4", (9, 11), False),
     AttentionBackend.FLASH_ATTN_2: Package("flash_attn", "flash-attn", (8, 12), True),
 }
-"""In the order of the automatic choice; ``majors`` are the compute capabilities they know."""
+"""In the order of the automatic choice. ``majors`` is the range of GPU generations they support."""
 
 MAX_WIDTH = 256
 
@@ -56,9 +56,9 @@ MAX_WIDTH = 256
 def choose(
     backend: AttentionBackend | None, q: Tensor, k: Tensor, v: Tensor, dropout: float
 ) -> tuple[AttentionBackend, dict[str, list[str]]]:
-    """``backend``; if None the first package that can run, else ``SDPA``.
+    """The backend that runs, and the packages that cannot run, by reason.
 
-    With it the packages that were passed over, by what rules them out.
+    None chooses the first package that can run, and ``SDPA`` if there is none.
 
     Raises:
         ValueError: if ``backend`` cannot run.
@@ -80,7 +80,7 @@ def choose(
 def _refusal(
     backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, dropout: float
 ) -> str | None:
-    """Why a backend cannot run, or None."""
+    """Why ``backend`` cannot run, or None."""
     if backend is AttentionBackend.SDPA:
         return None
     if backend is AttentionBackend.REFERENCE:
@@ -130,7 +130,7 @@ def package_function(package: Package) -> Callable[..., Any] | str:
 
 
 def run(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """q ``[B, N, H, d]``, k and v ``[B, M, K, d]`` to ``[B, N, H, d]``, where the backend can."""
+    """Attention of q ``[B, N, H, d]`` to k, v ``[B, M, K, d]`` by a backend that can run."""
     if backend is AttentionBackend.REFERENCE:
         return reference.attention(q, k, v)
     if backend is AttentionBackend.SDPA:

@@ -1,4 +1,4 @@
-"""The CUDA build: the library that ``setup.py`` compiled, loaded if this torch can load it."""
+"""The CUDA build: the library that ``setup.py`` compiles. It is loaded if this torch can."""
 
 import json
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ _INSTALL = "BLIP3O_FAST_CUDA=1 pip install . builds it"
 
 @dataclass(frozen=True)
 class CudaBuild:
-    """What became of the CUDA build: whether its operators are loaded, and why in one line."""
+    """Whether the operators of the CUDA build are loaded, and the reason in one line."""
 
     loaded: bool
     reason: str
 
 
 class Choice(NamedTuple):
-    """A measurement that prefers the CUDA kernel: rows of ``narrowest`` to ``widest`` elements."""
+    """Rows of ``narrowest`` to ``widest`` elements, on which the CUDA kernel was the fastest."""
 
     op: str
     capability: str
@@ -51,7 +51,7 @@ def dtype_refusal(x: Tensor) -> str | None:
 
 
 def norm_refusal(x: Tensor) -> str | None:
-    """Why no CUDA kernel normalises rows like those of ``x``, or None."""
+    """Why the CUDA kernels of the norms do not take rows like those of ``x``, or None."""
     if x.shape[-1] > WIDEST_NORM:
         return f"rows of the norms are at most {WIDEST_NORM} wide"
     return dtype_refusal(x)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Impl(Enum):
-    """An implementation of a fused op. ``ATEN`` has no backward, and not every op has one."""
+    """An implementation of a fused op. ``ATEN`` has no backward pass, and not every op has it."""
 
     REFERENCE = "reference"
     ATEN = "aten"
@@ -26,7 +26,7 @@ class Impl(Enum):
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Of every tensor of numbers that an op takes."""
+"""The dtypes that an op takes."""
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -57,7 +57,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 
 def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast does not reach inside a row op: it computes in the dtypes that it is given."""
+    """Turn autocast off: a fused op computes in the dtypes of its arguments."""
     kind = x.device.type
     if kind in _AUTOCASTING and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -65,7 +65,7 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def choose(op: "Op", impl: Impl | None, x: Tensor) -> Impl:
-    """``impl`` if it can run on ``x``, or for None the best that can; see ``ops.resolve_impl``."""
+    """The implementation that runs on ``x``, as ``ops.resolve_impl`` says."""
     if impl is None:
         if not x.is_cuda:
             return Impl.REFERENCE if refusal(op, Impl.ATEN, x) else Impl.ATEN
@@ -103,7 +103,7 @@ def refusal(op: "Op", impl: Impl, x: Tensor) -> str | None:
 
 
 def _transformed() -> bool:
-    """Whether torch.func or a forward-mode derivative is at work, which knows ATen alone."""
+    """Whether torch.func or a forward-mode derivative is active. Both only know ATen's ops."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -111,16 +111,15 @@ def _transformed() -> bool:
 
 def _aten_refusal(op: "Op", x: Tensor) -> str | None:
     if op.aten is None:
-        return "this op has no such passes"
+        return "this op has no ATen implementation"
     if x.device.type != "cpu":
         return "expected a CPU tensor"
     if torch.is_grad_enabled():
         return "it has no backward: expected torch.no_grad()"
     if torch.compiler.is_compiling():
         return "expected eager mode, the compiler fuses the reference itself"
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if tracing or torch._C._are_functorch_transforms_active():
-        return "it writes in place, which torch.jit.trace and torch.func transforms cannot follow"
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return "it writes in place, which torch.jit.trace cannot follow"
     return None
 
 

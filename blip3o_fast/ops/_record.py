@@ -1,7 +1,6 @@
-"""The record of a fused op: what dispatch, autograd, tests, benchmarks and tools know about it.
+"""The record of a fused op: all that dispatch, autograd, tests, benchmarks and tools know of it.
 
-The file of an op ends in ``register(Op(...))``. Everything that must know all ops iterates over
-``OPS``.
+The file of an op ends in ``register(Op(...))``. Code that needs every op iterates over ``OPS``.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,19 +19,19 @@ ANY = ["..."]
 
 
 def like_first(x: Tensor, *others: Any) -> Tensor:
-    """The result of an op that maps rows to rows like them."""
+    """An empty tensor of the shape and dtype of the first argument."""
     del others
     return x.new_empty(x.shape)
 
 
 class Operator(NamedTuple):
-    """A registered operator.
+    """One operator that is registered with torch.
 
     Attributes:
-        name: in ``torch.ops.blip3o_fast``.
+        name: its name in ``torch.ops.blip3o_fast``.
         launcher: the function of ``blip3o_kernels`` that computes it with Triton.
-        schema: arguments and results.
-        fake: the results for tensors without data.
+        schema: its arguments and results.
+        fake: from arguments to empty results, for tracing and for tensors without data.
     """
 
     name: str
@@ -42,18 +41,18 @@ class Operator(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """The gradient of an op: the operator ``NAME_backward``, and what it is given.
+    """The gradient of an op: the operator ``NAME_backward``.
 
-    Its arguments are the gradients of the first ``results`` results of the op, what ``saved``
-    returns (tensors first), and, where the schema ends so, ``bool parameters``: whether anything
-    but rows needs a gradient. It returns the gradients of the first arguments of the op.
+    It takes, in this order, the gradients of the op's first ``results`` results and all that
+    ``saved`` returns. If its schema ends in ``bool parameters``, it is also told whether a weight
+    or a modulation needs a gradient. It returns the gradients of the op's first arguments.
 
     Attributes:
-        schema: arguments and results.
-        saved: what to keep of the arguments and the results of the op: first, for each gradient
-            that the operator returns, a tensor like it.
-        results: how many results of the op have a gradient; others are for ``saved`` or reading.
-        fake: the results for tensors without data, where ``saved`` does not hold the like of them.
+        schema: its arguments and results.
+        saved: from the op's arguments and results to what the gradient needs, tensors first. Unless
+            ``fake`` is given, the first of them have the shapes of the gradients.
+        results: how many of the op's results have a gradient. The others are not differentiable.
+        fake: from arguments to empty results. None makes results like the tensors of ``saved``.
     """
 
     schema: str
@@ -63,22 +62,27 @@ class Backward(NamedTuple):
 
     @property
     def chooses(self) -> bool:
-        """Whether the gradients of parameters may be left out."""
+        """Whether the operator can leave out the gradients of parameters."""
         return "bool parameters" in self.schema
 
     def arguments(
         self, gradients: Arguments, arguments: Arguments, results: Arguments, parameters: bool
     ) -> Arguments:
-        """What the operator is given, from what the op was given and returned."""
+        """The arguments of the operator, from the arguments and results of the op."""
         flag = (parameters,) if self.chooses else ()
         return *gradients[: self.results], *self.saved(arguments, results), *flag
 
 
 class Fused(NamedTuple):
-    """The operators of one implementation by launcher, and the differentiable forward."""
+    """The operators of one fused implementation.
+
+    Attributes:
+        operators: by launcher.
+        recorded: ``forward`` as a function that autograd records; None without a backward pass.
+    """
 
     operators: Mapping[str, Callable[..., Any]]
-    apply: Callable[..., Any]
+    recorded: Callable[..., Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,25 +90,29 @@ class Op:
     """One fused op. Every implementation takes the arguments of ``schema``, tensors first.
 
     Attributes:
-        name: of the op, of its operator, and of its module of ``blip3o_kernels``.
-        schema: arguments and results.
-        axes: of the tensors among the arguments, in order: ``{"x": "B N D", "w": "D"}``. ``"..."``
-            is any, and a tensor of None is checked by ``require`` alone. Tensors of three axes are
-            rows of activations, the others are parameters.
+        name: of the op, of its operator, and of its module in ``blip3o_kernels``.
+        schema: its arguments and results.
+        axes: the axes of each tensor argument, in order: ``{"x": "B N D", "w": "D"}``. ``"..."``
+            allows any number of axes. With None, only ``require`` checks the shape. Tensors
+            of three axes are rows of activations, all others are parameters.
         reference: the definition, in plain PyTorch.
-        specimens: lists of arguments to test, inspect and time the op on, the typical one first.
-        fake: the results for tensors without data.
-        require: raises ``ValueError`` for arguments that fit ``axes`` and are wrong all the same.
-        backward: None where no gradient is recorded.
-        inplace: whether there is ``NAME_``, which overwrites the first argument.
-        quantised: whether there is ``NAME_quantised``, whose last result is e4m3 and its scales.
+        specimens: lists of arguments on which the op is tested, inspected and timed. The first one
+            is typical.
+        fake: from arguments to empty results.
+        require: raises ``ValueError`` for bad arguments that ``axes`` cannot tell.
+        backward: the gradient, or None.
+        inplace: whether there is an operator ``NAME_`` that overwrites the first argument.
+        quantised: whether there is an operator ``NAME_quantised``. It returns the last result as
+            two: e4m3 and scales.
         aten: the op in few passes of ATen, for inference on a CPU, or None.
-        triton: whether there is a Triton kernel. An op without one can be done by several others.
-        cuda: why the CUDA C++ kernel does not take a tensor, or None; None without a kernel.
-        flops: of the arguments. Rows are bound by memory and count none.
-        fused: the implementations that are registered.
-        differentiable: how many arguments receive gradients: the first ones.
-        rows: how many arguments are rows of activations: the first ones.
+        triton: whether there is a Triton kernel. Without one, the op is a faster way to do what
+            several other ops do.
+        cuda: for a tensor, the reason why the CUDA C++ kernel does not take it, or None if it does.
+            The field is None if there is no such kernel.
+        flops: of given arguments; 0 for ops that memory bounds.
+        fused: the registered implementations.
+        differentiable: how many of the first arguments receive gradients.
+        rows: how many of the first arguments are rows of activations.
     """
 
     name: str
@@ -136,41 +144,43 @@ class Op:
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
-    def __call__(self, *arguments: Any, impl: Impl | None = None) -> Any:
-        """Check the arguments of ``schema`` and compute the results by ``impl``.
+    def __call__(self, *arguments: Any, impl: Impl | None = None, checked: bool = False) -> Any:
+        """The results of the arguments of ``schema`` by ``impl``.
 
-        An operator without results writes its last argument, which is returned.
+        An operator without results writes its last argument, which is returned. ``checked`` says
+        that the caller has checked the arguments.
         """
-        self.check(*arguments)
-        results = self.run(impl, *arguments)
-        return arguments[-1] if results is None else results
-
-    def function(self, impl: Impl | None) -> Callable[..., Arguments]:
-        """The op by ``impl``: from arguments to a tuple of the results that have gradients.
-
-        Those of an op without a backward pass are all of its results.
-        """
-        kept = None if self.backward is None else self.backward.results
-        return lambda *arguments: as_tuple(self(*arguments, impl=impl))[:kept]
-
-    def run(self, impl: Impl | None, *arguments: Any) -> Any:
-        """The results of arguments that are checked already."""
+        if not checked:
+            self.check(*arguments)
         x = arguments[0]
-        if len(self.axes) > self.differentiable and torch.is_grad_enabled():
+        recording = torch.is_grad_enabled()
+        if recording and len(self.axes) > self.differentiable:
             impl = self._without_loss(impl, arguments)
         impl = choose(self, impl, x)
         if impl is Impl.REFERENCE or impl is Impl.ATEN:
             plain = self.reference if impl is Impl.REFERENCE else self.aten
             assert plain is not None
             with outside_autocast(x):
-                return plain(*arguments)
-        fused = self.fused[impl]
-        if torch.compiler.is_compiling():
-            return fused.operators["forward"](*arguments)
-        return fused.apply(*arguments)
+                results = plain(*arguments)
+        elif (recorded := self.fused[impl].recorded) is None or torch.compiler.is_compiling():
+            results = self.fused[impl].operators["forward"](*arguments)
+        elif recording:
+            results = recorded(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = self.fused[impl].operators["forward"](*arguments)
+        return arguments[-1] if results is None else results
+
+    def function(self, impl: Impl | None) -> Callable[..., Arguments]:
+        """A function of the arguments that returns a tuple of the differentiable results.
+
+        An op without a backward pass returns all of its results.
+        """
+        kept = None if self.backward is None else self.backward.results
+        return lambda *arguments: as_tuple(self(*arguments, impl=impl))[:kept]
 
     def _without_loss(self, impl: Impl | None, arguments: Arguments) -> Impl | None:
-        """``impl``, or for None the reference if a fused implementation would lose a gradient."""
+        """``impl``. None becomes the reference if another implementation would lose a gradient."""
         tensors = list(zip(self.axes, arguments, strict=False))[self.differentiable :]
         lost = [name for name, x in tensors if x is not None and x.requires_grad]
         if not lost or impl is Impl.REFERENCE:
@@ -203,7 +213,7 @@ class Op:
 
     @property
     def operators(self) -> list[Operator]:
-        """What is registered for Triton."""
+        """The operators that an implementation may have; Triton has all of them."""
         arguments, _, _ = self.schema.partition(" -> ")
         found = [Operator(self.name, "forward", self.schema, self.fake)]
         if self.backward is not None:
@@ -220,7 +230,7 @@ class Op:
         return found
 
     def _backward_fake(self, *arguments: Any) -> Arguments:
-        """Gradients like what was saved; empty for what was absent or is not wanted."""
+        """Gradients like the saved tensors; of no elements where there is none to compute."""
         assert self.backward is not None
         saved = arguments[self.backward.results :][: self.differentiable]
         rows = self.differentiable if not self.backward.chooses or arguments[-1] else self.rows
@@ -236,10 +246,10 @@ class Op:
         return *others, values, h.new_empty((*h.shape[:-1], 1), dtype=torch.float32)
 
     def work(self, *arguments: Any, backward: bool = False) -> tuple[float, int]:
-        """Flops, and the bytes of rows if each is read once and written once.
+        """Flops, and the bytes of all rows if each is read or written once.
 
-        Parameters are a few rows beside many and are left out. ``arguments`` may be of the device
-        ``meta``: nothing is computed.
+        Parameters are left out: they are few beside the rows. Nothing is computed, so ``arguments``
+        may be on the device ``meta``.
         """
         flops, results = self.flops(*arguments), as_tuple(self.fake(*arguments))
         if backward:
@@ -250,7 +260,7 @@ class Op:
         return flops, sum(x.nbytes for x in tensors if x.dim() > 2)
 
     def calls(self, sizes: Sizes, impl: Impl = Impl.TRITON) -> Iterator[tuple[Operator, Arguments]]:
-        """The operators of ``impl`` with arguments: specimens, and what follows from them."""
+        """Every operator of ``impl`` with arguments to call it on, made from the specimens."""
         launch = self.fused[impl].operators
         for arguments in self.specimens(sizes):
             results = as_tuple(launch["forward"](*arguments))
@@ -268,7 +278,7 @@ class Op:
 
 
 def as_tuple(results: Any) -> Arguments:
-    """The results of an operator that returns none, one or several."""
+    """The results of an operator as a tuple, whether it returns none, one or several."""
     return results if isinstance(results, tuple) else () if results is None else (results,)
 
 

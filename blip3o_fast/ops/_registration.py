@@ -1,7 +1,7 @@
-"""How the record of an op becomes operators of torch.
+"""Registers the operators of an op's record with torch.
 
-A compiler sees one operator, with a fake and a gradient of its own: it never traces the autograd
-function. Eager code calls that function, which costs one pass of the dispatcher less.
+A compiler sees one operator with its own fake and gradient. Eager code calls the autograd function
+itself, which saves one pass through torch's dispatcher.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def register(op: Op) -> Op:
 
 
 def bind(op: Op, namespace: str) -> Fused:
-    """Give the operators of a namespace, whose schemas are those of ``op``, fakes and gradients."""
+    """Add fakes and gradients to the operators of ``op`` that a namespace holds."""
     library, registered = _library(namespace), getattr(torch.ops, namespace)
     operators: dict[str, Callable[..., Any]] = {}
     for operator in op.operators:
@@ -50,26 +50,19 @@ def bind(op: Op, namespace: str) -> Fused:
             torch.library.register_fake(qualified, operator.fake, lib=library)
             operators[operator.launcher] = getattr(registered, operator.name).default
     if op.backward is None:
-        return Fused(operators, operators["forward"])
-    forward, backward = operators["forward"], operators["backward"]
-    recorded = _differentiable(op, op.backward, forward, backward)
+        return Fused(operators, None)
+    recorded = _differentiable(op, op.backward, operators["forward"], operators["backward"])
     library.impl(op.name, recorded, "Autograd")
-
-    def eager(*arguments: Any) -> Any:
-        if torch.is_grad_enabled():
-            return recorded(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward(*arguments)
-
-    return Fused(operators, eager)
+    return Fused(operators, recorded)
 
 
 def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
     """The implementation that ``op`` runs on ``x``.
 
-    None chooses for a CUDA tensor: the CUDA kernel where it was measured faster or Triton is not
-    installed, else Triton. On a CPU: ATen's few passes where no gradient is recorded and the op has
-    them. Else the reference. A named implementation is never replaced by another.
+    None chooses. For a CUDA tensor that is the CUDA kernel where it was measured to be faster or
+    Triton is not installed, and Triton otherwise. On a CPU it is ATen's few passes if the op has
+    them and no gradient is recorded, and the reference otherwise. A named implementation is never
+    replaced by another.
 
     Raises:
         ValueError: if the named implementation cannot run here, saying why and what to do.
@@ -80,7 +73,7 @@ def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
 def _differentiable(
     op: Op, rule: Backward, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """``forward`` as a function that autograd records; ``rule`` says what ``backward`` is given."""
+    """``forward`` as a function that autograd records; ``rule`` says how to call ``backward``."""
     tensors = rule.schema.partition(" -> ")[0].count("Tensor") - rule.results
 
     class Function(torch.autograd.Function):
@@ -111,7 +104,7 @@ def _differentiable(
 
 
 def _launcher(module: str, function: str) -> Callable[..., Any]:
-    """Imports Triton when it is first called."""
+    """A function of a kernel module, which is imported (with Triton) at the first call."""
 
     @cache
     def launcher() -> Callable[..., Any]:

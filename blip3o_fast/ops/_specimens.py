@@ -17,7 +17,7 @@ class Sizes:
         adapter, padded: true and padded width of a layer of the adapter.
         dtype: of activations.
         parameter_dtype: of weights and modulations; None is that of activations.
-        device: where the tensors are made; ``"meta"`` costs nothing and suffices to count bytes.
+        device: of the tensors. ``"meta"`` takes no memory and is enough to count bytes.
     """
 
     batch: int = 2
@@ -39,7 +39,7 @@ class Sizes:
         return self._normal(self.batch, self.tokens, width, dtype=self.dtype).add_(0.5)
 
     def wide_rows(self, width: int) -> Tensor:
-        """The same in at least fp32, as the solver's state is kept."""
+        """The same in at least fp32, like the solver's state."""
         return self._normal(self.batch, self.tokens, width, dtype=self._wide).add_(0.5)
 
     def weight(self, width: int) -> Tensor:
@@ -47,13 +47,13 @@ class Sizes:
         return self._normal(width, dtype=self._parameter).mul_(0.3).add_(1.0)
 
     def modulation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two weights ``[D]``; shift and scale ``[B, D]``, halves of one tensor as AdaLN's are."""
+        """Two weights ``[D]``; shift and scale ``[B, D]``, the halves of one tensor as in AdaLN."""
         both = self._normal(self.batch, 2 * self.width, dtype=self._parameter).mul_(0.5)
         shift, scale = both.chunk(2, dim=-1)
         return self.weight(self.width), self.weight(self.width), shift, scale
 
     def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[N, d]`` in at least fp32; both members of a pair turn by one angle."""
+        """cos and sin ``[N, d]`` in at least fp32. Both members of a pair have one angle."""
         shape = (self.tokens, self.head_width // 2)
         angles = torch.rand(shape, dtype=self._wide, device=self.device).mul_(2 * math.pi)
         return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)

@@ -1,6 +1,6 @@
-"""The implementation of each op that a model runs.
+"""The table of implementations that a model runs.
 
-Every module beside this one is imported first and registers its op, so a new file is a new field.
+This module imports every op's module, which registers the op. A new file is therefore a new field.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ for _module in iter_modules([str(Path(__file__).parent)]):
 
 @dataclass
 class ImplTable:
-    """The implementation of each op of one model; None leaves the choice to ``resolve_impl``.
+    """The implementation of each op of one model. None leaves the choice to ``resolve_impl``.
 
-    ``rope_attention`` is for sampling, which rotates by ``rope`` where that is None and no single
-    kernel was measured faster.
+    ``rope_attention`` is used by sampling only. If it is None, sampling runs ``rope`` and attention
+    unless one kernel was measured to be faster.
     """
 
     __annotations__ = dict.fromkeys(OPS, Impl | None)  # the fields; the defaults follow

@@ -1,4 +1,4 @@
-"""LayerNorm and GELU of one adapter layer, on rows padded to a width that GEMMs like."""
+"""LayerNorm and GELU of one adapter layer, on rows that are padded to a width that suits GEMMs."""
 
 from torch import Tensor
 
@@ -12,11 +12,11 @@ from blip3o_fast.ops._specimens import Sizes
 def adapter_norm(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, impl: Impl | None = None
 ) -> Tensor:
-    """``gelu(layer_norm(x[..., :W]))`` with the padding ``x[..., W:]`` written as zeros.
+    """``gelu(layer_norm(x[..., :W]))``, followed by zeros in the padding ``[..., W:]``.
 
-    The adapter's widths (3541, 2986, 1877, 1322 for base) are not multiples of 8, so 16-bit GEMMs
-    on them leave the tensor cores' fast path; its activations are therefore stored padded. What the
-    padding of ``x`` holds is not read, and its gradient is zero.
+    The adapter's widths (3541, 2986, 1877 and 1322 for base) are not multiples of 8. 16-bit GEMMs
+    of such widths are slow on tensor cores, so activations are padded. The padding of ``x`` is not
+    read, and its gradient is zero.
 
     Args:
         x: ``[B, N, P]`` with P >= W, any strides.

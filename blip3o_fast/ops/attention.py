@@ -17,15 +17,15 @@ def attention(
     dropout: float = 0.0,
     backend: AttentionBackend | None = None,
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` with K key and value heads shared by H query heads.
+    """``softmax(q k^T / sqrt(d)) v``, where H query heads share K key and value heads.
 
-    Under autocast the inputs are cast to its dtype, like those of a matrix product.
+    Under autocast the inputs are cast to its dtype, as for a matrix product.
 
     Args:
-        q: ``[B, N, H, d]``, any strides; with a contiguous last axis it is read where it lies.
+        q: ``[B, N, H, d]``, any strides. If the last axis is contiguous, nothing is copied.
         k, v: ``[B, M, K, d]``; K divides H. Same dtype and device as ``q``.
         dropout: probability of dropping an attention weight.
-        backend: None chooses, as ``attention_backend`` tells.
+        backend: None chooses; ``attention_backend`` tells which and why.
 
     Returns:
         ``[B, N, H, d]`` in the dtype of ``q``. Differentiable in every tensor.

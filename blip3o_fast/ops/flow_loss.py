@@ -1,4 +1,4 @@
-"""The four-term loss of rectified-flow training, without a host synchronisation."""
+"""The loss of rectified-flow training, a sum of four terms. The host never waits for the device."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def flow_loss(
     masks: bool,
     impl: Impl | None = None,
 ) -> LossTerms:
-    """Weighted sum of velocity, semantic, cosine and consistency terms.
+    """The weighted sum of the velocity, semantic, cosine and consistency terms.
 
     Args:
         velocity: the model's prediction ``[B, N, C]``, any strides; not empty.
@@ -33,12 +33,12 @@ def flow_loss(
         t: ``[B]`` in [0, 1]; 0 is noise, 1 is data.
         weights: of the four terms.
         conventions: ``consistent``, or ``published`` for the published sign, clamps and caps.
-        masks: whether the semantic and consistency terms see only samples with t > 0.5.
+        masks: whether the semantic and consistency terms count only samples with t > 0.5.
         impl: None chooses by device.
 
     Returns:
-        0-d fp32 tensors (fp64 for an fp64 velocity); ``total`` is differentiable once, in
-        ``velocity``, and by the reference also in the others.
+        0-d fp32 tensors (fp64 for an fp64 velocity). ``total`` is differentiable once in
+        ``velocity``. The reference is differentiable in all tensors.
     """
     published = conventions == "published"
     tensors = (velocity, x_t, x_1, noise, t)
@@ -100,7 +100,7 @@ FLOW_LOSS = register(
         backward=Backward(
             f"(Tensor grad, {_PATH}, Tensor image, Tensor factors, bool published, bool masks) -> "
             "Tensor",
-            # Of the results: the total, its terms, and what the gradient needs of all tokens.
+            # The results are the total, its terms, and two that the gradient needs.
             saved=lambda arguments, results: (*arguments[:5], *results[2:], *arguments[6:]),
         ),
     )

@@ -1,9 +1,9 @@
-"""FP8: ops whose rows come out in e4m3, and the product that takes them.
+"""FP8: ops that return rows in e4m3, and the matrix product that takes such rows.
 
-Activations have one scale a row, which the op that computed the row finds while it still holds it;
-weights have one a row too, which is one an output channel. ``torch._scaled_mm`` multiplies the e4m3
-numbers on the tensor cores, at up to twice the rate of bf16, adds in fp32 and applies both scales
-to the sum. Inference only: nothing here has a gradient.
+Every row has one scale. The op that computes a row of activations also computes its scale. A row of
+a weight is an output channel. ``torch._scaled_mm`` multiplies e4m3 numbers on the tensor cores at
+up to twice the rate of bf16, sums in fp32 and applies both scales to the sum. Nothing here has a
+gradient: FP8 is for inference.
 """
 
 from typing import Any
@@ -21,14 +21,13 @@ from blip3o_fast.ops.swiglu import SWIGLU
 from blip3o_fast.reference import Modulation, Quantised, quantise_rows
 
 ALIGNMENT = 16
-"""``torch._scaled_mm`` on a GPU takes widths and numbers of channels that are multiples of it."""
-
+"""On a GPU ``torch._scaled_mm`` takes multiples of this as widths and numbers of channels."""
 
 _REMEDY = "pass impl=Impl.REFERENCE, which emulates it"
 
 
 def e4m3_refusal(device: torch.device) -> str | None:
-    """Why ``device`` does not multiply e4m3, or None if it does."""
+    """Why ``device`` cannot multiply e4m3, or None if it can."""
     expected = "expected an NVIDIA GPU of compute capability 8.9 or at least 9.0"
     if device.type != "cuda":
         return f"{expected}, got {device}"
@@ -41,16 +40,16 @@ def e4m3_refusal(device: torch.device) -> str | None:
 
 
 def scaled_linear(x: Quantised, weight: Quantised, *, impl: Impl | None = None) -> Tensor:
-    """``x W^T`` of e4m3 rows, summed in fp32, in bf16.
+    """``x W^T`` of e4m3 rows, summed in fp32 and returned in bf16.
 
     Args:
         x: ``[..., K]``.
-        weight: ``[out, K]``; on a GPU both widths are multiples of 16.
-        impl: ``Impl.REFERENCE`` emulates: it multiplies the same numbers in fp32, on any device and
-            slowly. Everything else is ``torch._scaled_mm``.
+        weight: ``[out, K]``; on a GPU both are multiples of 16.
+        impl: ``Impl.REFERENCE`` emulates: it multiplies the same numbers in fp32, slowly and on any
+            device. Any other value runs ``torch._scaled_mm``.
 
     Raises:
-        ValueError: where the hardware does not multiply e4m3, unless it is emulated.
+        ValueError: if the hardware cannot multiply e4m3 and ``impl`` does not emulate it.
     """
     _check_quantised("x", x)
     check_shape("weight", weight.values, "out K", K=x.values.shape[-1])
@@ -88,9 +87,9 @@ def sandwich_norm_quantised(
     eps: float,
     impl: Impl | None = None,
 ) -> Quantised:
-    """``sandwich_norm`` with its rows in e4m3.
+    """``sandwich_norm`` that returns rows in e4m3.
 
-    A fused implementation rounds once; the reference rounds to the dtype of ``x`` before.
+    A fused implementation rounds once. The reference first rounds to the dtype of ``x``.
     """
     return Quantised(*_quantised(SANDWICH_NORM, impl, x, w1, w2, shift, scale, eps))
 
@@ -105,18 +104,18 @@ def sandwich_join_quantised(
     eps: float,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Quantised]:
-    """``sandwich_join`` with the rows of ``h`` in e4m3; the stream keeps the dtype of ``x``."""
+    """``sandwich_join`` that returns ``h`` in e4m3. The stream keeps the dtype of ``x``."""
     x_out, *h = _quantised(SANDWICH_JOIN, impl, x, y, layer_scale, *(post or ABSENT), *pre, eps)
     return x_out, Quantised(*h)
 
 
 def swiglu_quantised(gate_up: Tensor, *, impl: Impl | None = None) -> Quantised:
-    """``swiglu`` with its rows in e4m3; fused, I is at most 8192."""
+    """``swiglu`` that returns rows in e4m3. The fused kernel takes I up to 8192."""
     return Quantised(*_quantised(SWIGLU, impl, gate_up))
 
 
 def _quantised(op: Op, impl: Impl | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """The results of ``op``, the last in e4m3 and followed by its scales."""
+    """The results of ``op``, with two in place of the last one: its rows in e4m3, and scales."""
     op.check(*arguments)
     name, x = f"{op.name}_quantised", arguments[0]
     tensors = [u for u in arguments if isinstance(u, Tensor)]
@@ -131,7 +130,7 @@ def _quantised(op: Op, impl: Impl | None, *arguments: Any) -> tuple[Tensor, ...]
         impl = Impl.TRITON if runs else Impl.REFERENCE
     impl = choose(op, impl, x)
     if impl is Impl.REFERENCE:
-        *others, h = as_tuple(op.run(impl, *arguments))
+        *others, h = as_tuple(op(*arguments, impl=impl, checked=True))
         with outside_autocast(x):
             return *others, *quantise_rows(h)
     if x.is_cuda and (reason := e4m3_refusal(x.device)):

@@ -25,17 +25,16 @@ def rope(
 ) -> Tensor:
     """Rotate the query and key heads of a packed projection; value heads pass through.
 
-    With j = i + d/2: ``q[i] cos[i] - q[j] sin[i]`` and ``q[j] cos[j] + q[i] sin[j]``. The halves
-    of a table may differ (the published layout is a shear), so the adjoint is not "negate sin".
+    With j = i + d/2: ``q[i] cos[i] - q[j] sin[i]`` and ``q[j] cos[j] + q[i] sin[j]``. The halves of
+    a table may differ, as in the published layout, which is a shear.
 
     Args:
         qkv: ``[B, N, (H + 2K) d]``: H query heads, K key heads, K value heads; any strides.
-        cos, sin: ``[N, d]``, d even; fp32 tables keep their precision beside a 16-bit ``qkv``.
-        num_heads: H; 0 when ``qkv`` holds keys and values alone, ``[B, N, 2 K d]``.
-        num_kv_heads: K; 0 when ``qkv`` holds queries alone, ``[B, N, H d]``.
+        cos, sin: ``[N, d]``, d even. They may be fp32 beside a 16-bit ``qkv``.
+        num_heads: H; 0 if ``qkv`` holds keys and values only, ``[B, N, 2 K d]``.
+        num_kv_heads: K; 0 if ``qkv`` holds queries only, ``[B, N, H d]``.
         impl: None chooses by device.
-        inplace: overwrite ``qkv`` and return it, which leaves the values where they are. For
-            inference: refused where a gradient is being recorded.
+        inplace: overwrite ``qkv`` and return it. Not possible if a gradient is recorded.
 
     Returns:
         A tensor of the shape and dtype of ``qkv``, new unless ``inplace``. Differentiable once in
@@ -44,12 +43,12 @@ def rope(
     check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
     turned = num_heads + num_kv_heads
     if not inplace:
-        return ROPE.run(impl, qkv, cos, sin, turned)
+        return ROPE(qkv, cos, sin, turned, impl=impl, checked=True)
     if torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
     impl = choose(ROPE, impl, qkv)
     if impl is Impl.REFERENCE:
-        return qkv.copy_(ROPE.run(impl, qkv, cos, sin, turned))
+        return qkv.copy_(ROPE(qkv, cos, sin, turned, impl=impl, checked=True))
     if impl is Impl.ATEN:
         with outside_autocast(qkv):
             return _aten.rope(qkv, cos, sin, turned, inplace=True)

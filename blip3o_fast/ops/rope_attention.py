@@ -1,4 +1,4 @@
-"""Rotary positions and the attention that follows them, in inference: one kernel or two."""
+"""Rotary positions and the attention after them, for inference, by one kernel or by two."""
 
 from dataclasses import replace
 
@@ -31,23 +31,23 @@ def rope_attention(
     rope_impl: Impl | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """``attention`` of heads that ``rope`` has rotated.
+    """``rope``, then ``attention``.
 
     Args:
         qkv: ``[B, N, (H + 2K) d]`` for self-attention; ``[B, N, H d]`` beside ``kept``.
         cos, sin: ``[N, d]``, as for ``rope``.
         num_heads: H.
         num_kv_heads: K of ``qkv``; 0 beside ``kept``.
-        kept: keys and values ``[B, M, K, d]`` of cross-attention, where they are rotated already.
-        dropout: probability of dropping an attention weight; needs two kernels.
-        impl: CUDA is one kernel that rotates on the way to attention, for 16-bit heads of 64 and no
-            gradient. Any other is two: ``rope`` by that implementation, then ``attention``. None is
-            one where that was measured faster, else two.
-        rope_impl: of ``rope``, where ``impl`` is None and there are two.
+        kept: keys and values ``[B, M, K, d]`` of cross-attention, already rotated.
+        dropout: probability of dropping an attention weight; only with two kernels.
+        impl: CUDA runs one kernel that does both, for 16-bit heads of width 64 and no gradient. Any
+            other runs two: ``rope`` by that implementation, then ``attention``. None runs one
+            kernel where that was measured to be faster, and two otherwise.
+        rope_impl: of ``rope``, if ``impl`` is None and two kernels run.
         inplace: ``qkv`` may be overwritten, as by ``rope``.
 
     Returns:
-        ``[B, N, H d]`` in the dtype of ``qkv``. Differentiable once, but not by the one kernel.
+        ``[B, N, H d]`` in the dtype of ``qkv``. Two kernels are differentiable once, one is not.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or ``impl`` that cannot run.
@@ -63,7 +63,8 @@ def rope_attention(
         unfit = _unfit(q, k, v, dropout)
         if not unfit:
             check_heads(q, k, v)
-            return ROPE_ATTENTION.run(Impl.CUDA, q, k, v, cos, sin, kept is None).flatten(2)
+            arguments = (q, k, v, cos, sin, kept is None)
+            return ROPE_ATTENTION(*arguments, impl=Impl.CUDA, checked=True).flatten(2)
         if impl is Impl.CUDA:
             raise ValueError(
                 f"impl=CUDA: {unfit}; pass another for two kernels, rope and attention"
@@ -117,7 +118,7 @@ def _specimens(sizes: Sizes) -> list[Arguments]:
 
 
 def _flops(q: Tensor, k: Tensor, *others: object) -> float:
-    """Two products of queries and keys, two a multiply-add."""
+    """Two matrix products of queries and keys, two flops for each multiply-add."""
     del others
     return 4.0 * q.numel() * k.shape[1]
 

@@ -1,4 +1,4 @@
-"""Close one residual sub-layer and open the next, as one op."""
+"""Close one residual sub-layer and open the next, in one op."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from blip3o_fast.ops._specimens import Sizes
 from blip3o_fast.reference import Modulation
 
 ABSENT = (None,) * 4
-"""The tensors of a modulation that there is none of."""
+"""The four tensors of a missing modulation."""
 
 
 def sandwich_join(
@@ -50,7 +50,7 @@ def sandwich_join(
 
 
 def _with_modulations(join: Callable[..., Any]) -> Callable[..., Any]:
-    """``join`` of a post and a pre norm as an op of their eight tensors."""
+    """``join`` as a function of the op's flat arguments."""
 
     def flat(x: Tensor, y: Tensor, layer_scale: Tensor | None, *rest: Any) -> Any:
         *norms, eps = rest

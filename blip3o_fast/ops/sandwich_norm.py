@@ -1,4 +1,4 @@
-"""RMSNorm followed by AdaLN, which holds an RMSNorm of its own, as one op."""
+"""RMSNorm, then AdaLN, which has an RMSNorm of its own, in one op."""
 
 from torch import Tensor
 
@@ -24,8 +24,8 @@ def sandwich_norm(
 
     Args:
         x: ``[B, N, D]``, any strides.
-        w1, w2: ``[D]``, weights of the outer and of the AdaLN's own norm.
-        shift, scale: ``[B, D]``, constant over tokens; chunks of one ``[B, 2D]`` need no copy.
+        w1, w2: ``[D]``, the weights of the first norm and of the AdaLN's norm.
+        shift, scale: ``[B, D]``, the same for all tokens. Chunks of one ``[B, 2D]`` are not copied.
         eps: added to both mean squares.
         impl: None chooses by device.
 

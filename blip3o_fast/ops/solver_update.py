@@ -1,4 +1,4 @@
-"""One update of the ODE state: any linear combination of slopes, guidance and clamp in one pass."""
+"""One update of the ODE state: a linear combination of slopes, guidance and a clamp in one pass."""
 
 import torch
 from torch import Tensor
@@ -27,37 +27,35 @@ def solver_update(
 ) -> Tensor:
     """``c[0] x + c[1] v + c[2] slopes[0] + c[3] slopes[1] + ..``, computed in the dtype of ``x``.
 
-    Runge-Kutta, Adams-Bashforth and fitted methods differ in ``coefficients``, ``slot`` and
-    ``clamp`` alone. All are read from device memory, so one CUDA graph serves every evaluation of
-    every method.
+    All methods (Runge-Kutta, Adams-Bashforth, fitted) differ only in ``coefficients``, ``slot`` and
+    ``clamp``. These are read from device memory, so one CUDA graph serves every evaluation of every
+    method.
 
     Args:
         x: state ``[B, N, C]``, fp32 or fp64, any strides.
-        velocity: the newest evaluation ``[B, N, C]``; with guidance ``[2B, N, C]``, the conditional
-            half first. Any floating dtype and strides. v is this velocity, guided.
+        velocity: the network's output ``[B, N, C]``, any floating dtype and strides. With guidance
+            it is ``[2B, N, C]``, the conditional half first. v is this velocity after guidance.
         slopes: ``[R, B, N, C]`` in the dtype of ``x``: earlier v, R >= 0. Each row is contiguous.
-            A row whose coefficient is zero is not read: it may be uninitialised.
-        coefficients: ``[R + 2]`` in the dtype of ``x``: of x, of v, of each row of ``slopes``.
-        slot: int64 ``[1]``: the row of ``slopes`` that v overwrites, after that row was read. A
-            number outside 0 to R - 1, such as -1, keeps nothing; None never keeps anything.
-        clamp: ``[1]`` in the dtype of ``x``: bound of at least 0 on the new state's magnitude;
-            infinity or None: no bound. NaN stays NaN.
+            A row with coefficient zero is not read and may be uninitialised.
+        coefficients: ``[R + 2]`` in the dtype of ``x``: of x, of v and of each row of ``slopes``.
+        slot: int64 ``[1]``: the row of ``slopes`` that v overwrites, after it was read. A number
+            outside 0 to R - 1, such as -1, keeps nothing. None keeps nothing either.
+        clamp: ``[1]`` in the dtype of ``x``: the largest magnitude of the new state, at least 0.
+            Infinity or None is no bound. NaN stays NaN.
         guidance_scale: 1 is no guidance (arXiv:2207.12598).
-        out: where to write, contiguous ``[B, N, C]`` in the dtype of ``x``. It may be ``x`` itself,
+        out: where to write, contiguous ``[B, N, C]`` in the dtype of ``x``. It may be ``x`` itself
             and must not overlap other inputs. None makes a new tensor.
-        impl: None chooses by device, and the reference where a gradient is recorded.
+        impl: None chooses by device; where a gradient is recorded it is the reference.
 
     Returns:
         ``out``, the new state. Only the reference is differentiable. All implementations add in the
-        order of the formula and round every product: in fp32 their results are equal bit by bit.
+        order of the formula and round every product, so their fp32 results are equal bit by bit.
     """
     arguments = (x, velocity, slopes, coefficients, slot, clamp, guidance_scale)
     _check(*arguments, out)
     into = x.new_empty(x.shape) if out is None else out
-    result = SOLVER_UPDATE.run(impl, *arguments, into)
-    if result is None:
-        return into
-    return result if out is None else out.copy_(result)
+    result = SOLVER_UPDATE(*arguments, into, impl=impl, checked=True)
+    return result if out is None or result is out else out.copy_(result)
 
 
 def _check(

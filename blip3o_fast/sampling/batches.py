@@ -1,27 +1,27 @@
-"""Micro-batches: how many samples go through the sampler together, and the walk over all of them.
+"""Micro-batches: how many samples the sampler computes together, and the walk over all samples.
 
-Samples are cut into micro-batches so that what one needs beside weights, inputs and outputs stays
-below a working memory: 1 GiB on a CPU; on CUDA the size of the L2 cache, so that a row kernel finds
-what the GEMM before it wrote. The figures below are upper bounds per sample, by the widths alive at
-once, in a dtype of activations: bf16 for FP8, whose rows are narrower still, and fp32 where FP8 is
-emulated, which then also copies one weight at a time to fp32.
+A micro-batch is so small that its activations fit in a working memory. On a CPU that is 1 GiB. On
+CUDA it is the L2 cache, so that a row kernel finds in cache what the GEMM before it wrote. The
+functions below give upper bounds for one sample, from the widths that are alive at once and the
+dtype of activations. For FP8 that is bf16, although some rows are narrower. Where FP8 is emulated
+it is fp32; then one weight at a time is also copied to fp32.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from blip3o_fast.config import DiTConfig
-from blip3o_fast.flow import Callback
+from blip3o_fast.flow import Callback, Trajectory
+from blip3o_fast.sampling.graph import GraphRun
 
 CPU_WORKING_MEMORY = 1 << 30
 LARGEST_MICRO_BATCH = 128
 SMALLEST_ON_CUDA = 8
-"""A micro-batch reads every weight once: 8 samples (2,048 rows) give each byte work enough."""
+"""A micro-batch reads every weight once. 8 samples (2,048 rows) do enough work for each byte."""
 
 
 def micro_batch(
@@ -32,7 +32,7 @@ def micro_batch(
     guided: bool,
     working_memory: int | None,
 ) -> int:
-    """Samples whose working memory fits, from 1 to 128."""
+    """How many samples fit in the working memory, from 1 to 128."""
     evaluation = evaluation_bytes(config, dtype) * (2 if guided else 1)
     if device.type == "cuda" and working_memory is None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -47,7 +47,7 @@ def micro_batch(
 
 
 def evaluation_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
-    """Activations of one sample in the widest part of a block, row ops in fp32."""
+    """The activations of one sample in the widest part of a block. Row ops compute in fp32."""
     D, inner = config.hidden_size, config.intermediate_size
     wide = torch.promote_types(dtype, torch.float32).itemsize
     stream = 3 * D * dtype.itemsize
@@ -58,38 +58,28 @@ def evaluation_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
 
 
 def conditioning_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
-    """Activations of one sample in the first layer of the adapter."""
+    """The activations of one sample in the first layer of the adapter."""
     E = config.eva_embedding_size
     return config.num_tokens * E * dtype.itemsize * 5 + 2 * context_bytes(config, dtype)
 
 
 def context_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one sample in every layer, and its part of the stream."""
+    """The keys and values of one sample in all layers, and its rows of the stream."""
     width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     width += config.hidden_size
     return config.num_tokens * width * dtype.itemsize
 
 
 def state_bytes(config: DiTConfig) -> int:
-    """The fp32 state of one sample, and what a solver keeps and computes beside it."""
+    """The fp32 state of one sample, and the solver's memory beside it."""
     return 8 * config.num_tokens * config.clip_embedding_size * 4
 
 
-class Run(Protocol):
-    """A micro-batch under way: a ``Trajectory``, or one that moves by replays."""
-
-    @property
-    def x(self) -> Tensor:
-        """The present state ``[b, N, C]``; the next move may overwrite it."""
-        ...
-
-    def advance(self) -> None:
-        """One evaluation, and the move of the state after it."""
-        ...
-
+Run = Trajectory | GraphRun
+"""A micro-batch under way."""
 
 Start = Callable[[slice, bool], Run]
-"""``(samples, shared) -> run``: prepare the micro-batch of those samples."""
+"""``(samples, shared) -> run``: prepares the micro-batch of those samples."""
 
 
 def walk(
@@ -103,19 +93,20 @@ def walk(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> int:
-    """Carry ``batch`` samples from noise to data into ``out``; returns the limit that fitted.
+    """Carry ``batch`` samples from noise to data into ``out``. Returns the limit that fitted.
 
-    One micro-batch of at most ``limit`` samples after another; with a callback, which must see the
-    whole batch after every step, all of them in step. When memory runs out, the limit is halved
-    and what was under way begins again from its noise; steps reported already are not repeated.
+    Micro-batches of at most ``limit`` samples run one after the other. With a callback, which must
+    see the whole batch after every step, all of them advance together. When memory runs out, the
+    limit is halved, and the samples that are not done start again from their noise. The callback
+    does not see a step twice.
 
     Args:
         start: prepares a micro-batch.
         batch: number of samples.
-        ends_step: for each evaluation, whether the state is then at the end of a step.
+        ends_step: for each evaluation, whether a step ends with it.
         out: ``[batch, N, C]``.
-        limit: samples a micro-batch.
-        release: frees what it can after memory ran out.
+        limit: most samples of a micro-batch.
+        release: frees memory after it ran out.
         progress: show a bar of steps.
         callback: called after each step, on a copy of the state.
 

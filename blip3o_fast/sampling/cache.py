@@ -1,12 +1,11 @@
-"""What plans of one model share, and how they learn that it is out of date.
+"""What the plans of one model share, and how they notice that its weights have changed.
 
-An ``Engine`` holds a model's packed weights in one dtype, the time tables made from them and the
-CUDA graphs captured over them, but no reference to the model. Engines live in a table keyed weakly
-by model: they die with it, are never pickled or copied with it, and are rebuilt when any of its
-weights has changed.
+An ``Engine`` holds the packed weights of a model in one dtype, time tables, and CUDA graphs. It has
+no reference to the model. Engines are kept in a table with weak references to models: they are
+freed with their model, never pickled or copied with it, and rebuilt when a weight has changed.
 
-Memory: at most ``ENGINES`` engines a model, each the packed weights (``sampling.packed``) and at
-most ``TABLES`` time tables (``sampling.hoisted``), plus CUDA graphs (``sampling.graph``).
+Memory: at most ``ENGINES`` engines a model. Each has packed weights (``sampling.packed``), at most
+``TABLES`` time tables (``sampling.hoisted``), and CUDA graphs (``sampling.graph``).
 """
 
 import hashlib
@@ -14,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import astuple
-from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,9 +22,10 @@ from torch import Tensor, nn
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow import Solver, TimeGrid
 from blip3o_fast.model import DiT
+from blip3o_fast.model.network import network
 from blip3o_fast.ops import Impl, ImplTable
 from blip3o_fast.sampling.graph import GraphStore
-from blip3o_fast.sampling.hoisted import Evaluate, TimeTable, evaluate, time_table
+from blip3o_fast.sampling.hoisted import TimeTable, time_table
 from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack, whole
 
 ENGINES = 2
@@ -37,7 +36,7 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """The ``capacity`` most recently used of the values that ``get`` made."""
+    """The ``capacity`` values that were used last."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -55,7 +54,7 @@ class Recent(Generic[Key, Value]):
 
 
 class EngineKey(NamedTuple):
-    """What tells the engines of one model apart; ``impls`` are the fields of an ``ImplTable``."""
+    """How the engines of one model differ. ``impls`` are the fields of an ``ImplTable``."""
 
     config: DiTConfig
     dtype: torch.dtype
@@ -64,7 +63,7 @@ class EngineKey(NamedTuple):
 
 
 class Engine:
-    """Packed weights, and what was made from them. Use ``find_engine``."""
+    """Packed weights, and all that was made from them. ``find_engine`` makes it."""
 
     def __init__(self, model: DiT, key: EngineKey) -> None:
         self.network: PackedNetwork = pack(model, key.dtype, ImplTable(*key.impls))
@@ -72,12 +71,13 @@ class Engine:
         self.tables: Recent[object, TimeTable] = Recent(TABLES)
         self.lock = threading.RLock()
         self.batch_limit: int | None = None
-        run = torch.compile(evaluate, dynamic=False, fullgraph=True) if key.compiled else evaluate
-        self.evaluate: Evaluate = partial(run, self.network)
+        self.run: Callable[..., tuple[Tensor, Tensor]] = network
+        if key.compiled:
+            self.run = torch.compile(network, dynamic=False, fullgraph=True)
 
     @property
     def working_dtype(self) -> torch.dtype:
-        """The dtype that bounds the memory of activations: FP8 products are emulated in fp32."""
+        """The dtype that decides the memory of activations: emulated FP8 computes in fp32."""
         emulated = self.network.quantised and emulates(self.network.impls)
         return torch.float32 if emulated else self.network.dtype
 
@@ -90,14 +90,14 @@ class Engine:
 
 
 class Fingerprint(NamedTuple):
-    """What is known of a model's weights; ``probes`` are views into them, ``seen`` their values.
+    """A cheap summary of a model's weights. ``probes`` are views into them, ``seen`` their values.
 
-    Every parameter is compared by address, version counter, dtype, device and shape: an optimizer
-    step, an EMA swap or ``load_state_dict`` raises the counter; ``.to`` and ``assign=True`` change
-    the address. Writes through ``parameter.data`` raise no counter, so the middle element of every
-    parameter is compared too; whoever writes elsewhere through ``.data`` calls ``forget``.
-    Inference tensors have no counter at all; for them the norm of every parameter is compared,
-    which reads all of them once a call.
+    Every parameter is compared by address, version counter, dtype, device and shape. An optimizer
+    step, an EMA swap or ``load_state_dict`` raises the counter. ``.to`` and ``assign=True`` change
+    the address. A write through ``parameter.data`` raises no counter, so the middle element of
+    every parameter is compared too. A write through ``.data`` that spares the middle element needs
+    a call of ``forget``. Inference tensors have no counter. Their norms are compared, which reads
+    all of them at every call.
     """
 
     facts: tuple[object, ...]
@@ -140,7 +140,7 @@ def _values(tensors: list[Tensor], probes: tuple[Tensor, ...]) -> Tensor:
 
 
 class _ModelEngines:
-    """The engines of one model, all made from the same weights."""
+    """The engines of one model; all have the same weights."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -149,7 +149,7 @@ class _ModelEngines:
         self.digest: str | None = None
 
     def refresh(self, model: DiT) -> None:
-        """Drop what was made from other weights; the lock is held."""
+        """Drop everything that was made from other weights. The caller holds the lock."""
         if self.seen is None or not self.seen.matches(model):
             self.engines.values.clear()
             self.digest = None
@@ -170,14 +170,14 @@ def impl_table(model: DiT, impl: Impl | None) -> ImplTable:
 
 
 def emulates(impls: ImplTable) -> bool:
-    """Whether FP8 products are emulated: each goes with the op that computed its rows."""
+    """Whether FP8 products are emulated, as they are if the ops before them are the reference."""
     return impls.sandwich_join is Impl.REFERENCE and impls.swiglu is Impl.REFERENCE
 
 
 def weights_digest(model: DiT) -> str:
-    """SHA-256 of the parameters, each rounded to bf16 first; kept until they change.
+    """SHA-256 of the parameters in bf16, so that a model and its copy in bf16 agree.
 
-    A model and its copy in bf16 thus have the same digest.
+    It is kept until the parameters change.
     """
     own = _own_engines(model)
     with own.lock:
@@ -195,10 +195,10 @@ def weights_digest(model: DiT) -> str:
 def find_engine(
     model: DiT, dtype: torch.dtype, impl: Impl | None = None, *, compiled: bool = False
 ) -> Engine:
-    """The engine of a model's present weights, built if there is none or they have changed.
+    """The engine of a model's present weights. It is built if there is none.
 
     Raises:
-        TypeError: if anything but its parameters decides what ``model`` computes.
+        TypeError: if something else than its parameters decides what ``model`` computes.
     """
     key = EngineKey(model.config, dtype, astuple(impl_table(model, impl)), compiled)
     check_packable(model)
@@ -216,7 +216,7 @@ def _own_engines(model: DiT) -> _ModelEngines:
 def forget(model: DiT) -> None:
     """Free everything that sampling keeps for a model; the next call rebuilds it.
 
-    Call it after writing weights through ``parameter.data``, which nothing can notice for certain.
+    Call it after writing weights through ``parameter.data``, which may go unnoticed.
     """
     with _LOCK:
         _ENGINES.pop(model, None)

@@ -1,21 +1,22 @@
 """One evaluation, and the move of the state after it, as a CUDA graph.
 
-An evaluation of base is some 180 launches; replayed as a graph it costs the host one. All that
-changes from one to the next stands in device memory (``flow.trajectory``), so a graph serves every
-solver and every number of steps; tables longer than ``WINDOW`` rows are loaded a window at a time.
+An evaluation of base has about 180 launches. As a graph it is one launch for the host. All that
+changes between evaluations is in device memory (``flow.trajectory``), so one graph serves every
+solver and every number of steps. Tables of more than ``WINDOW`` rows are loaded window by window.
 
-* A graph is captured for a batch *bucket*. Rows beyond the batch are zero: no op mixes samples, so
-  they cost time and cannot reach a real row.
-* Warm-up runs on the capture's stream before it: Triton compiles, cuBLAS makes its handle.
-* An engine has one stream for captures. The allocator reuses memory only on the stream that it was
-  made on, so intermediates share one private pool between graphs, which never run concurrently.
-* Inputs and the state live outside the pool. They are made on that stream too, which waits for
-  every use of them: memory that is freed serves nobody before.
-* cuBLAS workspaces live in the pool (``_own_workspaces``).
-* The first replay is compared bit by bit with the same evaluation run eagerly.
+* A graph is captured for a *bucket*: a batch size that is rounded up. Samples beyond the batch are
+  zero. No op mixes samples, so they cost time and do not change results.
+* A warm-up runs before the capture, on its stream: Triton compiles, and cuBLAS makes its handle.
+* An engine has one stream for captures. The allocator reuses memory only on the stream on which it
+  was allocated, so all graphs share one private pool for intermediates. They never run at the same
+  time.
+* Inputs and the state are outside the pool. They are allocated on the same stream, which waits for
+  every use of them. So their memory is not reused while somebody still reads it.
+* cuBLAS workspaces are in the pool (``_own_workspaces``).
+* The first replay is compared bit by bit with an eager run of the same evaluation.
 
-Memory of a graph: state and keys and values of its bucket (4.2 MB a sample for base in bf16), and
-the activations of one evaluation. At most ``GRAPHS`` are kept, the most recently used.
+A graph takes the memory of the state, keys and values of its bucket (4.2 MB a sample for base in
+bf16) and of the activations of one evaluation. The ``GRAPHS`` graphs that were used last are kept.
 """
 
 import gc
@@ -32,7 +33,7 @@ from blip3o_fast.flow import Trajectory
 from blip3o_fast.sampling.hoisted import Context, TimeTable
 
 WINDOW = 64
-"""Rows whose modulations are on hand at a time: 29 MB for base."""
+"""Rows of a table that are loaded at a time: 29 MB of modulations for base."""
 
 GRAPHS = 8
 WARM_UP = 3
@@ -47,7 +48,7 @@ def bucket(batch: int) -> int:
 
 
 class GraphStore:
-    """The graphs of one engine, and what they share. Its lock is held while they run."""
+    """The graphs of one engine, and what they share. The lock is held while they run."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -58,7 +59,7 @@ class GraphStore:
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        """Order this use of the shared buffers after the last, whatever streams they are on."""
+        """Order this use of the shared buffers after the last one, on whatever streams."""
         with self.lock:
             stream = self.stream = self.stream or torch.cuda.Stream(device)
             current = torch.cuda.current_stream(device)
@@ -74,9 +75,9 @@ class GraphStore:
         table: TimeTable,
         make: Callable[[TimeTable], tuple[Trajectory, Context]],
     ) -> "Captured":
-        """The graph of a signature, while this store is ``running``.
+        """The graph of ``key``, captured if there is none. This store must be ``running``.
 
-        ``make`` gives its trajectory and context, of the bucket, over a table like ``table``.
+        ``make`` gives a trajectory and a context of the bucket's size, for a table like ``table``.
         """
         if key not in self.captured:
             self.captured[key] = self._capture(table, make)
@@ -91,8 +92,7 @@ class GraphStore:
         self.stream.wait_stream(current)
         while len(self.captured) >= GRAPHS:
             self.captured.popitem(last=False)
-        # One block around all that is made and run on that stream: where a capture fails,
-        # torch.cuda.graph leaves the thread on it.
+        # This block restores the current stream, which torch.cuda.graph does not if it fails.
         with torch.cuda.stream(self.stream):
             form = (table.solver.slots, table.solver.numbers.dtype)
             if form not in self.windows:
@@ -103,7 +103,7 @@ class GraphStore:
             try:
                 graph = _capture(trajectory, self.pool, self.stream)
             except RuntimeError:
-                self.clear()  # torch goes on recording to the pool of a capture that failed
+                self.clear()  # torch would go on recording to the pool
                 raise
         current.wait_stream(self.stream)
         return Captured(trajectory, context, window, graph)
@@ -118,7 +118,7 @@ class GraphStore:
 
 
 class Window:
-    """Up to ``WINDOW`` rows of any table with as many slots as ``table``."""
+    """Buffers for ``WINDOW`` rows of a table with as many slots as ``table``."""
 
     def __init__(self, table: TimeTable) -> None:
         solver, modulations = table.solver, table.modulations
@@ -133,7 +133,7 @@ class Window:
         self._loaded: tuple[TimeTable, int] | None = None
 
     def select(self, table: TimeTable, row: int) -> int:
-        """Have the window of ``table`` that holds ``row`` at hand; its index there."""
+        """Load the window of ``table`` that holds ``row``; returns the row's index in it."""
         window = row // WINDOW
         if self._loaded is None or self._loaded[0] is not table or self._loaded[1] != window:
             self._load(table, window * WINDOW)
@@ -150,7 +150,7 @@ class Window:
 
 
 class Captured:
-    """A trajectory's ``advance`` as a graph, with the copies in and out of its buffers."""
+    """``Trajectory.advance`` as a graph, and the copies into and out of its buffers."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Captured:
         slopes.copy_(self.trajectory.slopes[:, : len(x)])
 
     def replay(self, table: TimeTable, row: int) -> None:
-        """Take the evaluation of ``row`` of ``table``."""
+        """Run the evaluation of ``row`` of ``table``."""
         self.trajectory.row.fill_(self.window.select(table, row))
         if self._verified:
             self.graph.replay()
@@ -191,15 +191,15 @@ class Captured:
 
 
 class GraphRun:
-    """A micro-batch that moves by replays.
+    """A micro-batch that advances by replays of a graph.
 
     Args:
         captured: of a bucket that holds the micro-batch.
         table: of the solver.
         x: noise ``[b, N, C]``, overwritten.
         context: of the micro-batch.
-        shared: whether others replay ``captured`` between two moves of this run; the graph's
-            buffers are then copied in and out around every one.
+        shared: whether other micro-batches use the graph between two replays of this one. Its
+            buffers are then copied in before and out after each replay.
     """
 
     def __init__(
@@ -211,11 +211,11 @@ class GraphRun:
 
     @property
     def x(self) -> Tensor:
-        """This run's copy if the graph is shared, the graph's buffer otherwise."""
+        """The present state: this run's copy if the graph is shared, else the graph's buffer."""
         return self.kept if self.shared else self.captured.trajectory.x[: len(self.kept)]
 
     def advance(self) -> None:
-        """Load what is needed, replay, and keep what others would overwrite."""
+        """Replay; copy the buffers in and out where others use them."""
         if self.row == 0 or self.shared:
             self.captured.load(self.kept, self.slopes, self.context)
         self.captured.replay(self.table, self.row)
@@ -230,7 +230,7 @@ def _fill(buffer: Tensor, rows: Tensor) -> None:
 
 
 def _capture(trajectory: Trajectory, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """A graph of ``advance``, captured on ``stream``, which is the current one."""
+    """A graph of ``advance``, captured on ``stream``, which is the current stream."""
     for _ in range(WARM_UP):
         trajectory.row.zero_()
         trajectory.advance()
@@ -253,12 +253,12 @@ def _capture(trajectory: Trajectory, pool: Any, stream: torch.cuda.Stream) -> to
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """Have a capture allocate its cuBLAS workspaces, in its pool, and leave none behind.
+    """Make a capture allocate its own cuBLAS workspaces, in its pool, and forget them after it.
 
-    torch keeps one for each pair of cuBLAS handle and stream. A graph that found one there would
-    keep its address and not its memory, which torch frees when it forgets all of them, as Inductor
-    makes it do. One left behind would serve later work on that stream while the graph replays on
-    another.
+    torch keeps a workspace for each pair of cuBLAS handle and stream. If a graph used an older one,
+    it would keep its address but not its memory. torch frees that memory when it forgets all
+    workspaces, which Inductor makes it do. If a workspace of the graph stayed, later work on that
+    stream would use it while the graph replays on another stream.
     """
     forget: Callable[[], None] | None = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if forget is None:
@@ -287,7 +287,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _replay_verified(trajectory: Trajectory, graph: torch.cuda.CUDAGraph) -> None:
-    """Move twice from the same state, eagerly and by the graph, and compare the bits."""
+    """Advance twice from the same state, eagerly and by the graph, and compare the bits."""
     buffers = [trajectory.x, trajectory.slopes, trajectory.row]
     before = [x.clone() for x in buffers]
     trajectory.advance()
@@ -295,7 +295,7 @@ def _replay_verified(trajectory: Trajectory, graph: torch.cuda.CUDAGraph) -> Non
     for buffer, start in zip(buffers, before, strict=True):
         buffer.copy_(start)
     graph.replay()
-    # As bytes: a NaN equals nothing, and a model may give one.
+    # As bytes, because NaN does not equal NaN.
     pairs = zip(buffers, eager, strict=True)
     if not all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs):
         raise RuntimeError(

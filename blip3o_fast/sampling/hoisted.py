@@ -1,17 +1,17 @@
-"""What does not depend on the state, computed before the first evaluation.
+"""Everything that does not depend on the state, computed before the first evaluation.
 
-*The condition.* The adapter runs once a sample, then one GEMM gives the cross-attention keys and
-values of all layers and, where cross-attention has positions, one rotary call turns all the keys.
-The adapted tokens are kept where the model adds them to its stream. The empty condition of guidance
-is the same for every sample: it is prepared once, as one more row. Memory: 2 L M K d numbers a
-sample, 3.1 MB in bf16 for base, and N D more for the stream, 0.4 MB.
+*The condition.* The adapter runs once a sample. Then one GEMM gives the cross-attention keys and
+values of all layers. Where cross-attention has positions, one rotary call turns all keys. The
+adapted tokens are kept if the model adds them to its stream. Guidance has one empty condition for
+all samples, so it is computed once, as one more sample. Memory: 2 L M K d numbers a sample, 3.1 MB
+in bf16 for base, and N D more for the stream, 0.4 MB.
 
-*The times.* A norm site computes ``rms(rms(x; w1); w2) * (1 + scale) + shift`` where (shift, scale)
-depend on the time alone. One GEMM gives both for all distinct times and all sites (73 in base), and
-``w2 * (1 + scale)`` is folded into one row, so that a site reads w1, one folded weight and one
-shift. Heun's second evaluation and the next step's first share their time, hence their row. Memory:
-T * sites * 2 * D fp32, 449 KB a time for base (22.9 MB for the 51 times of 50 Heun steps), and
-while it is built a stacked copy of the AdaLN projections, 86 million parameters for base.
+*The times.* A norm site computes ``rms(rms(x; w1); w2) * (1 + scale) + shift``, where shift and
+scale depend only on the time. One GEMM gives them for all distinct times and all sites (73 in
+base). ``w2 * (1 + scale)`` is folded into one weight. Heun's second evaluation and the next step's
+first have the same time, so they share a row of the table. Memory: T * sites * 2 * D fp32, 449 KB a
+time for base (22.9 MB for the 51 times of 50 Heun steps). While it is built there is also a stacked
+copy of the AdaLN projections, 86 million parameters for base.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,18 +26,17 @@ from blip3o_fast import ops
 from blip3o_fast.flow import Row, Solver, SolverTable, TimeGrid, solver_table
 from blip3o_fast.model import DiT
 from blip3o_fast.model.layers import sinusoids
-from blip3o_fast.model.network import KeysValues, LinearGuess, Sites, block, network
+from blip3o_fast.model.network import KeysValues, LinearGuess, Sites, block
 from blip3o_fast.ops import Modulation
 from blip3o_fast.sampling.packed import PackedNetwork, norm_sites, whole
 
 
 class Context(NamedTuple):
-    """What evaluations read of the condition.
+    """The condition as evaluations read it.
 
-    ``keys_values`` is ``[B', L, 2, M, K, d]``, samples first, so that a sample is one stretch of
-    memory. ``stream`` ``[B', N, D]`` is what the residual stream starts with beside the projected
-    state, or None where it starts with nothing else. B' is 2B with guidance: the empty condition is
-    stacked under the real one.
+    ``keys_values`` is ``[B', L, 2, M, K, d]``, so that a sample is one stretch of memory.
+    ``stream`` ``[B', N, D]`` is added to the projected state at the start, or None. B' is 2B with
+    guidance: the real conditions, then the empty ones.
     """
 
     keys_values: Tensor
@@ -80,10 +79,11 @@ def condition(p: PackedNetwork, eva: Tensor, *, guided: bool) -> Context:
 
 
 class TimeTable(NamedTuple):
-    """All that evaluations read of a solver's steps, on the device.
+    """All steps of a solver as evaluations read them, on the device.
 
-    ``modulations`` is ``[T, sites, 2, D]``. The velocity's columns of ``solver`` are the row of
-    ``modulations`` and, where the state is part of the velocity, the numbers of ``LinearGuess``.
+    ``modulations`` is ``[T, sites, 2, D]``. ``solver`` has columns for the velocity: the row of
+    ``modulations``, and the numbers of ``LinearGuess`` if the model has one. ``ends_step`` says of
+    each evaluation whether a step ends with it.
     """
 
     solver: SolverTable
@@ -134,17 +134,12 @@ def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> 
     return torch.stack((own * (1 + scale), shift), dim=2)
 
 
-class Times(NamedTuple):
-    """The modulations of one evaluation: of every block, and of the output."""
+def read_modulations(
+    norms: Sequence[Tensor], row: Tensor, blocks: int, batch: int
+) -> tuple[list[Sites], Modulation]:
+    """The modulations of every block, and of the output: views of a table's row ``[sites, 2, D]``.
 
-    blocks: tuple[Sites, ...]
-    output: Modulation
-
-
-def read_modulations(norms: Sequence[Tensor], row: Tensor, blocks: int, batch: int) -> Times:
-    """Views of one row ``[sites, 2, D]`` of the table, in the form that the norm ops take.
-
-    The scale is folded into w2 already, so what the ops see as scale is zero.
+    The scale is already folded into w2, so the ops get a scale of zero.
     """
     zero = row.new_zeros(1, row.shape[-1]).expand(batch, -1)
     sites = [
@@ -155,47 +150,46 @@ def read_modulations(norms: Sequence[Tensor], row: Tensor, blocks: int, batch: i
     parts = range(0, 3 * blocks, 3)
     closing = [tuple(post[i : i + 3]) or (None, None, None) for i in parts]
     opening = [tuple(pre[i : i + 3]) for i in parts]
-    return Times(tuple(map(Sites, opening, closing)), output)
-
-
-def evaluate(
-    p: PackedNetwork, state: Tensor, context: Context, times: Times, guess: LinearGuess | None
-) -> Tensor:
-    """The velocity at ``state`` ``[B, N, C]``: ``[B', N, C]``, B' = 2B with guidance.
-
-    In the dtype of the activations, or in the state's where the state is part of the velocity.
-    """
-    calls = [
-        partial(block, part, condition=KeysValues(*kept.unbind(1)), rotary=p.rotary, sites=sites)
-        for part, kept, sites in zip(
-            p.blocks, context.keys_values.unbind(1), times.blocks, strict=True
-        )
-    ]
-    halves = context.keys_values.shape[0] // state.shape[0]
-    velocity, _ = network(
-        p, state, p.dtype, context.stream, guess, calls, times.output, halves=halves
-    )
-    return velocity
-
-
-Evaluate = Callable[[Tensor, Context, Times, LinearGuess | None], Tensor]
-"""``evaluate`` of one network, perhaps compiled."""
+    return list(map(Sites, opening, closing)), output
 
 
 class HoistedVelocity:
-    """The packed network as the velocity field of one batch."""
+    """The packed network as the velocity field of one batch.
+
+    Args:
+        run: ``model.network.network``, perhaps compiled.
+        p: the packed network.
+        modulations: of the time table.
+        context: of the batch.
+    """
 
     def __init__(
-        self, run: Evaluate, p: PackedNetwork, modulations: Tensor, context: Context
+        self,
+        run: Callable[..., tuple[Tensor, Tensor]],
+        p: PackedNetwork,
+        modulations: Tensor,
+        context: Context,
     ) -> None:
-        self.run, self.context, self.modulations = run, context, modulations
+        self.run, self.p, self.modulations, self.context = run, p, modulations, context
         self._row = modulations.new_empty(1, *modulations.shape[1:])
-        self.times = read_modulations(
-            p.norms, self._row[0], len(p.blocks), context.keys_values.shape[0]
-        )
+        batch = context.keys_values.shape[0]
+        sites, self.output = read_modulations(p.norms, self._row[0], len(p.blocks), batch)
+        kept = [KeysValues(*both.unbind(1)) for both in context.keys_values.unbind(1)]
+        self.blocks = [
+            partial(block, part, condition=condition, rotary=p.rotary, sites=site)
+            for part, condition, site in zip(p.blocks, kept, sites, strict=True)
+        ]
 
     def __call__(self, x: Tensor, row: Row) -> Tensor:
-        """The slope at ``x`` ``[B, N, C]``."""
+        """The velocity ``[B', N, C]`` at ``x`` ``[B, N, C]``, B' = 2B with guidance.
+
+        It has the dtype of the activations, or that of the state if there is a linear guess.
+        """
         torch.index_select(self.modulations, 0, row.places, out=self._row)
         guess = LinearGuess(*row.numbers) if len(row.numbers) else None
-        return self.run(x, self.context, self.times, guess)
+        halves = self.context.keys_values.shape[0] // x.shape[0]
+        velocity, _ = self.run(
+            *(self.p, x, self.p.dtype, self.context.stream, guess, self.blocks, self.output),
+            halves=halves,
+        )
+        return velocity

@@ -1,4 +1,4 @@
-"""What every sampler checks and draws before its first step."""
+"""The checks before the first step, and the noise to start from."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _WARNED: "WeakSet[DiT]" = WeakSet()
 
 
 def warn_of_guidance(model: DiT, guidance_scale: float, stacklevel: int) -> None:
-    """Warn, once a model, if guidance is asked of one that never saw an empty condition."""
+    """Warn, once for each model, if guidance is used without condition dropout in training."""
     if guidance_scale == 1.0 or model.config.condition_dropout > 0 or model in _WARNED:
         return
     _WARNED.add(model)
@@ -33,11 +33,11 @@ def starting_noise(
     generator: torch.Generator | None,
     seeds: Sequence[int] | None,
 ) -> Tensor:
-    """Check EVA tokens ``[B, N, E]``, and give the noise ``[B, N, C]`` to start from.
+    """Check EVA tokens ``[B, N, E]``, and return the noise ``[B, N, C]`` to start from.
 
-    The noise is given, or drawn in fp32 (fp64 for fp64 features). Where the conventions say so it
-    is drawn in the dtype of the features, as the published ``generate`` does, so that one generator
-    gives one result in both.
+    The noise is given, or drawn in fp32 (fp64 for fp64 features). The published conventions draw it
+    in the dtype of the features. The published ``generate`` does so too, so a generator gives the
+    same noise in both.
 
     Raises:
         RuntimeError: inside the capture of a CUDA graph.

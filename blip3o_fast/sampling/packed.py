@@ -1,22 +1,21 @@
-"""The network's parts as the sampler wants them: packed, folded, in the dtype that it computes in.
+"""The weights of the network as the sampler uses them: packed, folded, in the sampler's dtype.
 
-* Queries, keys and values of self-attention are one projection; so are gate and up.
-* Keys and values of every layer's cross-attention are one projection: all key heads, then all value
-  heads, so that one rotary call turns the keys of every layer.
-* ``layer_scale * (W h) = (layer_scale * W) h``: layer scales are folded into the rows of the
-  projection that ends each branch. Not in fp16, whose range ends at 6e-5: a scale of 0.1 would push
-  weights of 1e-4 into its subnormals.
+* Queries, keys and values of self-attention are one projection. So are gate and up.
+* The keys and values of all cross-attentions are one projection: all key heads, then all value
+  heads. So one rotary call turns the keys of every layer.
+* ``layer_scale * (W h) = (layer_scale * W) h``: layer scales are folded into the last projection of
+  each branch. fp16 is excepted: its normal numbers end at 6e-5, and a scale of 0.1 would make
+  weights of 1e-4 subnormal.
 * On CUDA the adapter's projections are padded once (``model.adapter``).
-* FP8 makes e4m3, with one fp32 scale an output channel, of the projections whose inputs a join, a
-  norm or SwiGLU has just computed: all of a block but the two that end its attentions. Activations
-  and all else are bf16. A kernel that quantised what attention returns would move 3 D bytes a row
-  to halve the time of D^2 multiply-adds: by the H100's 3.0 TB/s and 798 TFLOP/s a loss up to
-  D = 800, before its launch is counted.
+* In FP8, a projection is e4m3 with one fp32 scale for each output channel if a join, a norm or
+  SwiGLU computes its input. These are all projections of a block except the two after attention.
+  Everything else is bf16. To quantise the result of attention, a kernel would move 3 D bytes a row
+  and halve the time of D^2 multiply-adds. At the H100's 3.0 TB/s and 798 TFLOP/s that is a loss up
+  to D = 800, even without the time of a launch.
 
-Beside its model an instance holds a copy of everything a single evaluation needs: 95.9 of base's
-227.5 million parameters, 366 MiB in fp32, 183 MiB in bf16, and 111 MiB in FP8, where 75.5 million
-are e4m3. The adapter is copied where the dtype differs or on CUDA (84 MiB in bf16). Nothing of it
-appears in a checkpoint.
+An instance is a copy of all weights that an evaluation needs: 95.9 of base's 227.5 million
+parameters, 366 MiB in fp32, 183 MiB in bf16, and 111 MiB in FP8, where 75.5 million are e4m3. The
+adapter is copied if the dtype differs or on CUDA (84 MiB in bf16). Checkpoints contain none of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,18 +38,18 @@ from blip3o_fast.model.layers import (
     SwiGLU,
     TimestepEmbedder,
 )
-from blip3o_fast.model.network import Joining, KeysValues, Rotary, Rows, attend, swiglu
+from blip3o_fast.model.network import Joining, Rotary, Rows, attend, swiglu
 from blip3o_fast.model.positions import RotaryTables
 from blip3o_fast.ops import Impl, ImplTable, Quantised, quantise_rows
 
 E4M3 = torch.float8_e4m3fn
-"""As a dtype to pack in: FP8 products, bf16 for the rest."""
+"""As the dtype of packed weights: FP8 products, and bf16 for the rest."""
 
 Weight = Tensor | Quantised
 
 
 def multiply(x: Rows, weight: Weight, impl: Impl | None) -> Tensor:
-    """``x W^T``; in FP8 ``impl`` is that of the op that computed ``x``."""
+    """``x W^T``; in FP8 by the ``impl`` of the op that computed ``x``."""
     if isinstance(weight, Quantised):
         assert isinstance(x, Quantised)
         return ops.scaled_linear(x, weight, impl=impl)
@@ -60,17 +59,19 @@ def multiply(x: Rows, weight: Weight, impl: Impl | None) -> Tensor:
 
 @dataclass(eq=False)
 class PackedAttention:
-    """Projections of one attention, ``[out, in]``: of its inputs and of its output."""
+    """The projections of one attention, ``[out, in]``: of its inputs and of its output."""
 
     project_weight: Weight
     out_weight: Tensor
     heads: int
     kv_heads: int
+    rotates: bool
     impls: ImplTable
     packed = True
+    __call__ = attend
 
     def drop_rate(self) -> float:
-        """Sampling drops nothing."""
+        """0: sampling drops nothing."""
         return 0.0
 
     def project(self, h: Rows) -> Tensor:
@@ -82,25 +83,6 @@ class PackedAttention:
         return F.linear(attended, self.out_weight)
 
 
-class PackedSelfAttention(PackedAttention):
-    """Every token of the state attends to every other."""
-
-    def __call__(self, h: Rows, rotary: Rotary) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return attend(self, self.project(h), rotary, None)
-
-
-@dataclass(eq=False)
-class PackedCrossAttention(PackedAttention):
-    """Every token of the state attends to the condition; ``positions``: it rotates."""
-
-    positions: bool
-
-    def __call__(self, h: Rows, kept: KeysValues, rotary: Rotary) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return attend(self, self.project(h), rotary if self.positions else None, kept)
-
-
 @dataclass(eq=False)
 class PackedSwiGLU:
     """Projections of the MLP."""
@@ -109,6 +91,7 @@ class PackedSwiGLU:
     down_weight: Weight
     impls: ImplTable
     quantised: bool
+    __call__ = swiglu
 
     def gate_up(self, h: Rows) -> Tensor:
         """The first projections."""
@@ -118,24 +101,20 @@ class PackedSwiGLU:
         """The last projection, layer scale included."""
         return multiply(activated, self.down_weight, self.impls.swiglu)
 
-    def __call__(self, h: Rows) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        return swiglu(self, h)
-
 
 @dataclass(eq=False)
 class PackedBlock:
     """The three branches of a block, and the layer scales that are not folded in."""
 
     joining: Joining
-    self_attn: PackedSelfAttention
-    cross_attn: PackedCrossAttention
+    self_attn: PackedAttention
+    cross_attn: PackedAttention
     mlp: PackedSwiGLU
     layer_scales: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class PackedAdapterLayer(NamedTuple):
-    """Padded projection and LayerNorm of one layer of the adapter."""
+    """The padded projection and the LayerNorm of one layer of the adapter."""
 
     weight: Tensor
     bias: Tensor
@@ -177,10 +156,11 @@ class PackedAdapter:
 
 @dataclass(eq=False)
 class PackedNetwork:
-    """Everything that one evaluation, or the preparation of a condition, reads.
+    """All weights of an evaluation and of the preparation of a condition.
 
-    ``norms`` are the outer norm weights w1 ``[D]`` of every site, in the order of ``norm_sites``;
-    they and the rotary tables are fp32 (fp64 for fp64). ``dtype`` is that of activations.
+    ``norms`` are the weights w1 ``[D]`` of the first norm of every site, in the order of
+    ``norm_sites``. They and the rotary tables are fp32 (fp64 for fp64). ``dtype`` is that of
+    activations.
     """
 
     config: DiTConfig
@@ -198,7 +178,7 @@ class PackedNetwork:
 
     @property
     def quantised(self) -> bool:
-        """Whether blocks are FP8."""
+        """Whether the projections of blocks are FP8."""
         return self.joining.quantised
 
     def projections(self) -> Iterator[Tensor]:
@@ -218,8 +198,10 @@ class PackedNetwork:
 
 
 def norm_sites(model: DiT) -> list[tuple[RMSNorm, AdaLN]]:
-    """Every norm with its AdaLN: the three that open each block and the one before the output, then
-    the three that close each block (none without sandwich norm).
+    """Every norm with its AdaLN.
+
+    First the three that open branches in each block, then the one before the output, then the three
+    that close branches in each block (none without sandwich norm).
     """
     blocks = model.layers()
     openings = [site for block in blocks for site in block.pre_sites()]
@@ -228,7 +210,7 @@ def norm_sites(model: DiT) -> list[tuple[RMSNorm, AdaLN]]:
 
 
 def pack(model: DiT, dtype: torch.dtype, impls: ImplTable) -> PackedNetwork:
-    """Pack the weights of ``model``, as they are now, in ``dtype``, which may be ``E4M3``."""
+    """Pack the present weights of ``model`` in ``dtype``, which may be ``E4M3``."""
     packed, dtype = dtype, activation_dtype(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     config = model.config
@@ -264,7 +246,7 @@ def activation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter without its gradient; a sharded one is gathered, which every rank must join."""
+    """A detached parameter. A sharded one is gathered; all ranks must call this together."""
     gather = getattr(parameter, "full_tensor", None)
     return (parameter if gather is None else gather()).detach()
 
@@ -279,11 +261,11 @@ _CLASSES = frozenset(
 
 
 def check_packable(model: DiT) -> None:
-    """Raise ``TypeError`` if anything but the parameters of ``model`` decides what it computes.
+    """Raise ``TypeError`` if something else than its parameters decides what ``model`` computes.
 
-    Packed weights replace every module, so adapters, parametrisations and hooks would be ignored.
-    FSDP, ``torch.compile``, activation checkpointing and accelerate's autocast change how a module
-    runs, not what it computes.
+    The sampler calls none of the modules, so it would ignore adapters, parametrisations and hooks.
+    FSDP, ``torch.compile``, activation checkpointing and accelerate's autocast are allowed: they do
+    not change what a module computes.
     """
     for name, module in model.named_modules():
         kind = type(module)
@@ -291,7 +273,7 @@ def check_packable(model: DiT) -> None:
             continue
         known = kind in _CLASSES or module is model
         hooked = module._forward_hooks or module._forward_pre_hooks
-        # accelerate keeps the forward that it wraps in autocast.
+        # accelerate replaces ``forward`` and keeps the one that it wraps in autocast.
         own, forward = module.__dict__, kind.forward.__get__(module)
         replaced = own.get("_original_forward", own.get("forward", forward)) != forward
         if not known or hooked or replaced:
@@ -310,7 +292,7 @@ def _pack_block(
 ) -> PackedBlock:
     attention, cross, mlp = block.self_attn, block.cross_attn, block.mlp
     dtype = activation_dtype(packed)
-    # What becomes e4m3 is rounded once, from fp32.
+    # Weights that become e4m3 are rounded once, from fp32.
     source = torch.float32 if packed is E4M3 else dtype
 
     def product(weight: Tensor) -> Weight:
@@ -323,16 +305,17 @@ def _pack_block(
     heads = {"heads": attention.heads, "kv_heads": attention.kv_heads, "impls": impls}
     return PackedBlock(
         joining=Joining(config.rms_norm_eps, impls, quantised=packed is E4M3),
-        self_attn=PackedSelfAttention(
+        self_attn=PackedAttention(
             product(_rows(source, attention.q_proj, attention.k_proj, attention.v_proj)),
             _scaled(attention.o_proj, folded[0], dtype),
             **heads,
+            rotates=attention.rotates,
         ),
-        cross_attn=PackedCrossAttention(
+        cross_attn=PackedAttention(
             product(_rows(source, cross.q_proj)),
             _scaled(cross.o_proj, folded[1], dtype),
             **heads,
-            positions=cross.positions,
+            rotates=cross.rotates,
         ),
         mlp=PackedSwiGLU(
             product(_rows(source, mlp.gate_proj, mlp.up_proj)),
@@ -356,7 +339,7 @@ def _rows(dtype: torch.dtype, *projections: nn.Linear) -> Tensor:
 
 
 def _scaled(projection: nn.Linear, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows of the projection times the layer scale, rounded once."""
+    """The weight of the projection times the layer scale, rounded once."""
     weight = whole(projection.weight)
     if scale is None:
         return weight.to(dtype)

@@ -1,19 +1,18 @@
-"""The sampler: everything that does not depend on the state is hoisted out of the loop.
+"""The sampler. Everything that does not depend on the state is computed before the loop.
 
-    SamplingPlan(model, steps=50)(eva)        the same numbers as the plain model, to rounding
+    SamplingPlan(model, steps=50)(eva)        equals the plain model up to rounding
 
-1. ``packed``: the network's weights, packed and folded once a model.
-2. ``hoisted``: the condition once a sample, the modulations of all times once a grid, and one
-   evaluation of what is left, at most 180 launches for base.
-3. ``flow.trajectory``: the loop; ``graph``: one turn of it as a CUDA graph.
-4. ``batches``: micro-batches; ``cache``: what plans of one model share.
+1. ``packed``: the weights of the network, packed and folded once for each model.
+2. ``hoisted``: the condition, once for each sample; the modulations of all times, once for each
+   grid; and the evaluation of the rest, at most 180 launches for base.
+3. ``flow.trajectory``: the loop; ``graph``: one turn of the loop as a CUDA graph.
+4. ``batches``: micro-batches; ``cache``: what the plans of one model share.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import ParamSpec, TypedDict, TypeVar, cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -36,14 +35,11 @@ from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, co
 from blip3o_fast.sampling.inputs import starting_noise, warn_of_guidance
 from blip3o_fast.sampling.packed import E4M3
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
 class PlanOptions(TypedDict, total=False):
-    """The options of ``SamplingPlan`` that ``generate`` passes on; it documents them."""
+    """The options that ``generate`` passes on to ``SamplingPlan``, which documents them."""
 
     time_grid: GridName | Sequence[float] | None
     dtype: torch.dtype | None
@@ -53,50 +49,43 @@ class PlanOptions(TypedDict, total=False):
     working_memory: int | None
 
 
-def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """``function`` run as it is where somebody compiles the code that calls it.
+def outside_graph(plan: "SamplingPlan", *arguments: object) -> Tensor:
+    """Call ``plan`` outside of the graph that is being compiled.
 
-    Locks, caches and checks on the host are no graph; with ``fullgraph=True`` this is an error.
+    A plan has locks, caches and checks on the host, which no graph can hold. With
+    ``fullgraph=True`` this is an error.
     """
-
-    @wraps(function)
-    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if torch.compiler.is_compiling():
-            reason = "generate is no graph: pass compile=True to it instead"
-            torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportPrivateUsage]
-            outside = cast("Callable[Parameters, Result]", torch.compiler.disable(function))
-            return outside(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
+    reason = "generate is no graph: pass compile=True to it instead"
+    torch._dynamo.graph_break(msg=reason)  # pyright: ignore[reportPrivateUsage]
+    return cast("Callable[..., Tensor]", torch.compiler.disable(plan))(*arguments)
 
 
 class SamplingPlan:
     """``(eva, noise) -> clip`` for one model, solver and grid. Build once, call often.
 
-    Plans of one model share its packed weights, so a second plan is cheap. Weights that have
-    changed since the last call are noticed and packed again; after writing some of them through
-    ``parameter.data``, call ``forget(model)``. Distinct plans may be called from distinct threads.
+    Plans of one model share its packed weights, so a second plan is cheap. If weights have changed
+    since the last call, they are packed again. After writing weights through ``parameter.data``,
+    call ``forget(model)``. Different plans may be called from different threads.
 
     Args:
-        model: any device; its train or eval mode does not matter, sampling never drops units.
-        steps: S, at least 1; None for a fitted solver, which has its own.
-        solver: a name of ``flow.SOLVERS``, which say when to use them; what ``fit_solver`` made for
-            this model; or ``fitted``, which is the one of ``model.fitted`` with S evaluations.
+        model: on any device, in training or evaluation mode; sampling never drops anything.
+        steps: S, at least 1. A fitted solver has its own steps and takes None.
+        solver: a name of ``flow.SOLVERS``, which say when to use them; a solver that ``fit_solver``
+            made for this model; or ``fitted``: the solver of ``model.fitted`` with S evaluations.
         guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
         time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0 to 1;
             None follows the model's conventions.
         dtype: of weights and activations: float32, bfloat16, float16 or float64. None is that of
-            autocast where it is on, and the model's own otherwise. The state is fp32 regardless.
-            float8_e4m3fn multiplies most of each block in FP8 and is bf16 elsewhere
-            (``sampling.packed``); it costs accuracy. It wants an NVIDIA GPU of compute capability
-            8.9 or at least 9.0, and widths that are multiples of 16; ``impl=Impl.REFERENCE``
-            emulates it anywhere, slowly, so that its quality can be judged.
+            autocast if it is on, and the model's own otherwise. The state is always fp32.
+            float8_e4m3fn multiplies most of each block in FP8 and computes the rest in bf16
+            (``sampling.packed``). It costs accuracy. It needs an NVIDIA GPU of compute capability
+            8.9 or at least 9.0, and widths that are multiples of 16. ``impl=Impl.REFERENCE``
+            emulates it slowly on any device, to judge its quality.
         impl: of every fused op; None follows ``model.set_impl``.
         graph: replay each evaluation as a CUDA graph. None: on CUDA, unless ``compile``.
-        compile: compile the evaluation with ``torch.compile`` at the first call of each batch size.
-        working_memory: bytes that the activations of a micro-batch may take; None is 1 GiB on a CPU
-            and the size of the L2 cache on CUDA. At least one sample always goes through.
+        compile: compile the network with ``torch.compile`` at the first call of each batch size.
+        working_memory: bytes that the activations of a micro-batch may take. None is 1 GiB on a CPU
+            and the size of the L2 cache on CUDA. A micro-batch has at least one sample.
 
     Raises:
         ValueError: on an unknown or impossible choice.
@@ -142,8 +131,6 @@ class SamplingPlan:
         if working_memory is not None and working_memory < 1:
             raise ValueError(f"working_memory: expected at least 1 byte, got {working_memory}")
 
-    @untraced
-    @torch.no_grad()
     def __call__(
         self,
         eva: Tensor,
@@ -172,11 +159,13 @@ class SamplingPlan:
             RuntimeError: if a CUDA graph cannot be captured.
             torch.OutOfMemoryError: if not even one sample fits.
         """
+        if torch.compiler.is_compiling():
+            return outside_graph(self, eva, noise, generator, seeds, progress, callback)
         model = self.model
         device = eva.device
         self.check_device(device)
         graph = self._uses_graph(device)
-        warn_of_guidance(model, self.guidance_scale, stacklevel=4)
+        warn_of_guidance(model, self.guidance_scale, stacklevel=2)
         x = starting_noise(model, eva, noise, generator, seeds)
         if isinstance(self.solver, FittedSolver):
             self.solver.check(
@@ -185,7 +174,7 @@ class SamplingPlan:
                 weights=weights_digest(model),
             )
         dtype = self._dtype(device)
-        with _on(device), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), _on(device), torch.autocast(device.type, enabled=False):
             engine = find_engine(model, dtype, self.impl, compiled=self.compile)
             table = engine.table(model, self.grid, self.solver, x.dtype)
             limit = micro_batch(
@@ -256,7 +245,7 @@ class SamplingPlan:
         graph: bool,
         shared: bool,
     ) -> Run:
-        """Condition a micro-batch and put it at the start of its first evaluation."""
+        """Prepare a micro-batch for its first evaluation."""
         context = condition(engine.network, eva, guided=self.guided)
         x = noise.clone()
         if not graph:
@@ -277,7 +266,7 @@ class SamplingPlan:
     ) -> Trajectory:
         network = engine.network
         return Trajectory(
-            HoistedVelocity(engine.evaluate, network, table.modulations, context),
+            HoistedVelocity(engine.run, network, table.modulations, context),
             table.solver,
             x,
             guidance_scale=self.guidance_scale,

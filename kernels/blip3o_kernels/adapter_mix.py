@@ -2,7 +2,7 @@
 
 Forward, per element: reads 3, writes 1. Backward: with D = dout, ``d_adapted = D g``,
 ``d_residual = D (1 - g)``, ``d_gate = D (adapted - residual) g (1 - g)``; reads 4, writes 3.
-Nothing but the inputs is saved. Computes in fp32 (fp64 for fp64).
+Only the inputs are saved. Computes in fp32 (fp64 for fp64).
 """
 
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""``out = gelu(layer_norm(x[:W]) * w + b)`` on rows padded to P >= W columns, the rest set to 0.
+"""``out = gelu(layer_norm(x[:W]) * w + b)`` on rows padded to P >= W columns; the padding is 0.
 
     xhat = (x - mean) rstd        u = w xhat + b
     out = u Phi(u)                Phi(u) = (1 + erf(u / sqrt 2)) / 2
@@ -9,9 +9,9 @@ Backward, with du = dout (Phi(u) + u phi(u)) and g = w du:
     dx = rstd (g - mean(g) - xhat mean(g xhat))        dw = sum du xhat        db = sum du
 
 Forward, per row: reads P elements, writes P. Backward: reads 2 P, writes P, and 2 P fp32 partial
-sums per program. Whole rows move, since a mask that ends at an odd W would split the 16-byte
-accesses; what the padding holds is dropped. Nothing but the inputs is saved. Accumulates in fp32
-(fp64 for fp64).
+sums per program. Whole rows are read, since a mask that ends at an odd W would split the 16-byte
+accesses; the padding is then ignored. Only the inputs are saved. Accumulates in fp32 (fp64 for
+fp64).
 """
 
 import triton.language as tl

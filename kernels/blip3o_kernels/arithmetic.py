@@ -1,9 +1,9 @@
-"""Scalar pieces of several kernels.
+"""Scalar functions that several kernels use.
 
-Kernels compute in ``ACC``, fp32 or fp64, a constexpr. A Python float never reaches a kernel as it
-is: it would arrive as fp32 from an eager call and as fp64 from a compiler. Constants of a model are
-constexpr; numbers that change from call to call are split in two fp32 parts, which together hold 48
-bits, so that an fp64 kernel loses nothing and an fp32 kernel reads the first part alone.
+Kernels compute in ``ACC``, a constexpr that is fp32 or fp64. No kernel takes a Python float: it
+would arrive as fp32 from an eager call and as fp64 from a compiler. Constants of a model are
+constexpr. Numbers that change from call to call are split into two fp32 parts, which together have
+48 bits. An fp64 kernel reads both, an fp32 kernel reads the first.
 """
 
 import struct
@@ -34,5 +34,5 @@ def joined(high, low, ACC: tl.constexpr):
 
 @jit
 def sigmoid(x):
-    """``1 / (1 + exp(-x))``; exp overflows to inf, and the quotient to its limit 0."""
+    """``1 / (1 + exp(-x))``. Where exp overflows to inf, the quotient is 0, which is its limit."""
     return 1.0 / (1.0 + tl.exp(-x))

@@ -1,16 +1,16 @@
-"""The double norm ``rms(rms(x; w1); w2) * (1 + scale) + shift`` as one, for one row in registers.
+"""The double norm ``rms(rms(x; w1); w2) * (1 + scale) + shift`` of one row in registers.
 
-With a = w1 x, exactly (both norms add the same eps to their mean square):
+Both norms add the same eps to their mean square. With a = w1 x, exactly:
 
     u = w2 a r      r = rsqrt(mean(a^2) + eps (mean(x^2) + eps))      out = u (1 + scale) + shift
 
-so one reduction round, over x^2 and a^2 together, replaces two. Backward, with g = dout (1 + scale)
-w2 w1, xhat = x r and m = mean(g xhat):
+One reduction, over x^2 and a^2 together, replaces two. Backward, with g = dout (1 + scale) w2 w1,
+xhat = x r and m = mean(g xhat):
 
     dx = r (g - (w1^2 + eps) xhat m)
 
-again after one round, over x^2, a^2 and g x. The gradients of the parameters need three sums over
-the tokens of a sample, column by column,
+again after one reduction, over x^2, a^2 and g x. The gradients of the parameters need three sums
+over the tokens of a sample, column by column,
 
     P = sum dout xhat        Q = sum dout        R = sum m xhat^2
 
@@ -68,7 +68,7 @@ def double_norm_gradient(dout, x, w1, gain, EPS: tl.constexpr, WIDTH: tl.constex
 
 @jit
 def store_partial_sums(partial, p, q, r, cols, inside, WIDTH: tl.constexpr):
-    """Leave the three sums of this program for the second stage."""
+    """Write the three sums of this program for the second stage."""
     target = partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH) + cols
     tl.store(target, p, mask=inside)
     tl.store(target + WIDTH, q, mask=inside)
@@ -93,7 +93,7 @@ def _sample_sums_stage(
     COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Second stage, per sample: dshift, dscale and what the weights need of this sample."""
+    """Second stage, per sample: dshift, dscale, and this sample's part of the weight gradients."""
     blocks = tl.cdiv(width, COLS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
@@ -164,7 +164,7 @@ class Modulation(NamedTuple):
 
 
 def partial_sums(x: Tensor, acc: tl.dtype, programs: tuple[int, int], sums: int = 3) -> Tensor:
-    """Room for the sums of each program: ``[B, chunks, sums, D]``."""
+    """Empty memory for the sums of each program: ``[B, chunks, sums, D]``."""
     return x.new_empty((*programs, sums, x.shape[-1]), dtype=torch_accumulator(acc))
 
 

@@ -1,19 +1,19 @@
 """The four-term loss of rectified-flow training, and its gradient in the velocity.
 
 With v the velocity, x1 the data, c = x_t + s (1 - t) v the clean estimate (s = 1; -1 ``published``)
-and A the samples that count (all, or with ``masks`` those of t > 0.5):
+and A the samples that count (all, or with ``masks`` only those with t > 0.5):
 
     velocity = mean (v - (x1 - noise))^2       semantic = mean over A of mean_nc (c - x1)^2
     cosine = 1 - mean_bn cos(c, x1)            consistency = mean_A 1 - cos(mean_n c, mean_n x1)
 
     total = sum of weight_k term_k, where ``published`` caps the terms and the total
 
-Three stages in a fixed order, no atomics and nothing for the host to wait for: (1) programs walk
-the tokens of a sample and leave their sums, among them c and x1 summed over tokens, by column; (2)
-one program a sample adds these and forms the cosine of the means and its gradient; (3) one program
-adds the samples, and leaves with the terms d total / d (sum) of each, its factor in the gradient.
-Backward is then a map over rows; it cannot be part of the first pass, since the cosine of the means
-and the caps need the sums of all tokens.
+Three stages in a fixed order, without atomics and without a wait of the host. (1) Programs walk the
+tokens of a sample and write their sums, among them c and x1 summed over tokens, by column. (2) One
+program for each sample adds these and computes the cosine of the means and its gradient. (3) One
+program adds the samples. It writes the terms, and for each sum d total / d (sum), which is its
+factor in the gradient. Backward is then a map over rows. It cannot be part of the first stage,
+since the cosine of the means and the caps need the sums of all tokens.
 
 Forward, per row: reads 4 C elements, and writes 2 C sums per program. Backward, per row: reads 4 C,
 writes C; saves nothing of that size. Computes in fp32 (fp64 for an fp64 velocity).
@@ -65,7 +65,7 @@ def _load(
     scale,
     ACC: tl.constexpr,
 ):
-    """The clean estimate, the data, and how far the velocity is from its target, of one row."""
+    """Of one row: the clean estimate, the data, and velocity minus target."""
     v = load_row(velocity, token, cols, velocity_n, velocity_d, inside, ACC)
     data = load_row(x_1, token, cols, x_1_n, x_1_d, inside, ACC)
     clean = load_row(x_t, token, cols, x_t_n, x_t_d, inside, ACC) + scale * v

@@ -10,7 +10,7 @@ from blip3o_kernels.tiles import load_vector
 from blip3o_kernels.typed import jit
 
 SUMS = 3
-"""Scalars that a program of the first stage leaves: two sums of squares and one of cosines."""
+"""Scalars that a program of the first stage writes: two sums of squares and one of cosines."""
 
 EPS = tl.constexpr(1e-8)
 EARLIEST = tl.constexpr(1e-3)
@@ -92,7 +92,7 @@ def sample_stage(
 
 @jit
 def _capped(term, most, PUBLISHED: tl.constexpr):
-    """A term as the published loss bounds it, and d bounded / d term as torch's minimum has it."""
+    """A term under the published cap, and d capped / d term: 0.5 at the cap, as torch's minimum."""
     slope = tl.full((), 1.0, term.dtype)
     if PUBLISHED:
         slope = tl.where(term > most, 0.0, tl.where(term == most, 0.5, 1.0))

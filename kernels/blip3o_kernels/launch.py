@@ -1,23 +1,24 @@
-"""How kernels are launched: views without copies, block sizes, warps, rows a program walks.
+"""How kernels are launched: views without copies, block sizes, warps, and rows a program.
 
-The arithmetic behind the table, for an H100 (132 multiprocessors, 64 warps and 65,536 registers
-each, 3.0 TB/s measured, about 0.7 us from request to data): 3.0 TB/s * 0.7 us / 132 = 16 KB must be
-in flight on a multiprocessor.
+The arithmetic is for an H100: 132 multiprocessors with 64 warps and 65,536 registers each, 3.0 TB/s
+measured, about 0.7 us from request to data. So each multiprocessor must have
+3.0 TB/s * 0.7 us / 132 = 16 KB of loads in flight.
 
-* A row of a 16-bit dtype gives each thread 8 columns, one 16-byte load: ``num_warps`` is
-  ``block / 256``. A forward row kernel of 4 warps takes 40 to 60 registers a thread, so at least 8
-  programs are resident and 8 * 4 * 32 * 16 B = 16 KB are in flight for one input, 32 KB for the two
-  of a join.
-* A backward kernel keeps parameters and three sums a column in registers, 130 to 170 a thread, so 3
-  programs are resident; its four inputs still put 3 * 4 * 32 * 16 B * 4 = 24 KB in flight.
-* A forward program walks several rows once there are rows enough to fill the card 16 programs deep
-  (2,112), because each program reads up to four parameter rows, more than its own row.
-* A backward program walks up to 32 rows: its partial sums, three fp32 rows written and read again,
-  then cost 24 B per 32 * 6 B of a 16-bit column, an eighth of the traffic. At least 4 rows and at
-  most 512 to 1,024 programs otherwise.
+* In a row of a 16-bit dtype each thread has 8 columns, one 16-byte load. ``num_warps`` is therefore
+  ``block / 256``.
+* A forward row kernel of 4 warps takes 40 to 60 registers a thread. At least 8 programs fit on a
+  multiprocessor, with 8 * 4 * 32 * 16 B = 16 KB in flight for one input, 32 KB for the two of a
+  join.
+* A backward kernel keeps parameters and three sums a column in registers, 130 to 170 a thread. 3
+  programs fit, and its four inputs have 3 * 4 * 32 * 16 B * 4 = 24 KB in flight.
+* Each forward program reads up to four rows of parameters, more than its own row. Once there are
+  16 programs for each multiprocessor (2,112 in all), a program therefore walks several rows.
+* A backward program writes partial sums: three fp32 rows, which are read again. If it walks 32
+  rows, these cost 24 B for each 32 * 6 B of a 16-bit column, an eighth of the traffic. It walks 4
+  to 32 rows, so that there are 512 programs or more where the rows suffice.
 
-``num_warps`` and the block depend on the width alone, so a row's result does not depend on how many
-rows come with it.
+``num_warps`` and the block depend on the width only. So the result of a row does not depend on the
+other rows.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,14 +31,14 @@ from torch import Tensor
 from blip3o_kernels.typed import cdiv, next_power_of_2
 
 MAX_WIDTH = 8192
-"""Widest row that one program holds: 16 columns a thread at 16 warps, 128 registers each."""
+"""The widest row that one program holds: 16 columns a thread at 16 warps of 128 registers."""
 
 MAX_WARPS = 16
 REGISTERS = 65536
 
 ELEMENTWISE_COLUMNS = 1024
 ELEMENTWISE_ELEMENTS = 2048
-"""A tile of an elementwise kernel: 16 elements a thread at 4 warps, two 16-byte loads an input."""
+"""The tile of an elementwise kernel: 16 elements a thread at 4 warps, two 16-byte loads each."""
 
 FORWARD_PROGRAMS = 2112
 FORWARD_ROWS = 8
@@ -46,7 +47,7 @@ BACKWARD_ROWS = (4, 32)
 
 
 class RowLaunch(NamedTuple):
-    """Columns held by a program (a power of two), its warps, and the rows that it walks."""
+    """The columns of a program (a power of two), its warps, and the number of rows it walks."""
 
     block: int
     num_warps: int
@@ -54,7 +55,7 @@ class RowLaunch(NamedTuple):
 
 
 class ElementwiseLaunch(NamedTuple):
-    """Rows and columns of a program's tile, and the grid that covers everything."""
+    """Rows and columns of a program's tile, and the grid."""
 
     rows: int
     columns: int
@@ -62,14 +63,14 @@ class ElementwiseLaunch(NamedTuple):
 
 
 def forward_launch(width: int, rows: int) -> RowLaunch:
-    """Launch of a kernel that maps ``rows`` rows of ``width`` columns one by one."""
+    """The launch of a kernel that maps each of ``rows`` rows of ``width`` columns by itself."""
     block = row_block(width)
     walked = _power_of_two_below(min(FORWARD_ROWS, rows // FORWARD_PROGRAMS))
     return RowLaunch(block, _warps(block), walked)
 
 
 def backward_launch(width: int, rows: int) -> RowLaunch:
-    """Launch of a kernel that also sums over rows: fewer, longer programs."""
+    """The launch of a kernel that also sums over rows: fewer programs with more rows each."""
     block = row_block(width)
     least, most = BACKWARD_ROWS
     walked = _power_of_two_below(min(most, max(least, rows // BACKWARD_PROGRAMS)))
@@ -77,9 +78,10 @@ def backward_launch(width: int, rows: int) -> RowLaunch:
 
 
 def register_limit(launch: RowLaunch, programs: int) -> int:
-    """Registers a thread that let ``programs`` programs of 4 warps, or as many threads, reside.
+    """The most registers a thread with which ``programs`` programs of 4 warps fit at once.
 
-    A thread of the widest rows holds more than 8 columns, and gets registers in proportion.
+    Wider programs count by their threads. Threads of the widest rows hold more than 8 columns and
+    get more registers in proportion.
     """
     columns = max(8, launch.block // (32 * launch.num_warps))
     warps = max(4 * programs * 8 // columns, launch.num_warps)
@@ -101,12 +103,12 @@ def row_block(width: int) -> int:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Launch on the device of ``x``; in the interpreter there is none to choose."""
+    """Make the device of ``x`` the current one; nothing in the interpreter."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def elementwise_launch(rows: int, width: int) -> ElementwiseLaunch:
-    """Tile and grid of a kernel that maps elements, in one grid axis: the others end at 65,535."""
+    """Tile and grid of an elementwise kernel. The grid has one axis: the others end at 65,535."""
     most = ELEMENTWISE_ELEMENTS if rows == 1 else ELEMENTWISE_COLUMNS
     columns = min(next_power_of_2(width), most)
     tile_rows = min(next_power_of_2(rows), ELEMENTWISE_ELEMENTS // columns)
@@ -117,8 +119,8 @@ def elementwise_launch(rows: int, width: int) -> ElementwiseLaunch:
 def whole_rows_launch(rows: int, width: int) -> tuple[ElementwiseLaunch, int]:
     """Tile, grid and warps of an elementwise kernel whose tiles hold whole rows.
 
-    Up to 2,048 columns a tile is that of ``elementwise_launch``, of 4 warps; a wider row has as
-    many elements a thread, 16.
+    Up to 2,048 columns the tile is that of ``elementwise_launch``, with 4 warps. Wider rows have
+    more warps, again with 16 elements a thread.
     """
     columns = row_block(width)
     tile_rows = min(next_power_of_2(rows), max(1, ELEMENTWISE_ELEMENTS // columns))
@@ -127,14 +129,14 @@ def whole_rows_launch(rows: int, width: int) -> tuple[ElementwiseLaunch, int]:
 
 
 def batched_rows(x: Tensor) -> Tensor:
-    """``x`` as ``[B, N, W]``; a view unless more than three axes cannot be merged in place."""
+    """``x`` as ``[B, N, W]``. A copy only where more than three axes do not merge into a view."""
     if x.dim() > 3:
         return x.flatten(0, -3)
     return x[(None,) * (3 - x.dim())]
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """A parameter with contiguous columns: itself, or a small copy."""
+    """``x``, or a copy if its columns are not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -159,7 +161,7 @@ def accumulator(*tensors: Tensor | None) -> tl.dtype:
 
 
 def torch_accumulator(acc: tl.dtype) -> torch.dtype:
-    """The same for memory that holds sums."""
+    """The torch dtype of ``acc``."""
     return torch.float64 if acc == tl.float64 else torch.float32
 
 

@@ -2,8 +2,8 @@
 
     scale = max(|x|) / 448        values = e4m3(x * (1 / scale))
 
-in fp32, both divisions once a row and rounded to nearest. The conversion exists from sm_89 on. A
-row costs 1 byte an element and 4 of scale, and one more reduction round.
+in fp32. Both divisions are done once a row and rounded to nearest. GPUs convert to e4m3 from sm_89
+on. A row takes 1 byte an element and 4 bytes for the scale, and one more reduction.
 """
 
 import torch
@@ -15,14 +15,14 @@ from blip3o_kernels.typed import jit
 E4M3_MAX = tl.constexpr(448.0)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 SMALLEST = tl.constexpr(0x04E00000)
-"""448 times the smallest normal number: no scale is smaller, not even that of a row of zeros."""
+"""448 times the smallest normal number, so that even a row of zeros has a normal scale."""
 
 
 @jit
 def row_scale(x, axis: tl.constexpr):
     """The scales of rows that lie along ``axis``.
 
-    Magnitudes are compared as integers: the order is that of the numbers, and NaN is the largest.
+    Magnitudes are compared as integers. Their order is the same, and NaN is the largest.
     """
     magnitude = x.to(tl.int32, bitcast=True) & MAGNITUDE
     largest = tl.maximum(tl.max(magnitude, axis), SMALLEST)
@@ -31,7 +31,7 @@ def row_scale(x, axis: tl.constexpr):
 
 @jit
 def quantised(x, scale):
-    """``x`` over ``scale`` as e4m3; the quotient of a row's own scale does not overflow."""
+    """``x / scale`` as e4m3. It does not overflow if ``scale`` is that of the row."""
     return (x * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
 
 
@@ -45,7 +45,7 @@ def store_quantised(values, scales, row, x, cols, inside, WIDTH: tl.constexpr):
 
 
 def quantised_like(x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Memory for the rows of ``x``, or ``width`` columns of each, in e4m3 and for their scales."""
+    """Empty e4m3 rows and scales for the rows of ``x``, of ``width`` columns if it is given."""
     rows = x.shape[:-1]
     return (
         x.new_empty((*rows, width or x.shape[-1]), dtype=torch.float8_e4m3fn),

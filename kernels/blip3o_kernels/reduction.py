@@ -1,8 +1,8 @@
-"""Sums in a fixed order: equal bits from run to run, no atomics.
+"""Sums in a fixed order, without atomics: every run gives equal bits.
 
-A sum over rows takes two stages. Each program of a backward kernel adds the rows that it walks, in
-order, and writes its partial sums; a second kernel, one program per block of columns, adds the
-partial sums in the order of the programs.
+A sum over rows has two stages. Each program of a backward kernel adds its rows in order and writes
+partial sums. A second kernel, with one program for each block of columns, adds the partial sums in
+the order of the programs.
 """
 
 import triton.language as tl
@@ -17,7 +17,7 @@ STAGE_COLUMNS = 64
 
 @jit
 def sum2(a, b):
-    """The sums of two vectors in one reduction round."""
+    """The sums of two vectors in one reduction."""
     return tl.split(tl.sum(tl.join(a, b), axis=0))
 
 

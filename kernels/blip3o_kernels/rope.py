@@ -4,13 +4,13 @@ With j = i + d/2 and tables ``[N, d]`` of full width, whose halves may differ:
 
     out[i] = q[i] cos[i] - q[j] sin[i]        out[j] = q[j] cos[j] + q[i] sin[j]
 
-for the first H + K heads; the K value heads pass through. The map is linear; its adjoint, which is
-the backward pass, exchanges which table entry each product takes, and is not "negate sin":
+for the first H + K heads; the K value heads pass through. The map is linear. The backward pass is
+its adjoint, which takes other entries of the table. It is not the same map with -sin:
 
     dq[i] = g[i] cos[i] + g[j] sin[j]         dq[j] = g[j] cos[j] - g[i] sin[i]
 
-Per token: reads (H + 2K) d elements and writes as many, or in place 2 (H + K) d in all; the 2 d
-table entries serve every head and come from cache. Computes in fp32 (fp64 for fp64). One program
+Per token: reads (H + 2K) d elements and writes as many; in place it moves 2 (H + K) d in all. All
+heads read the same 2 d table entries, from cache. Computes in fp32 (fp64 for fp64). One program
 turns one token.
 """
 
@@ -119,7 +119,7 @@ def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
 
 
 def forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-    """Turn the first ``heads`` heads of ``qkv`` where they lie."""
+    """Turn the first ``heads`` heads of ``qkv`` in place."""
     _rotate(qkv, cos, sin, qkv, heads, adjoint=False)
 
 

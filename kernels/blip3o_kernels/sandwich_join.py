@@ -1,10 +1,10 @@
 """``x_out = x + norm(ls y; post)``, ``h = norm(x_out; pre)``: close one sub-layer, open the next.
 
 ``norm`` is the double norm of ``blip3o_kernels.double_norm``; ls is a layer scale ``[D]``. Each of
-ls, post and pre may be absent. h is computed from x_out as stored, so that backward, which saves
-x_out and y alone, sees the same numbers.
+ls, post and pre may be absent. h is computed from x_out after rounding, because backward saves only
+x_out and y and must see the same numbers.
 
-Forward, per row: reads 2 D elements (x, y), writes 2 D (x_out, h); separate ops would move 13 D.
+Forward, per row: reads 2 D elements (x, y), writes 2 D (x_out, h). Separate ops would move 13 D.
 Quantised, h is D bytes and a scale.
 Backward, per row: reads 4 D (dx_out, dh, x_out, y), writes 2 D (dx, dy), and 6 D fp32 partial sums
 per program; dx = dx_out + the gradient through pre, and dx drives the gradient through post.
@@ -41,7 +41,7 @@ from blip3o_kernels.tiles import load_row, load_vector, token_range
 from blip3o_kernels.typed import cdiv, jit
 
 BACKWARD_PROGRAMS = 3
-"""Resident on a multiprocessor at 4 warps: 168 registers a thread, where free choice takes 198."""
+"""Programs of 4 warps that fit on a multiprocessor: 168 registers a thread; unbounded 198."""
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])

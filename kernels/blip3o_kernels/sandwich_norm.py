@@ -1,12 +1,11 @@
-"""``h = rms(rms(x; w1); w2) * (1 + scale) + shift``: pre-norm and AdaLN (arXiv:2212.09748) as one.
+"""``h = rms(rms(x; w1); w2) * (1 + scale) + shift``: RMSNorm and AdaLN (arXiv:2212.09748) in one.
 
-The mathematics stands in ``blip3o_kernels.double_norm``. x is ``[B, N, D]``, w1 and w2 ``[D]``,
-shift and scale ``[B, D]``, constant over the tokens of a sample.
+The mathematics is in ``blip3o_kernels.double_norm``. x is ``[B, N, D]``, w1 and w2 ``[D]``, shift
+and scale ``[B, D]``.
 
-Forward, per row: reads D elements, writes D; parameters are read once for the rows that a program
-walks. Quantised, it writes D bytes and a scale. Backward, per row: reads 2 D (dout, x), writes D,
-and 3 D fp32 partial sums per program. Nothing but the inputs is saved. Accumulates in fp32 (fp64
-for fp64).
+Forward, per row: reads D elements, writes D. A program reads the parameters once for all its rows.
+Quantised, it writes D bytes and a scale. Backward, per row: reads 2 D (dout, x), writes D, and 3 D
+fp32 partial sums per program. Only the inputs are saved. Accumulates in fp32 (fp64 for fp64).
 """
 
 import triton.language as tl
@@ -34,13 +33,13 @@ from blip3o_kernels.tiles import load_row, load_vector, token_range
 from blip3o_kernels.typed import cdiv, jit
 
 FORWARD_PROGRAMS = 8
-"""Resident on a multiprocessor at 4 warps: 64 registers a thread, which leaves nothing to spill."""
+"""Programs of 4 warps that fit on a multiprocessor: 64 registers a thread, without spills."""
 
 QUANTISED_PROGRAMS = 7
-"""Resident on a multiprocessor at 4 warps: 72 registers a thread; 64 spill on sm_100."""
+"""Programs of 4 warps that fit on a multiprocessor: 72 registers a thread; 64 spill on sm_100."""
 
 BACKWARD_PROGRAMS = 5
-"""Resident on a multiprocessor at 4 warps: 96 registers a thread, where free choice takes 109."""
+"""Programs of 4 warps that fit on a multiprocessor: 96 registers a thread; unbounded 109."""
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])

@@ -1,13 +1,13 @@
 """``out = c[0] x + c[1] v + sum_r c[2 + r] slopes[r]``: one update of the ODE state.
 
-With guidance the velocity holds the conditional half over the unconditional one, and
+With guidance the velocity holds the conditional half, then the unconditional half, and
 ``v = v_uncond + guidance (v_cond - v_uncond)`` (arXiv:2207.12598). The result is clamped to a
-bound, if there is one; NaN stays NaN. Row ``slot`` of ``slopes``, if there is one, becomes v.
+bound, if there is one; NaN stays NaN. v replaces row ``slot`` of ``slopes``, if there is one.
 
 Per element: reads x, one or two velocities in their own dtype, and the rows of ``slopes`` whose
 coefficient is not zero; writes ``out`` and, if it is kept, v. Computes in the dtype of the state,
-fp32 or fp64. Coefficients, slot and bound lie on the device, so that a CUDA graph replays the
-kernel as they change. One compiled kernel serves any number of rows.
+fp32 or fp64. Coefficients, slot and bound are in device memory, so they may change between replays
+of a CUDA graph. One compiled kernel serves any number of rows.
 """
 
 import triton.language as tl
@@ -66,7 +66,7 @@ def _update_kernel(
             state += coefficient * tl.load(earlier, mask=inside, other=0.0)
     if slot is not None:
         kept = tl.load(slot)
-        # Loads and stores may divide the tile differently: nothing is stored before all is loaded.
+        # Threads may store other elements than they load: nothing is stored before all is loaded.
         tl.debug_barrier()
         tl.store(slopes + kept * slopes_r + at, slope, mask=inside & (kept >= 0) & (kept < count))
     if clamp is not None:
@@ -85,7 +85,7 @@ def forward(
     guidance_scale: float,
     out: Tensor,
 ) -> None:
-    """Write the new state to ``out``, contiguous; rows of ``slopes`` are contiguous."""
+    """Write the new state to ``out``. ``out`` and the rows of ``slopes`` are contiguous."""
     if not out.numel():
         return
     guided = guidance_scale != 1.0

@@ -1,8 +1,8 @@
 """``out = silu(gate) * up`` with ``gate_up = [gate | up]`` packed in a row (arXiv:2002.05202).
 
-Forward, per column of the output: reads 2 elements, writes 1; quantised, a byte, and a scale a row.
-Backward: with s = sigmoid(gate), ``d_up = g gate s`` and ``d_gate = g up s (1 + gate (1 - s))``;
-reads 3 elements, writes 2. Nothing but ``gate_up`` is saved.
+Forward, per column of the output: reads 2 elements, writes 1. Quantised, it writes a byte, and a
+scale a row. Backward: with s = sigmoid(gate), ``d_up = g gate s`` and
+``d_gate = g up s (1 + gate (1 - s))``; reads 3 elements, writes 2. Only ``gate_up`` is saved.
 Accumulates in fp32 (fp64 for fp64).
 """
 

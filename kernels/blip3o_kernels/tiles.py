@@ -1,8 +1,7 @@
 """Index arithmetic of kernels over strided ``[B, N, W]`` tensors.
 
-Every tensor is read where it lies: batch, token and column strides are arguments. A stride of 1 is
-specialised by Triton to a constant, so ordinary rows keep their 16-byte accesses. Offsets are
-int64.
+Tensors are not copied first: batch, token and column strides are arguments. Triton makes a stride
+of 1 a constant, so contiguous rows keep their 16-byte accesses. Offsets are int64.
 """
 
 import triton.language as tl
@@ -12,7 +11,7 @@ from blip3o_kernels.typed import jit
 
 @jit
 def tile(rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Row ``[ROWS, 1]`` and column ``[1, COLS]`` indices of this program, and which exist."""
+    """Row ``[ROWS, 1]`` and column ``[1, COLS]`` indices of this program, and which are inside."""
     blocks = tl.cdiv(width, COLS)
     program = tl.program_id(0)
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)
@@ -23,7 +22,7 @@ def tile(rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @jit
 def offsets(row, col, tokens, stride_b, stride_n, stride_d):
-    """Where the elements of a tile lie; ``row`` counts tokens through the batch."""
+    """Offsets of the elements of a tile. ``row`` counts the tokens of all samples."""
     batch = (row // tokens).to(tl.int64)
     token = (row % tokens).to(tl.int64)
     return batch * stride_b + token * stride_n + col.to(tl.int64) * stride_d

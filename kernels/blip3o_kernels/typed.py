@@ -1,7 +1,7 @@
-"""Triton's decorator and integer helpers with the types that a launcher sees.
+"""Triton's decorator and integer helpers, with the types that they have on the host.
 
-Triton gives ``jit`` a result that a type checker takes for the undecorated function, and its
-integer helpers one that may be a constexpr.
+Triton declares that ``jit`` returns the undecorated function, and that its integer helpers may
+return a constexpr.
 """
 
 from collections.abc import Callable

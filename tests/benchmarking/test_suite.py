@@ -14,7 +14,7 @@ from blip3o_fast.benchmarking.ceilings import Ceilings
 from blip3o_fast.benchmarking.clock import Budget
 from blip3o_fast.benchmarking.op_cases import op_cases
 from blip3o_fast.benchmarking.record import read_record
-from blip3o_fast.benchmarking.selection import GROUPS, Settings, choose_cases, omissions
+from blip3o_fast.benchmarking.selection import GROUPS, Settings, choose_sources, omissions
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.suite import RUN, Run, Stopped, measured, run_suite, stop_on_signals
 from blip3o_fast.benchmarking.watch import Prepared
@@ -264,9 +264,13 @@ def test_what_a_run_leaves_out_is_said():
     assert set(left) == {"torch.compile", "translations without a graph"}
 
 
+def choose_cases(settings):
+    return [case for _, make in choose_sources(settings) for case in make()]
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_a_cpu_run_has_every_group(quick):
-    cases = list(choose_cases(Settings(CPU, quick=quick)))
+    cases = choose_cases(Settings(CPU, quick=quick))
     assert list(dict.fromkeys(case.task.group for case in cases)) == list(GROUPS)
     compiled = {
         case.task.group for case in cases for c in case.contenders if "torch.compile" in c.name

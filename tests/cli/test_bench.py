@@ -58,9 +58,9 @@ def refused(capsys, *words):
     ("words", "message"),
     [
         (["--groups", "ops", "speed"], "groups: expected some of ops, attention, .*got 'speed'"),
-        (["--seconds", "0"], r"seconds: expected a positive number, got 0\.0"),
-        (["--seconds", "nan"], "seconds: expected a positive number, got nan"),
-        (["--seconds", "inf"], "seconds: expected a positive number, got inf"),
+        (["--seconds", "0"], r"seconds: expected more than 0, got 0\.0"),
+        (["--seconds", "nan"], "seconds: expected a number, got nan"),
+        (["--seconds", "inf"], "seconds: expected a number, got inf"),
         (["--published", "nowhere"], "published: expected a folder, found none at nowhere"),
         (["--compare", "nowhere.json"], "nowhere.json"),
     ],
@@ -70,8 +70,8 @@ def test_bad_options_are_refused_in_one_line(never, capsys, words, message):
 
 
 def test_no_gpu(never, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "device: expected a GPU that torch can use" in refused(capsys, "--device", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "device: expected one of the 0 CUDA devices" in refused(capsys, "--device", "cuda")
 
 
 def test_a_folder_that_is_not_the_published_repository(never, capsys, tmp_path):

@@ -29,7 +29,7 @@ def rgb(colour):
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_every_plot_is_drawn_in_the_theme(drawn, theme):
     plots = drawn[theme]
-    assert set(plots) == {"similarity.png", "histogram.png", "token_maps.png", "loss.png"}
+    assert {"similarity.png", "histogram.png", "token_maps.png", "loss.png"} <= set(plots)
     for name, png in plots.items():
         image = pixels(png)
         assert tuple(image[0, 0]) == rgb(theme.page)
@@ -39,9 +39,9 @@ def test_every_plot_is_drawn_in_the_theme(drawn, theme):
             assert (pixels(plots[name]) == rgb(colour)).all(-1).sum() > 100, (name, colour)
 
 
-def test_no_history_no_loss_plot(make_report):
+def test_no_history_no_loss_plot(make_report, drawn):
     plots = draw_plots(make_report(history=(), photos=()), LIGHT)
-    assert set(plots) == {"similarity.png", "histogram.png", "token_maps.png"}
+    assert set(drawn[LIGHT]) - set(plots) == {"loss.png"}
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -169,7 +169,9 @@ def test_refusals_say_what_to_do():
     with pytest.raises(ValueError, match=r"no backward.*no_grad.*pass impl=Impl.REFERENCE"):
         resolve_impl(Impl.ATEN, x, op="rope")
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"swiglu: impl=ATEN on .*this op has no such passes"):
+        with pytest.raises(
+            ValueError, match=r"swiglu: impl=ATEN on .*this op has no ATen implementation"
+        ):
             resolve_impl(Impl.ATEN, x, op="swiglu")
         with pytest.raises(ValueError, match="expected a CPU tensor"):
             resolve_impl(Impl.ATEN, x.to("meta"), op="rope")

@@ -58,7 +58,8 @@ def cases() -> Iterator[Case]:
         *args, **{**options, "steps": STEPS}
     )
     seen = set()
-    for case in selection.choose_cases(selection.Settings(GPU)):
+    sources = selection.choose_sources(selection.Settings(GPU))
+    for case in (case for _, make in sources for case in make()):
         task = case.task
         shape = task.shape if task.group in ("ops", "attention") else ""
         new = {(task.group, task.name, shape, c.name): c for c in case.contenders}
