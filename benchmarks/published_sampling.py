@@ -1,6 +1,6 @@
 """A batch translated on a CPU: the published 100 evaluations, ours, and five of a fitted solver.
 
-    python benchmarks/published_sampling.py --published CHECKOUT > OUT.json
+    python benchmarks/published_sampling.py --published CHECKOUT --json OUT.json
 
 CHECKOUT is as for ``published_cpu.py``. All competitors have the same random weights of base, start
 from the same noise, and take their turns in every round; the seconds are medians. Errors are
@@ -25,14 +25,16 @@ from published_cpu import CLIP, EVA, TOKENS, autocast, build_published
 from torch import Tensor
 
 from blip3o_fast import SamplingPlan, accelerate, fit_solver
+from blip3o_fast.atomic import write_atomically
 from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.report.style import LIGHT, decimal_axis, new_figure, png, style_axes
 
 STEPS = 50  # of Heun's method: the published default
 SEED = 0
 
 
 def main() -> int:
-    """Fit, time, compare, and write JSON to standard output."""
+    """Fit, time, compare, and write JSON and a picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--published", required=True, help="checkout of the published repository")
@@ -42,6 +44,7 @@ def main() -> int:
     add("--evaluations", type=int, default=5, help="of the fitted solver")
     add("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     add("--layers", type=int, default=12, help="blocks; base has 12")
+    add("--json", required=True, help="where to write the figures; a PNG goes beside them")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
@@ -81,7 +84,7 @@ def main() -> int:
             started = time.perf_counter()
             results[name] = run()
             times[name].append(time.perf_counter() - started)
-            print(f"{name}: {times[name][-1]:.2f} s", file=sys.stderr, flush=True)
+            print(f"{name}: {times[name][-1]:.2f} s", flush=True)
     seconds = {name: median(taken) for name, taken in times.items()}
     first = next(iter(competitors))
     exact = results[first]
@@ -96,8 +99,32 @@ def main() -> int:
         "error": {name: float((x - exact).norm() / exact.norm()) for name, x in results.items()},
         "fit": fit | {"conditions": args.conditions, "held_out_error": solver.error},
     }
-    print(json.dumps(facts))
+    path = Path(args.json)
+    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(path.with_suffix(".png"), draw(facts))
     return 0
+
+
+def draw(facts: dict[str, Any]) -> bytes:
+    """A PNG: seconds of a batch, with ratio and error."""
+    figure = new_figure(7.5, 2.8)
+    axes = figure.subplots()
+    names = list(facts["seconds"])
+    seconds = [facts["seconds"][name] for name in names]
+    colours = [LIGHT.grey if name.startswith("published") else LIGHT.series[0] for name in names]
+    axes.barh(names, seconds, color=colours)
+    for place, name in enumerate(names):
+        text = f" {seconds[place]:.3g} s, {facts['ratio'][name]:.3g}x"
+        if facts["error"][name]:
+            text += f", error {facts['error'][name]:.1e}"
+        axes.text(seconds[place], place, text, va="center", color=LIGHT.text, fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlim=(min(seconds) / 2, max(seconds) * 40))
+    axes.set_xlabel(f"seconds for a batch of {facts['batch']} on {facts['environment']['device']}")
+    style_axes(axes)
+    axes.grid(False)
+    decimal_axis(axes.xaxis)
+    return png(figure)
 
 
 def seeded() -> torch.Generator:

@@ -3,7 +3,7 @@
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    write nothing; exit with 1 and name what differs
 
-README.md and benchmarks/README.md have blocks between ``<!-- results of ... -->`` and
+README.md, pages of docs and benchmarks/README.md have blocks from ``<!-- results of ... -->`` to
 ``<!-- /results -->`` that are made from the JSON files under ``benchmarks/results``, which programs
 wrote; the text around them is written by hand. SCALING.md is made by ``scaling``.
 """
@@ -11,21 +11,26 @@ wrote; the text around them is written by hand. SCALING.md is made by ``scaling`
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import relpath
 from pathlib import Path
 
 import scaling
-from read_results import Result, read_results
+from read_results import Kind, Result, read_results
 from result_tables import headline, section
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO, SPEED, FITTED, ZERO_TIME, CONVENTIONS, EVERYTHING = (
+SPEED, FITTED, ZERO_TIME, CONVENTIONS, EVERYTHING = (
     f"<!-- results of {what} -->"
-    for what in (
-        *("the demo", "speed", "fitted solvers", "training at zero"),
-        *("conventions", "everything"),
-    )
+    for what in ("speed", "fitted solvers", "training at zero", "conventions", "everything")
 )
 END = "<!-- /results -->"
+BLOCKS: dict[str, dict[str, tuple[Kind, ...]]] = {
+    "README.md": {SPEED: ("bench", "sampling")},
+    "docs/solvers.md": {FITTED: ("fitted",), ZERO_TIME: ("zero_time",)},
+    "docs/published.md": {CONVENTIONS: ("conventions",)},
+}
+"""Page to marker to the kinds of results that stand there, in short."""
+OWN = "benchmarks/README.md"
 RESULTS = "benchmarks/results"
 NONE = f"No results are committed under `{RESULTS}/` yet."
 
@@ -56,31 +61,24 @@ def documents(root: Path) -> dict[Path, str]:
         ValueError: naming a document without its markers, or a file that is no result.
     """
     results = read_results(root / RESULTS)
-    top, own = root / "README.md", root / "benchmarks" / "README.md"
-    texts = {path: read(path) or "" for path in (top, own)}
-    blocks = {
-        DEMO: ("demo",),
-        SPEED: ("bench", "published"),
-        FITTED: ("fitted", "sampling"),
-        ZERO_TIME: ("zero_time",),
-        CONVENTIONS: ("conventions",),
-    }
-    for begin, kinds in blocks.items():
-        chosen = [result for result in results if result.kind in kinds]
-        texts[top] = replace_block(top, texts[top], begin, short(chosen, root))
-    texts[own] = replace_block(own, texts[own], EVERYTHING, long(results, own.parent))
-    return {
-        **texts,
-        root / "benchmarks" / scaling.PAGE.name: scaling.render(),
-    }
+    texts: dict[Path, str] = {}
+    for name, blocks in BLOCKS.items():
+        path = root / name
+        texts[path] = read(path) or ""
+        for begin, kinds in blocks.items():
+            chosen = [result for result in results if result.kind in kinds]
+            texts[path] = replace_block(path, texts[path], begin, short(chosen, path, root))
+    own = root / OWN
+    texts[own] = replace_block(own, read(own) or "", EVERYTHING, long(results, own.parent))
+    return {**texts, root / "benchmarks" / scaling.PAGE.name: scaling.render()}
 
 
-def short(results: list[Result], folder: Path) -> str:
-    """A block of README.md."""
-    parts = [text for result in results if (text := headline(result, folder))]
+def short(results: list[Result], page: Path, root: Path) -> str:
+    """A block of a page that is not about results alone."""
+    parts = [text for result in results if (text := headline(result, page.parent))]
     if not parts:
         return NONE
-    parts.append("All figures: [benchmarks/README.md](benchmarks/README.md).")
+    parts.append(f"All figures: [{OWN}]({relpath(root / OWN, page.parent)}).")
     return "\n\n".join(parts)
 
 

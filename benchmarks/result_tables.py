@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,12 @@ def section(result: Result, folder: Path) -> str:
 
 def pictures(result: Result, folder: Path) -> str:
     """The pictures of a result, by paths relative to ``folder``."""
-    places = [path.relative_to(folder).as_posix() for path in result.pictures]
+    places = [Path(relpath(path, folder)).as_posix() for path in result.pictures]
     return "\n".join(f"![{Path(place).stem}]({place})" for place in places)
 
 
 def headline(result: Result, folder: Path) -> str:
-    """The shortest account of one result; empty if it has none. Pictures as in ``section``.
-
-    Of a CPU a reader asks first how the library compares with what was published.
-    """
+    """The shortest account of one result; empty if it has none. Pictures as in ``section``."""
     if result.record is not None and result.record.environment["device_type"] == "cuda":
         rows = [m for m in result.record.measurements if m.group in HEADLINES]
         return f"{where(result)}\n\n{against_peers(rows)}" if rows else ""
@@ -42,7 +40,7 @@ def headline(result: Result, folder: Path) -> str:
         return f"{where(result)}\n\n" + "\n\n".join(
             errors_of_solvers(model) for model in result.content["models"]
         )
-    if result.kind in ("published", "sampling", "conventions", "zero_time", "demo"):
+    if result.kind in ("sampling", "conventions", "zero_time"):
         return "\n\n".join(
             (where(result), *SECTIONS[result.kind](result), pictures(result, folder))
         ).rstrip()

@@ -8,8 +8,10 @@ from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.published import (
     BLIP3oCLIPDiTConfig,
     BLIP3oCLIPDiTModel,
+    ImprovedBLIP3oCLIPDiTModel,
     accelerate,
     create_clip_reproduction_model,
+    create_improved_clip_reproduction_model,
 )
 from blip3o_fast.sampling import SamplingPlan, fit_solver, forget
 
@@ -37,6 +39,8 @@ __all__ = [
     "BLIP3oCLIPDiTModel",
     "BLIP3oCLIPDiTConfig",
     "create_clip_reproduction_model",
+    "ImprovedBLIP3oCLIPDiTModel",
+    "create_improved_clip_reproduction_model",
 ]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from blip3o_fast.checked import Count, Positive, Share, check, check_names, from_json
 from blip3o_fast.conventions import Conventions, ConventionsName, find_conventions
@@ -32,6 +32,7 @@ class DiTConfig:
         clip_embedding_size: width C of the state.
         num_tokens: tokens N of the state: the product of ``grid``, plus one for a CLS token.
         max_position_embeddings: rows of the learned ``pos_embed``, used without ``use_3d_rope``.
+            Published models with more tokens than rows do without.
         use_3d_rope: rotary positions on the grid. Off: 1-D rotary positions and ``pos_embed``.
         rope_theta: longest rotary period is ``2 pi * rope_theta`` positions.
         image_size, patch_size: in pixels. Their ratio is the default grid's height and width.
@@ -113,6 +114,11 @@ class DiTConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def has_positions(self) -> bool:
+        """Whether learned positions are added to the stream."""
+        return not self.use_3d_rope and self.num_tokens <= self.max_position_embeddings
+
+    @property
     def rules(self) -> Conventions:
         """The record that ``conventions`` names."""
         return find_conventions(self.conventions)
@@ -129,7 +135,7 @@ class DiTConfig:
         return self.grid
 
     @classmethod
-    def preset(cls, size: Size, **overrides: Any) -> "DiTConfig":
+    def preset(cls, size: Size, **overrides: Any) -> Self:
         """A published size, with some fields replaced.
 
         >>> DiTConfig.preset("base").num_hidden_layers
@@ -141,11 +147,12 @@ class DiTConfig:
         fields: dict[str, Any] = {**PRESETS[size], **overrides}
         if fields.get("training_mode") == "cls_patch":
             fields.setdefault("num_tokens", 257)
-            fields.setdefault("max_position_embeddings", 257)
+            if find_conventions(fields.get("conventions", cls.conventions)).needs_positions:
+                fields.setdefault("max_position_embeddings", 257)
         return cls(**fields)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "DiTConfig":
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields of a ``config.json``. Without ``conventions`` it is a published one.
 
         Raises:
@@ -162,7 +169,7 @@ class DiTConfig:
         """JSON-ready fields; ``DiTConfig.from_dict`` reads them back."""
         return {**dataclasses.asdict(self), "grid": list(self.patches)}
 
-    def replace(self, **changes: Any) -> "DiTConfig":
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
         check_names(type(self), changes, "config key")
         return dataclasses.replace(self, **changes)
@@ -205,7 +212,8 @@ class DiTConfig:
                 f"head width that is a multiple of {self.rules.head_width_multiple}, "
                 f"got {self.head_dim}"
             )
-        if not self.use_3d_rope and self.max_position_embeddings < self.num_tokens:
+        learned = self.use_3d_rope or self.has_positions
+        if self.rules.needs_positions and not learned:
             raise ValueError(
                 f"max_position_embeddings: expected at least num_tokens ({self.num_tokens}), "
                 f"got {self.max_position_embeddings}"

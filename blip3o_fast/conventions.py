@@ -12,6 +12,7 @@ clamp of the state          none                         +-50 after every step
 clean estimate in the loss  x_t + (1 - t) v              x_t - (1 - t) v, two terms over t > 0.5
 rotary embedding            a rotation                   a shear (see ``model.positions``)
 cross-attention positions   the same rotary embedding    none
+too few learned positions   refused                      left out for all tokens
 input stream                state + aligned EVA tokens   state
 timestep input              1000 t                       t
 state that enters           clean_coefficient(t) x_t     x_t
@@ -64,6 +65,8 @@ class Conventions:
         rotary: layout of the rotary angles, see ``model.positions``.
         head_width_multiple: the head width must be a multiple of it, for that layout.
         cross_positions: whether cross-attention rotates its queries and keys.
+        needs_positions: whether a model without ``use_3d_rope`` must have a learned position for
+            every token; otherwise a table that is too short is left out.
         time_grid: the default grid of the sampler.
         noise_in_feature_dtype: draw noise in the dtype of the features, not in fp32.
         loss: the form of the loss, see ``reference.flow_loss``: ``published`` has the opposite sign
@@ -78,6 +81,7 @@ class Conventions:
     rotary: Literal["rotation", "shear"]
     head_width_multiple: int
     cross_positions: bool
+    needs_positions: bool
     time_grid: GridName
     noise_in_feature_dtype: bool
     loss: Literal["consistent", "published"]
@@ -93,6 +97,7 @@ CONVENTIONS: dict[str, Conventions] = {
         rotary="rotation",
         head_width_multiple=4,
         cross_positions=True,
+        needs_positions=True,
         time_grid="ascending",
         noise_in_feature_dtype=False,
         loss="consistent",
@@ -106,6 +111,7 @@ CONVENTIONS: dict[str, Conventions] = {
         rotary="shear",
         head_width_multiple=8,
         cross_positions=False,
+        needs_positions=False,
         time_grid="published",
         noise_in_feature_dtype=True,
         loss="published",

@@ -7,7 +7,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from blip3o_fast.checkpoint import SOLVER_NAME, check_tensors, load_checkpoint, save_checkpoint
+from blip3o_fast.checkpoint import (
+    SOLVER_NAME,
+    check_tensors,
+    load_checkpoint,
+    locate_checkpoint,
+    save_checkpoint,
+)
 from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
 from blip3o_fast.model import DiT
 from blip3o_fast.sampling import PlanOptions, SamplingPlan
@@ -43,7 +49,8 @@ class BLIP3oDiT(DiT):
         What sampling needs is kept from call to call: packed weights, tables and CUDA graphs.
 
         Args:
-            eva_features: ``[B, N, E]``, finite, on the model's device.
+            eva_features: ``[B, N, E]``, finite, on the model's device. Where they begin with a CLS
+                token that the model has not, ``[B, N + 1, E]``, it is left out, as in training.
             num_inference_steps: S, at least 1.
             use_heun: Heun (two evaluations a step) rather than Euler, unless ``solver`` says.
             guidance_scale: weight of the condition over the empty condition; 1 is no guidance.
@@ -71,6 +78,9 @@ class BLIP3oDiT(DiT):
             guidance_scale=guidance_scale,
             **options,
         )
+        if eva_features.dim() == 3 and not self.config.has_cls:
+            extra = eva_features.shape[1] - self.config.num_tokens == 1
+            eva_features = eva_features[:, int(extra) :]
         return plan(eva_features, noise, generator, seeds, progress, callback)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -137,8 +147,31 @@ class BLIP3oDiT(DiT):
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
 
 
+def newest_run(folder: Path) -> Path:
+    """The training run that is a folder, or the newest of those in it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    runs = [folder, *folder.glob("*/")]
+    for run in sorted(runs, key=lambda run: (run == folder, _changed(run)), reverse=True):
+        try:
+            locate_checkpoint(run)
+        except (FileNotFoundError, ValueError):
+            continue
+        return run
+    raise FileNotFoundError(
+        f"path: expected a checkpoint, got none, and there is no training run in ./{folder}; pass "
+        "its folder"
+    )
+
+
+def _changed(folder: Path) -> float:
+    return folder.stat().st_mtime if folder.exists() else 0.0
+
+
 def load_trained_model(
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
@@ -146,9 +179,12 @@ def load_trained_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> BLIP3oDiT:
-    """``BLIP3oDiT.from_pretrained`` under the name that the published README uses."""
+    """``BLIP3oDiT.from_pretrained`` under the name that the published README uses.
+
+    Without a path it loads the run in ``./checkpoints``, or the newest run below that folder.
+    """
     return BLIP3oDiT.from_pretrained(
-        path,
+        newest_run(Path("checkpoints")) if path is None else path,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         revision=revision,

@@ -8,7 +8,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = ("sandwich_rope", "prenorm_rope", "sandwich_posembed", "linear_adapter", "head_dim_64")
+MODELS = (
+    *("sandwich_rope", "prenorm_rope", "sandwich_posembed", "linear_adapter", "head_dim_64"),
+    "cls_patch_posembed",
+)
 
 
 class Golden(NamedTuple):

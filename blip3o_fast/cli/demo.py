@@ -1,9 +1,9 @@
 """``blip3o-fast demo``: real photos to a trained translator and an honest report, on any machine.
 
 Photos -> tokens of two small pretrained encoders -> shards -> a small DiT learns to translate one
-encoder's tokens into the other's, once as a flow and once as a plain regression -> a solver is
-fitted to the flow -> held-out photos are translated -> the result stands beside the mean predictor,
-a tuned ridge regression and the plain one. Every stage continues where an interrupted run stopped.
+encoder's tokens into the other's -> solvers are fitted to it -> held-out photos are translated ->
+the result stands beside the mean predictor and a tuned ridge regression. Every stage continues
+where an interrupted run stopped.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from blip3o_fast.demo.pipeline import (
-    ZERO_TIME_FRACTION,
     DemoOptions,
     evaluate,
     extract_tokens,
@@ -44,16 +43,13 @@ def run(args: argparse.Namespace) -> int:
     say(
         started, f"{samples} crops of {len(refs)} photos, {photos} held out, in {folder / 'shards'}"
     )
-    shards, run, regression = folder / "shards", folder / "run", folder / "regression"
     try:
-        losses = train_model(options, shards, run, device, zero_time_fraction=ZERO_TIME_FRACTION)
-        say(started, f"trained the flow for {options.steps} steps, in {run}")
-        train_model(options, shards, regression, device, zero_time_fraction=1.0)
-        say(started, f"trained the same network as a plain regression, in {regression}")
+        losses = train_model(options, folder, device)
     except TrainingInterrupted as stop:
         print(f"blip3o-fast demo: {stop}; run again to go on", file=sys.stderr)
         return stop.exit_status
-    fitted = fit_solvers_to(run, shards, device)
+    say(started, f"trained for {options.steps} steps, in {folder / 'run'}")
+    fitted = fit_solvers_to(folder / "run", folder / "shards", device)
     errors = ", ".join(f"{n}: {solver.error:.2g}" for n, solver in sorted(fitted.items()))
     say(started, f"fitted solvers; error by number of evaluations {errors}")
     report = evaluate(options, folder, device, refs, losses)

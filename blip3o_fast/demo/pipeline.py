@@ -1,4 +1,4 @@
-"""The stages of the demo: photos to shards, shards to models and a solver, these to a report.
+"""The stages of the demo: photos to shards, shards to a model, solvers for it, and a report.
 
 Every stage continues where an interrupted run stopped.
 """
@@ -58,8 +58,6 @@ TRAINING = {
     "save_every_n_steps": 200,
 }
 """Validated with one Euler step, which estimates the conditional mean."""
-
-ZERO_TIME_FRACTION = 0.0  # of the flow; 1 is plain regression
 
 FITTED = (3, 5, 8)  # evaluations of the solvers that are fitted to the model
 CONDITIONS = 16  # training crops that they are fitted on
@@ -123,24 +121,18 @@ def extraction_settings(refs: list[ImageRef]) -> ExtractionSettings:
 
 
 def train_model(
-    options: DemoOptions,
-    shards: Path,
-    run: Path,
-    device: torch.device,
-    *,
-    zero_time_fraction: float,
+    options: DemoOptions, folder: Path, device: torch.device
 ) -> tuple[tuple[int, float], ...]:
     """Train, or go on; the losses by step."""
     training = TrainingOptions(
-        chunked_embeddings_dir=str(shards),
-        output_dir=str(run),
+        chunked_embeddings_dir=str(folder / "shards"),
+        output_dir=str(folder / "run"),
         max_steps=options.steps,
         eval_every_n_steps=min(VALIDATE_EVERY, options.steps),
         device="cuda" if device.type == "cuda" else "cpu",
         precision="bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32",
         progress=options.progress,
         seed=SEED,
-        zero_time_fraction=zero_time_fraction,
         **MODEL,
         **TRAINING,
     )
@@ -178,7 +170,6 @@ def evaluate(
 ) -> Report:
     """Measure the best checkpoint on held-out crops beside the baselines."""
     model = load_trained_model(folder / "run", device=device)
-    regression = load_trained_model(folder / "regression", device=device)
     by_key = {ref.key: ref for ref in refs}
     settings = extraction_settings(refs)
 
@@ -215,6 +206,5 @@ def evaluate(
         facts=facts,
         history=losses,
         image_of=crop,
-        regression=regression,
         progress=options.progress,
     )

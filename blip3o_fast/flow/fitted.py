@@ -7,6 +7,7 @@ field: ``sampling.fit`` chooses the coefficients by least squares. Related: non-
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -117,25 +118,28 @@ class FittedSolver:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return dataclasses.asdict(self)
+        """JSON-ready fields, and a digest of them."""
+        fields = dataclasses.asdict(self)
+        return {**fields, "digest": _digest(fields)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "FittedSolver":
         """Read what ``to_dict`` wrote.
 
         Raises:
-            ValueError: on a missing, unknown or malformed field.
+            ValueError: on a missing, unknown or malformed field, and where a value is not the one
+                that was written: the stored error would be that of another solver.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {"digest", *(field.name for field in dataclasses.fields(cls))}
         if set(fields) != names:
             raise ValueError(
                 f"fitted solver: expected the fields {', '.join(sorted(names))}, "
                 f"got {', '.join(sorted(map(str, fields)))}"
             )
+        kept = {name: value for name, value in fields.items() if name != "digest"}
         try:
             read = {
-                **fields,
+                **kept,
                 **{
                     name: tuple(map(float, fields[name]))
                     for name in ("labels", "lengths", "states")
@@ -145,7 +149,13 @@ class FittedSolver:
             }
         except (TypeError, ValueError) as error:
             raise ValueError(f"fitted solver: expected lists of numbers ({error})") from None
-        return cls(**read)
+        solver = cls(**read)
+        if fields["digest"] != _digest(kept):
+            raise ValueError(
+                "fitted solver: expected what fit_solver wrote, got values that were changed "
+                "since; fit it again"
+            )
+        return solver
 
     def save(self, folder: str | Path) -> None:
         """Add it to ``solver.json`` in the folder of its model, in place of one as long."""
@@ -205,6 +215,11 @@ def load_solvers(folder: str | Path) -> dict[int, FittedSolver]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: expected fitted solvers ({error})") from None
     return {len(solver): solver for solver in solvers}
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    text = json.dumps(fields, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _shown(value: object) -> str:

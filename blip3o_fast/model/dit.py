@@ -89,7 +89,7 @@ class DiT(nn.Module):
         therefore add the adapted EVA tokens ``[B, N, D]``. Learned positions are added here too.
         """
         aligned = context if self.config.rules.aligned_stream else None
-        if self.config.use_3d_rope:
+        if not self.config.has_positions:
             return aligned
         positions = self.pos_embed[:, : self.config.num_tokens]
         if aligned is None:

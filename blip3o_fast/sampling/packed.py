@@ -219,7 +219,7 @@ def pack(model: DiT, dtype: torch.dtype, impls: ImplTable) -> PackedNetwork:
         return Affine(whole(linear.weight).to(dtype), whole(linear.bias).to(dtype))
 
     adapter = model.eva_adapter
-    positions = None if config.use_3d_rope else whole(model.pos_embed).to(dtype)
+    positions = whole(model.pos_embed).to(dtype) if config.has_positions else None
     return PackedNetwork(
         config=config,
         impls=impls,

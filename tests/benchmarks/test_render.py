@@ -17,12 +17,17 @@ from small_data import small_model, write_shards
 from blip3o_fast.benchmarking.record import Measurement, Record
 from blip3o_fast.sampling import fit
 
-BLOCKS = "\n\n".join(
-    f"{begin}\n{render.END}"
-    for begin in (render.DEMO, render.SPEED, render.FITTED, render.ZERO_TIME, render.CONVENTIONS)
-)
-TOP = f"text\n\n{BLOCKS}\n\nmore text\n"
-OWN = f"text\n\n{render.EVERYTHING}\n{render.END}\n\nmore text\n"
+
+def page(*markers):
+    """A document with empty blocks."""
+    return (
+        "text\n\n" + "\n\n".join(f"{begin}\n{render.END}" for begin in markers) + "\n\nmore text\n"
+    )
+
+
+PAGES = {name: page(*blocks) for name, blocks in render.BLOCKS.items()}
+PAGES[render.OWN] = page(render.EVERYTHING)
+TOP, OWN = PAGES["README.md"], PAGES[render.OWN]
 ENVIRONMENT = {
     "device": "a device",
     "device_type": "cuda",
@@ -46,8 +51,9 @@ CONVENTIONS = {
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(TOP)
-    (tmp_path / "benchmarks" / "README.md").write_text(OWN)
+    (tmp_path / "docs").mkdir()
+    for name, text in PAGES.items():
+        (tmp_path / name).write_text(text)
     return tmp_path
 
 
@@ -92,9 +98,10 @@ ROWS = (
 )
 
 
-def texts(root):
+def texts(root, short="README.md"):
+    """A page with the headline of a result, and the one with all of it."""
     assert render.main([], root) == 0
-    return [(root / name).read_text() for name in ("README.md", "benchmarks/README.md")]
+    return [(root / name).read_text() for name in (short, render.OWN)]
 
 
 def test_the_committed_documents_are_what_the_results_say():
@@ -216,7 +223,7 @@ def test_published_cpu_as_it_prints_itself(root, capsys):
     published_cpu.report(seconds, 2e-6, args)
     line = capsys.readouterr().out.splitlines()[-1]
     (root / "benchmarks/results/published_cpu.json").write_text(line)
-    for text in texts(root):
+    for text in texts(root)[1:]:
         assert "| plan, bf16 | 250 ms | 240 ms | 18x | 150 ms | 60% |" in text
         assert "differ by 2.0e-06" in text and f"torch {torch.__version__}" in text
 
@@ -229,7 +236,7 @@ def test_conventions_by_number_of_evaluations(root):
     rows = [row("ridge", 0, 0.813), row("consistent", 1, 0.838), row("consistent", 50, 0.702)]
     content = {**CONVENTIONS, "rows": rows}
     (root / "benchmarks/results/conventions.json").write_text(json.dumps(content))
-    top, own = texts(root)
+    top, own = texts(root, "docs/published.md")
     assert own.count("| ridge |") == 1 and "| ridge |" in top.partition(render.CONVENTIONS)[2]
     assert "| ridge |  |  | 0.813 [0.713, 0.950] |  |" in own
     assert "| consistent |  |  | 0.838 [0.738, 0.950] | 0.702 [0.602, 0.950] |" in own
@@ -293,7 +300,7 @@ def test_fitted_solvers_as_the_program_writes_them(root, tmp_path, monkeypatch, 
             assert 0 < row["fp32"] < row["fp8"], "FP8 adds an error"
         cases = [row["case"] for row in model["transfer"]]
         assert cases[0] == "conditions that are no image" and "guidance" in cases[1]
-    top, own = texts(root)
+    top, own = texts(root, "docs/solvers.md")
     for text in (top, own):
         assert "**Published conventions, guidance 2.** Relative error of the final" in text
         assert f"| 4 | {models[0]['errors'][1]['error']:.2g} |" in text
@@ -311,7 +318,7 @@ def test_training_at_zero_as_the_program_writes_it(root, tmp_path, monkeypatch, 
     assert [(row["fraction"], row["seed"]) for row in rows] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     values = [row["one"]["token_cosine"] for row in rows if row["fraction"] == 1]
     mean, low, high = sum(values) / 2, min(values), max(values)
-    for text in texts(root):
+    for text in texts(root, "docs/solvers.md"):
         assert f"| 1 | {mean:.4f} ({low:.4f} to {high:.4f}) |" in text
         assert "2 steps each, 2 seeds: mean (range)." in text
 
@@ -379,7 +386,7 @@ def test_the_demo_stands_beside_its_baselines(root):
         "facts": {**facts, "device": "a device", "commit": "0123456789abcdef"},
     }
     (root / "benchmarks/results/demo.json").write_text(json.dumps(content))
-    for text in texts(root):
+    for text in texts(root)[1:]:
         assert "| DiT, 50 evaluations | 0.702 [0.692, 0.712] | 0.702 | 0.702 | 0.702 |" in text
         assert "R@1 of 96" in text and "**a device**; torch 2.12.0; commit 0123456789." in text
 

@@ -18,7 +18,7 @@ def test_photos_to_report(tmp_path, capsys):
     found = json.loads((folder / "report" / "report.json").read_text())
     assert found["title"].startswith("EfficientNet-Lite2 to Lite0")
     assert [row["evaluations"] for row in found["fitted"]] == [3, 5, 8]
-    assert found["regression"]["samples"] == 4
+    assert found["regression"] is None
     assert (folder / "report" / "report.html").stat().st_size > 10_000
     # Everything is done already: the same command finds it so, and reports the same.
     assert main(command) == 0

@@ -194,3 +194,7 @@ def test_numbers_in_the_file_are_checked(fitted, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="expected 2 slopes in row 1, got 1"):
         load_solvers(tmp_path)
+    content["solvers"][0]["slopes"][1] = [1.0, 2.0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="values that were changed since; fit it again"):
+        load_solvers(tmp_path)
