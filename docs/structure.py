@@ -1,13 +1,11 @@
-"""The structure of the library, drawn from its own imports as a Mermaid diagram.
+"""Prints the structure of the library, drawn from its own imports as a Mermaid diagram.
 
-    python docs/structure.py            print it
-    python docs/structure.py --write    write it to docs/structure.md
+    python docs/structure.py
 
 Boxes are the packages and modules of ``blip3o_fast``, and the kernels. Arrows are imports,
 without those that follow from others. Numbers are files and lines.
 """
 
-import argparse
 from itertools import permutations
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import grimp
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"blip3o_fast": ROOT / "blip3o_fast", "blip3o_kernels": ROOT / "kernels/blip3o_kernels"}
-PAGE = ROOT / "docs/structure.md"
 
 
 def boxes(graph: grimp.ImportGraph) -> list[str]:
@@ -63,17 +60,5 @@ def mermaid() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print or write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write docs/structure.md")
-    diagram = f"```mermaid\n{mermaid()}\n```\n"
-    if parser.parse_args().write:
-        about = "Drawn from the imports by `python docs/structure.py --write`."
-        PAGE.write_text(f"# Structure\n\n{about}\n\n{diagram}", encoding="utf-8")
-    else:
-        print(diagram)
-
-
 if __name__ == "__main__":
-    main()
+    print(f"```mermaid\n{mermaid()}\n```")

@@ -8,7 +8,6 @@ it is fp32; then one weight at a time is also copied to fp32.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow import Callback, Trajectory
+from blip3o_fast.pieces import even_slices
 from blip3o_fast.sampling.graph import GraphRun
 
 CPU_WORKING_MEMORY = 1 << 30
@@ -117,7 +117,7 @@ def walk(
     steps = sum(ends_step)
     with tqdm(desc="sampling", unit="step", disable=not progress) as bar:
         while done < batch:
-            parts = split(done, batch, limit)
+            parts = even_slices(done, batch, limit)
             group = parts if callback is not None else parts[:1]
             bar.total = bar.n + steps * (1 if callback is not None else len(parts))
             before = bar.n
@@ -150,10 +150,3 @@ def walk(
             bar.update(before - bar.n)
             release()
     return limit
-
-
-def split(first: int, last: int, limit: int) -> list[slice]:
-    """Even parts of ``first .. last``, as few as ``limit`` samples a part allow."""
-    count = -(-(last - first) // limit)
-    edges = [first + (last - first) * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in pairwise(edges)]

@@ -7,7 +7,8 @@ from rounding import rounding_bound, roundings_of
 
 from blip3o_fast import DiTConfig, SamplingPlan, generate
 from blip3o_fast.sampling import batches
-from blip3o_fast.sampling.batches import micro_batch, split, walk
+from blip3o_fast.pieces import even_slices
+from blip3o_fast.sampling.batches import micro_batch, walk
 
 
 def limit(model, evaluations):
@@ -123,7 +124,7 @@ def test_stated_memory_covers_what_is_allocated(make_model, draw):
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
 @pytest.mark.parametrize("limit", [1, 3, 64, 100])
 def test_split_is_even_and_complete(batch, limit):
-    parts = split(0, batch, limit)
+    parts = even_slices(0, batch, limit)
     sizes = [part.stop - part.start for part in parts]
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(batch))
     assert max(sizes) <= limit and max(sizes) - min(sizes) <= 1
