@@ -155,7 +155,7 @@ def other_activations(config: DiTConfig, *, multiple: int = 64, mask: int = 1) -
         mask: bytes of an element of a dropout mask; 1 on a GPU.
     """
     D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
-    widths = sum(work.adapter_widths(config, multiple)[1:])
+    widths = sum(work.padded_widths(config, multiple)[1:])
     adapter = 2 * E * STORED + widths * (2 * STORED + mask)
     first_join = D if config.rules.aligned_stream else 0
     return adapter + (5 * D + first_join + C) * STORED + 4 * C * FP32

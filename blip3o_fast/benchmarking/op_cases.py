@@ -58,8 +58,8 @@ def sizes_of(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Si
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_width=config.head_dim,
-        adapter=work.adapter_widths(config, multiple=1)[1],
-        padded=work.adapter_widths(config)[1],
+        adapter=work.padded_widths(config, 1)[1],
+        padded=work.padded_widths(config)[1],
         dtype=dtype,
         device=device,
     )

@@ -9,14 +9,12 @@ work of a fused op is in its record, ``ops.Op.work``.
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
-
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow import find_solver
+from blip3o_fast.model.adapter import CUDA_WIDTH_MULTIPLE, adapter_widths
+from blip3o_fast.model.layers import FREQUENCY_EMBEDDING_SIZE
 
-FREQUENCIES = 256
-"""Sines and cosines of a time, the input of its embedder."""
 FP32 = 4
 
 
@@ -106,17 +104,14 @@ def training_step(shape: Shape, parameters: int, size: int) -> Work:
     D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
     forward = evaluation(config, batch, size).flops + conditioning(config, batch, size).flops
     forward += 2.0 * batch * modulation_weights(config)
-    first = (adapter_widths(config, 1)[1] + D) * E if config.use_eva_adapter else D * E
-    inputs = 2.0 * batch * (config.num_tokens * (first + D * C) + FREQUENCIES * D)
+    first = (adapter_widths(config)[1] + D) * E if config.use_eva_adapter else D * E
+    inputs = 2.0 * batch * (config.num_tokens * (first + D * C) + FREQUENCY_EMBEDDING_SIZE * D)
     return Work(3 * forward - inputs, parameters * (2 * size + FP32 + 7 * FP32))
 
 
-def adapter_widths(config: DiTConfig, multiple: int = 64) -> list[int]:
-    """Widths of the adapter from E to D, rounded up to a multiple; 64 on CUDA."""
-    widths = np.linspace(
-        config.eva_embedding_size, config.hidden_size, config.eva_adapter_layers + 1
-    )
-    return [-(-int(width) // multiple) * multiple for width in widths]
+def padded_widths(config: DiTConfig, multiple: int = CUDA_WIDTH_MULTIPLE) -> list[int]:
+    """Widths of the adapter's rows from E to D, rounded up as on CUDA."""
+    return [-(-width // multiple) * multiple for width in adapter_widths(config)]
 
 
 def condition_width(config: DiTConfig) -> int:
@@ -144,7 +139,7 @@ def conditioning_weights(config: DiTConfig) -> int:
     kept = D * 2 * L * config.num_key_value_heads * config.head_dim
     if not config.use_eva_adapter:
         return E * D + kept
-    chain = sum(wide * narrow for wide, narrow in pairwise(adapter_widths(config, 1)))
+    chain = sum(wide * narrow for wide, narrow in pairwise(adapter_widths(config)))
     return chain + E * D + D * D + kept  # the residual path and the gate
 
 
@@ -152,4 +147,4 @@ def modulation_weights(config: DiTConfig) -> int:
     """Elements of the projections of a time: its embedder, and AdaLN at every site."""
     D, L = config.hidden_size, config.num_hidden_layers
     sites = (6 if config.use_sandwich_norm else 3) * L + 1
-    return sites * D * 2 * D + FREQUENCIES * D + D * D
+    return sites * D * 2 * D + FREQUENCY_EMBEDDING_SIZE * D + D * D

@@ -55,8 +55,8 @@ class EVAAdapter(nn.Module):
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__()
-        E, D, layers = config.eva_embedding_size, config.hidden_size, config.eva_adapter_layers
-        self.widths = [int(width) for width in np.linspace(E, D, layers + 1)]
+        E, D = config.eva_embedding_size, config.hidden_size
+        self.widths = adapter_widths(config)
         self.impls = impls
         self.adaptation_layers = nn.Sequential()
         for narrow, wide in zip(self.widths[1:], self.widths, strict=False):
@@ -105,6 +105,12 @@ class EVAAdapter(nn.Module):
         weight, bias = padded(linear.weight, linear.bias, h.shape[-1], multiple)
         h = adapter_layer(h, weight, bias, norm.weight, norm.bias, norm.eps, self.impls)
         return dropout(h)
+
+
+def adapter_widths(config: DiTConfig) -> list[int]:
+    """The widths before the first layer and after each layer, from E to D."""
+    ends = config.eva_embedding_size, config.hidden_size
+    return [int(width) for width in np.linspace(*ends, config.eva_adapter_layers + 1)]
 
 
 def width_multiple(x: Tensor) -> int:

@@ -77,8 +77,8 @@ def test_evaluation_of_base():
 
 def test_conditioning_of_base():
     widths = [4096, 3541, 2986, 2432, 1877, 1322, 768]
-    assert work.adapter_widths(Shape("base").config, multiple=1) == widths
-    assert work.adapter_widths(Shape("base").config) == [4096, 3584, 3008, 2432, 1920, 1344, 768]
+    assert work.padded_widths(Shape("base").config, 1) == widths
+    assert work.padded_widths(Shape("base").config) == [4096, 3584, 3008, 2432, 1920, 1344, 768]
     weights = 40_400_868 + 4096 * 768 + 768 * 768 + 768 * 6144
     done = work.conditioning(Shape("base").config, 1, 2)
     assert done == Work(2 * 256 * weights, 2 * (weights + 256 * (4096 + 6144 + 768)))

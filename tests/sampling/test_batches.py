@@ -6,8 +6,8 @@ from golden_data import relative_error
 from rounding import rounding_bound, roundings_of
 
 from blip3o_fast import DiTConfig, SamplingPlan, generate
-from blip3o_fast.sampling import batches
 from blip3o_fast.pieces import even_slices
+from blip3o_fast.sampling import batches
 from blip3o_fast.sampling.batches import micro_batch, walk
 
 
