@@ -1,10 +1,10 @@
-"""Print what nvcc made of ``kernels/csrc``: registers, spills and 16-byte accesses of every kernel.
+"""Prints registers, spills and 16-byte accesses of every kernel that nvcc compiled.
 
     python kernels/inspect_cuda.py [LIBRARY] [--arch sm_90a ...] [--json FILE]
 
-No GPU is needed. LIBRARY is the CUDA build, by default that of the installed package. A kernel that
-uses local memory, fp64 or atomics, or a vectorised one without 16-byte loads and stores, is marked,
-and the exit status is 1.
+No GPU is needed. LIBRARY is the CUDA build, by default that of the installed package. Marks kernels
+that use local memory, fp64 or atomics, and vectorised kernels without 16-byte loads and stores.
+Exits with 1 if there are any.
 """
 
 import argparse
@@ -38,18 +38,18 @@ class Report(NamedTuple):
 
     @property
     def vectorised(self) -> bool:
-        """Whether the instantiation is the one for rows that 16-byte accesses fit."""
+        """Whether the kernel is for rows that allow 16-byte accesses."""
         first = next((a for a in self.arguments if a not in TYPES.values()), "")
         return first in ("true", "4", "8")
 
     @property
     def arguments(self) -> list[str]:
-        """Template arguments: dtypes first, then whether, or how many, elements share an access."""
+        """Template arguments: dtypes, then whether or how many elements share an access."""
         return self.kernel.partition("<")[2].rstrip(">").split(", ")
 
     @property
     def faults(self) -> str:
-        """What the kernel should not hold, or lacks."""
+        """Unwanted instructions, and missing 16-byte accesses."""
         found = [name for name in ("stack", "local", "fp64", "atomics") if getattr(self, name)]
         if self.vectorised and not (self.wide_loads and self.wide_stores):
             found.append("no 16-byte access")
@@ -57,7 +57,7 @@ class Report(NamedTuple):
 
 
 def find_cuobjdump() -> str | None:
-    """NVIDIA's disassembler: the toolkit's, or the one that Triton brings."""
+    """NVIDIA's disassembler, from the CUDA toolkit or from Triton."""
     triton = find_spec("triton")
     homes = triton.submodule_search_locations if triton else None
     places = ["cuobjdump", "/usr/local/cuda/bin/cuobjdump"]
@@ -66,7 +66,7 @@ def find_cuobjdump() -> str | None:
 
 
 def inspect(library: Path, cuobjdump: str, archs: list[str] | None = None) -> Iterator[Report]:
-    """Every kernel of ``library``, for the targets that it holds or those named."""
+    """Every kernel of ``library``, for the named targets or for all that it holds."""
     for arch in archs or targets(library, cuobjdump):
         usage = run(cuobjdump, "--dump-resource-usage", "-arch", arch, str(library))
         code = instructions(run(cuobjdump, "-sass", "-arch", arch, str(library)))
@@ -89,7 +89,7 @@ def targets(library: Path, cuobjdump: str) -> list[str]:
 
 
 def run(*command: str) -> str:
-    """What a program printed."""
+    """The output of a program."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -98,9 +98,7 @@ def instructions(sass: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for part in sass.split("Function : ")[1:]:
         symbol, _, body = part.partition("\n")
-        found[symbol.strip()] = re.findall(
-            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", body
-        )
+        found[symbol.strip()] = re.findall(OPCODE, body)
     return found
 
 

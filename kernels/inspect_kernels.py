@@ -1,13 +1,13 @@
-"""Compile every Triton kernel ahead of time, for GPUs that need not be there, and judge it.
+"""Compiles every Triton kernel for several GPUs, which need not be present, and checks the code.
 
     python kernels/inspect_kernels.py [--arch 80 90 100] [--dtype bf16 ...] [--op swiglu ...]
 
-Each operator of each op is called on the specimens of its record, on CPU tensors, with a driver
-that names a target instead of a device; compilation is real, the launch is left out. The table
-shows registers, stack (spills and local arrays), shared memory, 16-byte loads and stores, and the
-instructions that a kernel should not hold: fp64 arithmetic below fp64, local memory, atomics. Exit
-status 1 means that a kernel holds one of these, spills, or moves the rows of an aligned width in
-less than 16 bytes (8 for rows of e4m3, which sm_80 does not have).
+Each operator of each op is called on the specimens of its record, on CPU tensors. A driver that
+names a target replaces that of a GPU, so kernels are compiled but not launched. The table shows
+registers, stack (spills and local arrays), shared memory, 16-byte loads and stores, and unwanted
+instructions: fp64 arithmetic below fp64, local memory, atomics. Exits with 1 if a kernel has one of
+these, spills, or moves the rows of an aligned width by less than 16 bytes at a time (8 for rows of
+e4m3, which sm_80 does not have).
 """
 
 import argparse
@@ -33,10 +33,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from blip3o_fast.ops import OPS, Op, Sizes
+from blip3o_fast.report.columns import align
 
 ARCHS = (80, 90, 100)
 E4M3_ARCH = 89
-"""The first that converts to e4m3."""
+"""The first architecture that converts to e4m3."""
 
 BASE = Sizes(
     batch=2,
@@ -50,7 +51,7 @@ BASE = Sizes(
     adapter=3541,
     padded=3584,
 )
-"""Sizes of the published base model, and a wider MLP."""
+"""The sizes of the published base model, with a wider MLP."""
 
 FUSED = {name: op for name, op in OPS.items() if op.triton}
 
@@ -91,7 +92,7 @@ class Report(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A kernel as Triton returned it, before it is judged."""
+    """A kernel as Triton compiled it."""
 
     name: str
     variant: str
@@ -102,7 +103,7 @@ class Compiled(NamedTuple):
 
 
 class _TargetDriver:
-    """Stands where a GPU's driver would, and names the architecture to compile for."""
+    """Replaces the driver of a GPU, and names the architecture to compile for."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -120,7 +121,7 @@ class _TargetDriver:
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[Compiled]]:
-    """Launches inside compile for ``arch`` and are collected instead of run."""
+    """Launches inside are compiled for ``arch`` and collected, and do not run."""
     seen: dict[int, Compiled] = {}
     run = JITFunction.run
 
@@ -150,7 +151,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack a thread."""
+    """Registers and bytes of stack of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -164,7 +165,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
-    """Judge one kernel by its PTX and its cubin."""
+    """The report of one kernel, from its PTX and its cubin."""
     registers, stack = resources(kernel.cubin)
     return Report(
         op=op,
@@ -186,7 +187,7 @@ def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
 
 
 def problems(reports: list[Report]) -> list[str]:
-    """What is wrong, a line each."""
+    """Every broken rule, one a line."""
     found: list[str] = []
     for r in reports:
         rules = {
@@ -212,7 +213,7 @@ def _is_quantised(report: Report) -> bool:
 
 
 def inspect(ops: list[Op], precisions: list[str], archs: list[int]) -> list[Report]:
-    """Compile and judge the chosen part of the matrix."""
+    """The reports of the chosen ops, precisions and architectures."""
     reports: list[Report] = []
     for arch in archs:
         for precision in precisions:
@@ -226,20 +227,10 @@ def inspect(ops: list[Op], precisions: list[str], archs: list[int]) -> list[Repo
 
 
 def call_operators(op: Op, sizes: Sizes, *, e4m3: bool) -> None:
-    """Every operator on every specimen."""
+    """Call every operator on every specimen."""
     for operator, arguments in op.calls(sizes):
         if e4m3 or operator.launcher != "forward_quantised":
             getattr(torch.ops.blip3o_fast, operator.name)(*arguments)
-
-
-def table(reports: list[Report]) -> str:
-    """Aligned columns, one kernel a line."""
-    lines = [Report._fields, *([str(x) for x in r] for r in reports)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(Report._fields))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def main() -> int:
@@ -253,7 +244,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     arguments = parser.parse_args()
     reports = inspect([FUSED[name] for name in arguments.op], arguments.dtype, arguments.arch)
-    sys.stdout.write(table(reports) + "\n")
+    lines = align([Report._fields, *([str(x) for x in r] for r in reports)])
+    sys.stdout.write("\n".join(lines) + "\n")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([r._asdict() for r in reports], indent=1))
     wrong = problems(reports)
