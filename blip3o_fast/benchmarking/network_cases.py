@@ -64,6 +64,7 @@ class Network:
             model, _, _ = self.get()
             with using(model, Impl.REFERENCE):
                 self._velocity = model(*self.arguments())
+        assert self._velocity is not None
         return self._velocity
 
 
