@@ -212,7 +212,7 @@ def test_unknown_op_is_named():
 
 
 def test_two_epsilons_are_one_and_a_gain():
-    """AdaLN's norm keeps 1e-6 whatever ``rms_norm_eps`` says: by hand in fp64, and its gradients."""
+    """AdaLN keeps 1e-6 whatever ``rms_norm_eps`` says: values and gradients by hand, in fp64."""
     small = config(conventions="published", rms_norm_eps=0.05)
     outer, ada_ln = RMSNorm(16, small.norm_gain).double(), AdaLN(16).double()
     generator = torch.Generator().manual_seed(0)
