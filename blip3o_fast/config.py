@@ -12,9 +12,6 @@ from blip3o_fast.conventions import Conventions, ConventionsName, find_conventio
 Size = Literal["tiny", "small", "base", "large"]
 TrainingMode = Literal["patch_only", "cls_patch"]
 
-PUBLISHED_ADALN_EPS = 1e-6
-"""The published AdaLN always uses this epsilon and ignores ``rms_norm_eps``."""
-
 
 @dataclass(unsafe_hash=True)
 class DiTConfig:
@@ -102,16 +99,22 @@ class DiTConfig:
             side = self.image_size // self.patch_size
             object.__setattr__(self, "grid", (1, side, side))
         self._check_dimensions()
-        if self.conventions == "published" and self.rms_norm_eps != PUBLISHED_ADALN_EPS:
-            raise ValueError(
-                f"rms_norm_eps: the published AdaLN always applies {PUBLISHED_ADALN_EPS:g}; "
-                f"{self.rms_norm_eps:g} needs conventions='consistent'"
-            )
 
     @property
     def head_dim(self) -> int:
         """Width d of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def norm_gain(self) -> float:
+        """What multiplies the weight of a norm that AdaLN follows, so that one epsilon serves both.
+
+        AdaLN normalises the norm's output y with an epsilon of its own, and
+        ``rms(c y; e) = rms(y; e / c^2)``: with c the root of their ratio, ``rms_norm_eps`` does the
+        work of both.
+        """
+        own = self.rules.ada_ln_eps
+        return 1.0 if own is None else math.sqrt(self.rms_norm_eps / own)
 
     @property
     def has_positions(self) -> bool:

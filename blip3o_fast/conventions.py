@@ -14,6 +14,7 @@ rotary embedding            a rotation                   a shear (see ``model.po
 cross-attention positions   the same rotary embedding    none
 too few learned positions   refused                      left out for all tokens
 input stream                state + aligned EVA tokens   state
+epsilon of AdaLN's norm     rms_norm_eps                 1e-6, whatever rms_norm_eps says
 timestep input              1000 t                       t
 state that enters           clean_coefficient(t) x_t     x_t
 velocity                    network's + c(t) x_t         network's
@@ -67,6 +68,7 @@ class Conventions:
         cross_positions: whether cross-attention rotates its queries and keys.
         needs_positions: whether a model without ``use_3d_rope`` must have a learned position for
             every token; otherwise a table that is too short is left out.
+        ada_ln_eps: epsilon of the norm inside AdaLN; None: ``rms_norm_eps``.
         time_grid: the default grid of the sampler.
         noise_in_feature_dtype: draw noise in the dtype of the features, not in fp32.
         loss: the form of the loss, see ``reference.flow_loss``: ``published`` has the opposite sign
@@ -82,6 +84,7 @@ class Conventions:
     head_width_multiple: int
     cross_positions: bool
     needs_positions: bool
+    ada_ln_eps: float | None
     time_grid: GridName
     noise_in_feature_dtype: bool
     loss: Literal["consistent", "published"]
@@ -98,6 +101,7 @@ CONVENTIONS: dict[str, Conventions] = {
         head_width_multiple=4,
         cross_positions=True,
         needs_positions=True,
+        ada_ln_eps=None,
         time_grid="ascending",
         noise_in_feature_dtype=False,
         loss="consistent",
@@ -112,6 +116,7 @@ CONVENTIONS: dict[str, Conventions] = {
         head_width_multiple=8,
         cross_positions=False,
         needs_positions=False,
+        ada_ln_eps=1e-6,
         time_grid="published",
         noise_in_feature_dtype=True,
         loss="published",

@@ -54,8 +54,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: Any, *, partial: bool = Fals
         flag = next((x for x in annotations(field.type) if isinstance(x, Flag)), Flag())
         options = _reader(field.type)
         text = texts.get(field.name, "").replace("%", "%%")
-        if not flag.positional and not (partial and is_required(field)):
-            text += f" (default: {_shown(field)})"
+        if not flag.positional:
+            text += " (required)" if is_required(field) else f" (default: {_shown(field)})"
         if flag.metavar is not None:
             options["metavar"] = flag.metavar
         names = [f"--{field.name}"]
@@ -104,8 +104,6 @@ class Switch(argparse.Action):
 
 def _shown(field: "dataclasses.Field[Any]") -> Any:
     """A default as the help shows it."""
-    if is_required(field):
-        return None
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 

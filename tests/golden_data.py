@@ -10,7 +10,7 @@ from torch import Tensor
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = (
     *("sandwich_rope", "prenorm_rope", "sandwich_posembed", "linear_adapter", "head_dim_64"),
-    "cls_patch_posembed",
+    *("cls_patch_posembed", "rms_norm_eps"),
 )
 
 

@@ -244,7 +244,7 @@ def test_a_partial_command_line_requires_nothing(capsys):
     parser = argparse.ArgumentParser()
     add_flags(parser, Inner, partial=True)
     assert given(Inner, parser.parse_args([])) == {}
-    assert "--name NAME\n" in parser.format_help()
+    assert "--name NAME    (required)\n" in parser.format_help()
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_published_files_may_name_cls_by_tokens_alone():
         ({"grid": (4, 4)}, "grid: expected a list of 3 int or none, got .4, 4."),
         ({"dropout_prob": 1.0}, "dropout_prob: expected at least 0 and below 1, got 1.0"),
         ({"condition_dropout": -0.1}, "condition_dropout: expected at least 0 and below 1"),
-        ({"conventions": "published", "rms_norm_eps": 1e-5}, "the published AdaLN always applies"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps: expected more than 0"),
         (
             {"use_3d_rope": False, "max_position_embeddings": 100},
             "max_position_embeddings: expected at least num_tokens .256., got 100",

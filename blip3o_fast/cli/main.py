@@ -8,10 +8,12 @@ Exit status: 0 done, 1 failed with one line that says why, 2 bad arguments, 130 
 """
 
 import argparse
+import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from blip3o_fast import __version__
 from blip3o_fast.errors import OptionError
 
 COMMANDS = {
@@ -31,15 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    parsers: dict[str, argparse.ArgumentParser] = {}
     parser = argparse.ArgumentParser(
         prog="blip3o-fast",
         description="EVA-CLIP patch embeddings to CLIP patch embeddings by rectified flow.",
         epilog="blip3o-fast COMMAND --help explains every option with its default and unit.",
     )
+    parser.add_argument("--version", action="version", version=f"blip3o-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = None
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(
+        parsers[name] = command = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
@@ -49,9 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"blip3o_fast.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             run = module.run
-    args = parser.parse_args(argv)
+    if chosen is not None and chosen not in COMMANDS:
+        parser.error(f"unknown command {chosen!r}{nearest(chosen, COMMANDS)}")
+    args, unknown = parser.parse_known_args(argv)
     assert run is not None
+    if unknown:
+        flags = parsers[args.command]._option_string_actions  # pyright: ignore[reportPrivateUsage]
+        hint = next((h for word in unknown if (h := nearest(word.partition("=")[0], flags))), "")
+        parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return guarded(lambda: run(args), f"blip3o-fast {args.command}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question that names the nearest known word; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def guarded(body, name: str) -> int:  # noqa: ANN001

@@ -20,7 +20,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: DiTConfig, impls: ImplTable) -> None:
         super().__init__()
-        D = config.hidden_size
+        D, gain = config.hidden_size, config.norm_gain
         self.joining = Joining(config.rms_norm_eps, impls)
         self.sandwich = config.use_sandwich_norm
         self.self_attn = SelfAttention(config, impls)
@@ -30,16 +30,16 @@ class DiTBlock(nn.Module):
         self.layer_scale_2 = layer_scale(config)
         self.layer_scale_3 = layer_scale(config)
         if self.sandwich:
-            self.self_attn_pre_norm, self.self_attn_ada_ln_pre = RMSNorm(D), AdaLN(D)
-            self.self_attn_post_norm, self.self_attn_ada_ln_post = RMSNorm(D), AdaLN(D)
-            self.cross_attn_pre_norm, self.cross_attn_ada_ln_pre = RMSNorm(D), AdaLN(D)
-            self.cross_attn_post_norm, self.cross_attn_ada_ln_post = RMSNorm(D), AdaLN(D)
-            self.mlp_pre_norm, self.mlp_ada_ln_pre = RMSNorm(D), AdaLN(D)
-            self.mlp_post_norm, self.mlp_ada_ln_post = RMSNorm(D), AdaLN(D)
+            self.self_attn_pre_norm, self.self_attn_ada_ln_pre = RMSNorm(D, gain), AdaLN(D)
+            self.self_attn_post_norm, self.self_attn_ada_ln_post = RMSNorm(D, gain), AdaLN(D)
+            self.cross_attn_pre_norm, self.cross_attn_ada_ln_pre = RMSNorm(D, gain), AdaLN(D)
+            self.cross_attn_post_norm, self.cross_attn_ada_ln_post = RMSNorm(D, gain), AdaLN(D)
+            self.mlp_pre_norm, self.mlp_ada_ln_pre = RMSNorm(D, gain), AdaLN(D)
+            self.mlp_post_norm, self.mlp_ada_ln_post = RMSNorm(D, gain), AdaLN(D)
         else:
-            self.norm1, self.ada_ln1 = RMSNorm(D), AdaLN(D)
-            self.norm2, self.ada_ln2 = RMSNorm(D), AdaLN(D)
-            self.norm3, self.ada_ln3 = RMSNorm(D), AdaLN(D)
+            self.norm1, self.ada_ln1 = RMSNorm(D, gain), AdaLN(D)
+            self.norm2, self.ada_ln2 = RMSNorm(D, gain), AdaLN(D)
+            self.norm3, self.ada_ln3 = RMSNorm(D, gain), AdaLN(D)
 
     @property
     def layer_scales(self) -> tuple[Tensor | None, ...]:

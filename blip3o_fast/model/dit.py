@@ -46,9 +46,9 @@ class DiT(nn.Module):
             DiTBlock(config, self.impls) for _ in range(config.num_hidden_layers)
         )
         if config.use_sandwich_norm:
-            self.output_pre_norm, self.output_adaln_pre = RMSNorm(D), AdaLN(D)
+            self.output_pre_norm, self.output_adaln_pre = RMSNorm(D, config.norm_gain), AdaLN(D)
         else:
-            self.output_norm, self.output_adaln = RMSNorm(D), AdaLN(D)
+            self.output_norm, self.output_adaln = RMSNorm(D, config.norm_gain), AdaLN(D)
         self.output_proj = nn.Linear(D, C)
         self.rotary = RotaryTables(config)
         self._initialise()

@@ -47,10 +47,11 @@ def project(x: Tensor, *layers: nn.Module) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """The weight of an RMSNorm; the fused ops apply it."""
+    """The weight of an RMSNorm; the fused ops apply ``gain`` times it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, gain: float = 1.0) -> None:
         super().__init__()
+        self.gain = gain
         self.weight = nn.Parameter(torch.ones(width))
 
 
@@ -68,7 +69,8 @@ class AdaLN(nn.Module):
     def modulation(self, outer: RMSNorm, activated: Tensor) -> Modulation:
         """Both norm weights, shift and scale. ``activated`` ``[B, D]`` is SiLU of the embedding."""
         shift, scale = self.adaLN_modulation[1](activated).chunk(2, dim=-1)
-        return Modulation(outer.weight, self.norm.weight, shift, scale)
+        first = outer.weight if outer.gain == 1.0 else outer.gain * outer.weight
+        return Modulation(first, self.norm.weight, shift, scale)
 
 
 def sinusoids(t: Tensor, scale: float) -> Tensor:

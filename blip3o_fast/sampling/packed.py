@@ -229,7 +229,7 @@ def pack(model: DiT, dtype: torch.dtype, impls: ImplTable) -> PackedNetwork:
         input_proj=affine(model.input_proj),
         positions=None if positions is None else positions[:, : config.num_tokens],
         output_proj=affine(model.output_proj),
-        norms=tuple(whole(norm.weight).to(wide) for norm, _ in norm_sites(model)),
+        norms=tuple(norm.gain * whole(norm.weight).to(wide) for norm, _ in norm_sites(model)),
         rotary=Rotary(model.rotary.cos.to(wide), model.rotary.sin.to(wide)),
         adapter=(
             _pack_adapter(adapter, affine, impls)

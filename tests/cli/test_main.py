@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from blip3o_fast import __version__
 from blip3o_fast.cli.main import COMMANDS, guarded, main
 from blip3o_fast.errors import OptionError
 
@@ -33,6 +34,36 @@ def test_bad_arguments_exit_with_two(argv, capsys):
         main(argv)
     assert stop.value.code == 2
     assert "usage: blip3o-fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["doctor", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
+        (["train", "--batchsize=4"], "--batchsize=4; did you mean '--batch_size'?"),
+        (["doctor", "--loud"], "unrecognized arguments: --loud\n"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"blip3o-fast {__version__}\n"
+
+
+def test_required_options_say_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "checkpoints, metrics, summary (required)" in out
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_data import relative_error
 
-from blip3o_fast import DiTConfig
+from blip3o_fast import DiTConfig, ops
 from blip3o_fast.conventions import clean_coefficient, skip_coefficient
 from blip3o_fast.model import DiT
 from blip3o_fast.model.adapter import padded
+from blip3o_fast.model.layers import AdaLN, RMSNorm
 from blip3o_fast.ops import Impl
 
 B, N, C, E, D = 2, 12, 6, 10, 32
@@ -207,3 +209,29 @@ def test_unknown_op_is_named():
         ValueError, match=r"unknown op 'softmax'; expected one of adapter_mix, .*sandwich_norm"
     ):
         build().set_impl(Impl.REFERENCE, softmax=Impl.REFERENCE)
+
+
+def test_two_epsilons_are_one_and_a_gain():
+    """AdaLN keeps 1e-6 whatever ``rms_norm_eps`` says: values and gradients by hand, in fp64."""
+    small = config(conventions="published", rms_norm_eps=0.05)
+    outer, ada_ln = RMSNorm(16, small.norm_gain).double(), AdaLN(16).double()
+    generator = torch.Generator().manual_seed(0)
+    for p in (*outer.parameters(), *ada_ln.parameters()):
+        torch.nn.init.normal_(p, generator=generator)
+    x = torch.randn(2, 3, 16, generator=generator, dtype=torch.float64)
+    activated = torch.randn(2, 16, generator=generator, dtype=torch.float64)
+    w1, w2, shift, scale = ada_ln.modulation(outer, activated)
+
+    def rms(x, weight, eps):
+        return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    expected = rms(rms(x, outer.weight, 0.05), w2, 1e-6)
+    expected = expected * (1 + scale[:, None]) + shift[:, None]
+    got = ops.sandwich_norm(x, w1, w2, shift, scale, eps=small.rms_norm_eps)
+    assert relative_error(got, expected) < 1e-14
+    upstream = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    gradients = (
+        torch.autograd.grad(out, outer.weight, upstream, retain_graph=True)[0]
+        for out in (got, expected)
+    )
+    assert relative_error(*gradients) < 1e-12
