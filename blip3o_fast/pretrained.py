@@ -94,7 +94,8 @@ class BLIP3oDiT(DiT):
 
         Args:
             path: our folder, training run or its ``latest`` or ``best``, a published ``.pt`` file
-                or a folder of them, or a hub repository ``owner/name`` (needs the extra ``hub``).
+                or a folder of them, or a hub repository ``hf:owner/name`` (needs the extra
+                ``hub``); ``owner/name`` is looked for on the disk first, and the log says which.
             num_attention_heads, num_key_value_heads: for a ``.pt`` file that comes without its
                 configuration.
             revision: of a hub repository.

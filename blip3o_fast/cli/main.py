@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from blip3o_fast.errors import OptionError
+from blip3o_fast.untrusted import one_line
 
 COMMANDS = {
     "demo": "real photos to a trained translator and its report, on any machine",
@@ -71,7 +72,7 @@ def guarded(body, name: str) -> int:  # noqa: ANN001
 
 
 def _report(name: str, error: BaseException, status: int) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(str(error)) or type(error).__name__
     print(f"{name}: error: {message}", file=sys.stderr)
     return status
 

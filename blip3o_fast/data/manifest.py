@@ -10,6 +10,8 @@ The manifest is written last, so a folder without one is not a data set yet. A m
 trusted: its entries must stay inside the folder, and its counts must agree.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -149,15 +151,19 @@ class Manifest:
 
     def require_facts(self, other: "Manifest", where: str) -> None:
         """Raise ``ValueError``, naming the fields, unless ``other`` shares every fact."""
-        mine, theirs = self.facts(), other.facts()
-        differing = [name for name in mine if mine[name] != theirs[name]]
+        mine, theirs = _named(self.facts()), _named(other.facts())
+        differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
         if differing:
             raise ValueError(
                 f"{where} differs in "
-                + "; ".join(
-                    f"{name}: expected {mine[name]}, got {theirs[name]}" for name in differing
-                )
+                + "; ".join(f"{n}: expected {mine.get(n)}, got {theirs.get(n)}" for n in differing)
             )
+
+    def digest(self) -> str:
+        """SHA-256 that names the samples and their split: by the shards' own digests."""
+        entries = [(entry.sha256, entry.records_sha256) for entry in self.shards]
+        content = json.dumps([entries, asdict(self.split)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def replace(self, **changes: Any) -> "Manifest":
         """A copy with some fields changed."""
@@ -262,6 +268,17 @@ def entry_path(folder: Path, entry: ShardEntry) -> Path:
         if linked and not file.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"shard {name!r}: {file.name} is a link that leads out of {folder}")
     return path
+
+
+def _named(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with each field of an encoder by its own name."""
+    named: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Encoder):
+            named |= {f"{name}.{field}": text for field, text in asdict(value).items()}
+        else:
+            named[name] = value
+    return named
 
 
 def _absence(folder: Path) -> str:

@@ -229,9 +229,3 @@ class RowWriter:
         text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
         assert len(text) == length
         return length.to_bytes(8, "little") + text
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

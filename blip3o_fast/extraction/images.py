@@ -62,10 +62,8 @@ def load_rgb(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> "Image":
         UnreadableImage: when it is no image, is damaged or is too large.
     """
     image_module = pillow()
+    encoded = image_bytes(data)
     try:
-        encoded = _read_file(data) if isinstance(data, Path) else data
-        if not encoded:
-            raise UnreadableImage("empty file")
         with image_module.open(io.BytesIO(encoded), formats=_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise UnreadableImage(
@@ -83,13 +81,25 @@ def load_rgb(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> "Image":
         raise UnreadableImage(text) from None
 
 
-def _read_file(path: Path) -> bytes:
-    facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise UnreadableImage("no regular file")
-    if facts.st_size > MAX_FILE_BYTES:
-        raise UnreadableImage(f"file of {facts.st_size} bytes")
-    return path.read_bytes()
+def image_bytes(data: Path | bytes) -> bytes:
+    """The encoded bytes of an image, read if it is a file.
+
+    Raises:
+        UnreadableImage: when there are none, or too many.
+    """
+    if isinstance(data, Path):
+        try:
+            facts = data.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnreadableImage("no regular file")
+            if facts.st_size > MAX_FILE_BYTES:
+                raise UnreadableImage(f"file of {facts.st_size} bytes")
+            data = data.read_bytes()
+        except OSError as error:
+            raise UnreadableImage(reason(error)) from None
+    if not data:
+        raise UnreadableImage("empty file")
+    return data
 
 
 def _formats() -> list[str]:

@@ -1,8 +1,8 @@
 """Where records go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases by request.
 
 A line of ``metrics.jsonl`` is ``{"kind": "step", ...}``, a ``StepRecord``, or
-``{"kind": "validation", ...}``, a ``Validation``. When a run resumes, the lines of steps that it
-repeats are removed, so the file looks like that of an uninterrupted run.
+``{"kind": "validation", ...}``, a ``Validation``; what is not finite is null. When a run resumes,
+the lines of steps that it repeats are removed, so the file looks like that of an uninterrupted run.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import json_text, write_atomically
 from blip3o_fast.errors import OptionError
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.step_records import StepRecord
@@ -162,4 +162,4 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    return json_text(record) + "\n"

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from blip3o_fast.atomic import file_sha256
 from blip3o_fast.data.tensorfile import (
     RowWriter,
     bits,
     empty,
-    file_sha256,
     is_finite,
     read_header,
 )

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blip3o_fast import BLIP3oDiT, SamplingPlan, generate
+from blip3o_fast.errors import NonFiniteSamples
 from blip3o_fast.sampling import inputs
 
 
@@ -71,6 +72,28 @@ def test_noise(model, draw, change, message):
     eva, noise = draw(model)
     with pytest.raises(ValueError, match=message):
         SamplingPlan(model, steps=1)(eva, change(noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_samples_beyond_the_range_of_the_dtype_are_named(make_model, draw, dtype):
+    model = make_model()
+    with torch.no_grad():
+        model.output_proj.bias.fill_(torch.inf if dtype == torch.float32 else 6e4)
+        model.output_proj.weight.zero_()
+        model.output_proj.bias[0] = 0
+    eva, noise = draw(model, 3)
+    remedy = "use dtype=torch.bfloat16" if dtype == torch.float16 else "the weights of the model"
+    plan = SamplingPlan(model, steps=2, dtype=dtype)
+    with pytest.raises(NonFiniteSamples, match=rf"NaN or Inf in 0, 1, 2 of 3; .*{remedy}"):
+        plan(eva.to(dtype), (noise + 1e4).to(dtype))
+
+
+def test_one_bad_sample_of_a_batch_is_named(make_model, draw):
+    eva, noise = draw(make_model(), 4)
+    noise[2] = 3e38
+    with pytest.raises(NonFiniteSamples) as caught:
+        SamplingPlan(make_model(), steps=2)(eva, noise)
+    assert caught.value.samples == (2,)
 
 
 def test_sources_of_noise_exclude_each_other(model, draw):
