@@ -21,6 +21,7 @@ from typing import Any
 from blip3o_fast.atomic import write_json
 from blip3o_fast.checked import Count, Share, check, check_names, from_json, json_object, read_json
 from blip3o_fast.devices import DTYPES, DtypeName
+from blip3o_fast.untrusted import reading
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -196,11 +197,8 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Read one manifest file, finished or not; errors name the file."""
-        values = read_json(path, _LARGEST_MANIFEST)
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        with reading(path, "a manifest"):
+            return cls.from_dict(read_json(path, _LARGEST_MANIFEST))
 
     def write(self, path: Path) -> Path:
         """Write one manifest file, whole or not at all."""

@@ -14,7 +14,6 @@ A checkpoint is written in a hidden folder, flushed to the disk, and renamed. If
 interrupted, earlier checkpoints stay as they were.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from blip3o_fast.atomic import file_sha256, sync_folder, write_atomically, write_json
+from blip3o_fast.checked import read_json
 from blip3o_fast.checkpoint import MARKER
 from blip3o_fast.processes import World
 
@@ -50,7 +50,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def is_complete(folder: Path) -> bool:
     """Whether every file that the marker lists is there in full; ``require_intact`` reads them."""
     try:
-        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        sizes = read_json(folder / MARKER)["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -1,6 +1,5 @@
 """From options to a trained model in a folder."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from blip3o_fast.atomic import (
     write_atomically,
     write_json,
 )
+from blip3o_fast.checked import read_json
 from blip3o_fast.data.reader import verify_shards
 from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
@@ -198,7 +198,7 @@ def write_summary(plan: TrainingPlan, trainer: Trainer) -> None:
 
 def _read_saved(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         if isinstance(saved["options"], dict) and isinstance(saved["data"], str):
             return saved
     except (ValueError, KeyError, TypeError):

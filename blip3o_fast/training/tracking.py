@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blip3o_fast.atomic import json_text, write_atomically
+from blip3o_fast.checked import json_object
 from blip3o_fast.errors import OptionError
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.step_records import StepRecord
@@ -146,8 +147,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line, parse_constant=lambda _: None)
+            records.append(json_object("record", record))
+        except (ValueError, RecursionError):
             break
     return records
 

@@ -20,6 +20,13 @@ from blip3o_fast.sampling import inputs
         ({"time_grid": "cosine"}, "time_grid: expected ascending, published"),
         ({"time_grid": [0.0, 1.0]}, "expected 3 increasing times from 0 to 1"),
         ({"time_grid": [0.0, 0.7, 0.5]}, "increasing times"),
+        ({"time_grid": [0.0, float("nan"), 1.0]}, "increasing times"),
+        ({"time_grid": []}, r"expected 3 increasing times from 0 to 1, got \[\]"),
+        ({"time_grid": torch.tensor([0.0, 0.7, 0.5])}, "increasing times"),
+        ({"time_grid": torch.tensor(0.5)}, "increasing times"),
+        ({"time_grid": torch.zeros(3, 2)}, "increasing times"),
+        ({"time_grid": 3}, "increasing times"),
+        ({"time_grid": [0.0, "x", 1.0]}, "increasing times"),
         ({"dtype": torch.int8}, "dtype: expected one of"),
         ({"graph": True, "compile": True}, "expected graph or compile, got both"),
         ({"working_memory": 0}, "working_memory: expected at least 1 byte, got 0"),
@@ -30,6 +37,13 @@ from blip3o_fast.sampling import inputs
 def test_plan(model, options, message):
     with pytest.raises(ValueError, match=message):
         SamplingPlan(model, **{"steps": 2, **options})
+
+
+def test_times_may_be_a_tensor(model, draw):
+    eva, noise = draw(model)
+    listed = SamplingPlan(model, steps=2, time_grid=[0.0, 0.25, 1.0])(eva, noise)
+    times = torch.tensor([0.0, 0.25, 1.0])
+    assert torch.equal(SamplingPlan(model, steps=2, time_grid=times)(eva, noise), listed)
 
 
 def nan(x):
