@@ -7,10 +7,17 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from blip3o_fast.checkpoint import SOLVER_NAME, check_tensors, load_checkpoint, save_checkpoint
+from blip3o_fast.checkpoint import (
+    CONFIG_NAME,
+    SOLVER_NAME,
+    check_tensors,
+    load_checkpoint,
+    save_checkpoint,
+)
 from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
 from blip3o_fast.model import DiT
 from blip3o_fast.sampling import PlanOptions, SamplingPlan
+from blip3o_fast.untrusted import reading
 
 
 class BLIP3oDiT(DiT):
@@ -112,7 +119,8 @@ class BLIP3oDiT(DiT):
             num_key_value_heads=num_key_value_heads,
             revision=revision,
         )
-        with torch.device("meta"):
+        fits = reading(checkpoint.folder / CONFIG_NAME, "the configuration of a model")
+        with fits, torch.device("meta"):
             model = cls(checkpoint.config)
         check_tensors(checkpoint.config, model.state_dict(), checkpoint.tensors)
         model.load_state_dict(checkpoint.tensors, assign=True)

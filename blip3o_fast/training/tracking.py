@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blip3o_fast.atomic import json_text, write_atomically
-from blip3o_fast.checked import json_object
 from blip3o_fast.errors import OptionError
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.step_records import StepRecord
@@ -21,6 +20,18 @@ from blip3o_fast.training.validation import Validation
 
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_run_id"
+_FIELDS = {
+    "step": tuple(StepRecord.__dataclass_fields__),
+    "validation": tuple(n for n in Validation.__dataclass_fields__ if n != "above"),
+}
+_NEVER_NONE = frozenset(
+    (
+        *("step", "epoch", "samples", "skipped"),
+        *("learning_rate", "loss_scale", "seconds", "data_wait"),
+    )
+)
+_NUMBERS = (int, float, bool)
+_VALUES = (*_NUMBERS, type(None))
 
 
 class Tracker(Protocol):
@@ -148,10 +159,21 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:
             record = json.loads(line, parse_constant=lambda _: None)
-            records.append(json_object("record", record))
         except (ValueError, RecursionError):
             break
+        if not _is_record(record):
+            break
+        records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line says what the lines of this library say."""
+    kind = record.get("kind") if isinstance(record, dict) else None
+    return isinstance(kind, str) and all(
+        type(record.get(name, "")) in (_NUMBERS if name in _NEVER_NONE else _VALUES)
+        for name in _FIELDS.get(kind, ("kind",))
+    )
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
