@@ -6,11 +6,13 @@ longer answers, where Python does not even see a signal: a thread then ends it.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -43,6 +45,15 @@ class StopSignals:
         """Whether a signal has come; asked at every boundary."""
         self._boundary = time.monotonic()
         return self.received is not None
+
+    @contextlib.contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Inside the block a process may work for longer than ``PATIENCE``, as on a checkpoint."""
+        self._boundary = math.inf
+        try:
+            yield
+        finally:
+            self._boundary = time.monotonic()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

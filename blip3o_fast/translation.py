@@ -9,6 +9,7 @@ write the last ones while the device computes.
 from collections.abc import Iterator, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,6 +44,7 @@ from blip3o_fast.signals import StopSignals
 
 _STRETCH = 8192  # records in memory at once
 _DIGITS = 16  # of a digest
+_PATIENCE = timedelta(days=1)  # processes finish their shares at different times
 _LISTED = 8  # keys named in an error
 
 
@@ -137,7 +139,7 @@ def translate_folder(options: TranslationOptions) -> Translated:
     facts = translated_facts(options, model, data)
     plan = make_sampler(options, model, device)
     with (
-        join_world("auto", device) as world,
+        join_world("auto", device, _PATIENCE) as world,
         StopSignals(alone=world.size == 1) as signals,
     ):
         if device.type == "cuda":

@@ -94,7 +94,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
                 trainer.run()
             except BaseException:
                 if world.is_main:
-                    with suppress(OSError):  # the error that stopped the run says more
+                    with suppress(OSError, ValueError):  # what stopped the run says more
                         write_summary(plan, trainer)
                 raise
             if world.is_main:

@@ -114,7 +114,8 @@ class TrainingState:
             except (OSError, ValueError) as error:
                 damage = str(error)
         if self.world.agree(bool(damage)):
-            raise ValueError(f"{damage or folder}; delete {folder.name} to resume before")
+            damage = damage or f"{folder}: damaged"
+            raise ValueError(f"{damage}; delete {folder.name} to resume before")
         try:
             saved = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
             usable = load_file(folder / WEIGHTS_NAME)

@@ -153,7 +153,11 @@ def open_trackers(run: Path, options: TrainingOptions, step: int) -> list[Tracke
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, up to the first line that a crash left incomplete."""
+    """The records of a run, up to the first line that a crash left incomplete.
+
+    Raises:
+        ValueError: naming the file, if a whole line is no record.
+    """
     path = run / METRICS_NAME
     records: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
@@ -162,7 +166,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             break
         if not _is_record(record):
-            break
+            expected = "a record of a step or of a validation"
+            raise ValueError(f"{path}: line {len(records) + 1}: expected {expected}")
         records.append(record)
     return records
 

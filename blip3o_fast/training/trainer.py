@@ -253,9 +253,10 @@ class Trainer:
             self.metrics.flush()
         progress = self.state.progress
         progress.seconds = time.perf_counter() - self.started
-        folder = checkpoints.write_checkpoint(
-            self.folder, progress.step, self.state.write, self.world
-        )
+        with self.signals.unhurried():
+            folder = checkpoints.write_checkpoint(
+                self.folder, progress.step, self.state.write, self.world
+            )
         if self.world.is_main:
             checkpoints.point(self.folder, checkpoints.LATEST, folder)
             if best:

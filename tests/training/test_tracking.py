@@ -57,7 +57,8 @@ def test_a_torn_last_line_is_not_read(tmp_path):
         json.dumps({**step(2), "seconds": None}),
     ):
         write_lines(tmp_path, step(1), tail=f"{line}\n{json.dumps(step(3))}\n")
-        assert read_metrics(tmp_path) == [step(1)]
+        with pytest.raises(ValueError, match=r"metrics.jsonl: line 2: expected a record"):
+            read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("validated", [True, False])
