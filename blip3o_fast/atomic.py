@@ -3,13 +3,21 @@
 A file is written under a hidden temporary name in its own folder, flushed to the disk and renamed
 over its final name; then the folder itself is flushed. A reader, or a restart after a crash, sees
 the old file or the new one and never a part.
+
+Here, too, is what a file is known by (its SHA-256), and the lock of a folder that is written to.
 """
 
 import contextlib
+import errno
+import hashlib
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
+
+from blip3o_fast.errors import OptionError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -76,7 +84,23 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, content: Any, *, indent: int = 1) -> None:
     """Replace ``path`` by ``content`` as JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
+    write_atomically(path, (json_text(content, indent=indent) + "\n").encode())
+
+
+def json_text(content: Any, *, indent: int | None = None) -> str:
+    """``content`` as JSON. NaN and infinities, which JSON does not have, become null."""
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def temporary_path(path: Path) -> Path:
@@ -107,6 +131,57 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
     """Delete the temporary files that a killed writer left for names that match ``pattern``."""
     for path in folder.glob(f".{pattern}.*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is written to; the system releases it when the process ends.
+
+    The folder is made if need be, and removed again if nothing was written. Without effect on
+    Windows and on file systems without locks, such as some network ones.
+
+    Raises:
+        OptionError: if another process holds it, as after a job was queued twice.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _flocked(folder):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _flocked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OptionError(
+                f"{folder}: expected a folder that nobody else writes to, and another process "
+                "does; wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_error(error: OSError, path: Path) -> OSError:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
+from blip3o_fast.untrusted import reading
+
 Record = TypeVar("Record")
 
 
@@ -36,6 +38,8 @@ class Range(NamedTuple):
         end = f" and {'at most' if self.closed else 'below'} {self.below:g}"
         return start + (end if math.isfinite(self.below) else "")
 
+
+_DEEPEST = 64  # levels of JSON
 
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
@@ -109,11 +113,38 @@ def read_json(path: Path, largest: int = 1 << 28) -> dict[str, Any]:
     size = path.stat().st_size
     if size > largest:
         raise ValueError(f"{path}: expected at most {largest} bytes of JSON, got {size}")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from None
+    with reading(path, "JSON"):
+        values = parse_json(path.read_bytes())
     return json_object(str(path), values)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` without the numbers that JSON does not have, and no deeper than 64 levels.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    try:
+        values = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(f"more than {_DEEPEST} levels") from None
+    level = [values]
+    for _ in range(_DEEPEST + 1):
+        level = [x for x in level if isinstance(x, dict | list)]
+        if not level:
+            return values
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+    raise ValueError(f"more than {_DEEPEST} levels")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is beyond the range of numbers")
+    return value
 
 
 def json_object(what: str, values: Any, error: type[ValueError] = ValueError) -> dict[str, Any]:

@@ -4,26 +4,34 @@ Our own are ``config.json`` and ``model.safetensors``. Parameter names and shape
 ones in every case. Nothing is unpickled beyond what ``torch.load(weights_only=True)`` allows.
 """
 
+import hashlib
+import json
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.serialization import safe_globals
 
-from blip3o_fast.atomic import settle, temporary_path, write_json
+from blip3o_fast.atomic import file_sha256, settle, temporary_path, write_json
 from blip3o_fast.checked import read_json
 from blip3o_fast.config import PRESETS, DiTConfig
+from blip3o_fast.hub import download, repository
+from blip3o_fast.untrusted import reading
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 SOLVER_NAME = "solver.json"
 """Solvers fitted to the model, see ``flow.fitted``."""
 EXPERIMENT_NAME = "experiment_config.json"
+MARKER = "COMPLETE"
+"""Lists the files of a training checkpoint with their sizes and SHA-256."""
 POINTERS = ("best", "latest")
 """Files of a training run that name one of its checkpoints; a run itself means the first."""
 
@@ -69,7 +77,7 @@ def load_checkpoint(
     Args:
         path: a folder with ``config.json`` and ``model.safetensors``; a training run that points to
             one; a published ``checkpoint_step_N.pt``, or a folder of them (highest N); or a hub
-            repository, ``owner/name``.
+            repository, ``hf:owner/name``, or ``owner/name`` where no such path is (see ``hub``).
         num_attention_heads, num_key_value_heads: for a ``.pt`` file without a configuration beside
             it. Head counts cannot be read off the shapes of the weights, so they are never guessed.
         revision: of a hub repository.
@@ -81,14 +89,24 @@ def load_checkpoint(
     found = locate_checkpoint(path, revision)
     if found.suffix == ".pt":
         return _read_published(found, num_attention_heads, num_key_value_heads)
-    config = DiTConfig.from_dict(read_json(found / CONFIG_NAME))
+    require_intact(found, CONFIG_NAME, WEIGHTS_NAME)
+    with reading(found / CONFIG_NAME, "the configuration of a model"):
+        config = DiTConfig.from_dict(read_json(found / CONFIG_NAME))
     weights = found / WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"{found}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}")
-    try:
-        return Checkpoint(config, published_names(load_file(weights)), found)
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: damaged or truncated ({error}); copy it again") from None
+    tensors = _read_weights(weights)
+    _require_plausible(weights, config, tensors)
+    return Checkpoint(config, tensors, found)
+
+
+def content_digest(config: DiTConfig, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 that names a model by what it is, wherever it lies."""
+    sha = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        sha.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        sha.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def check_tensors(
@@ -112,8 +130,32 @@ def check_tensors(
         )
 
 
+def require_intact(folder: Path, *names: str) -> None:
+    """Raise ``ValueError`` if files are not those that a training checkpoint's marker lists.
+
+    Args:
+        folder: a checkpoint; without a marker, or with an older one, nothing can be said.
+        names: of the files; none means all.
+    """
+    marker = folder / MARKER
+    recorded = read_json(marker).get("sha256") if marker.is_file() else None
+    if not isinstance(recorded, dict):
+        return
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name in recorded and (not names or name in names):
+            digest = file_sha256(path)
+            if digest != recorded[name]:
+                raise ValueError(
+                    f"{path}: damaged: expected SHA-256 {str(recorded[name])[:12]}..., that of "
+                    f"{MARKER}, got {digest[:12]}..."
+                )
+
+
 def locate_checkpoint(given: str | Path, revision: str | None = None) -> Path:
     """The ``.pt`` file, or the folder that holds ``config.json``; see ``load_checkpoint``."""
+    if (name := repository(given)) is not None:
+        return download(name, revision, (CONFIG_NAME, WEIGHTS_NAME, SOLVER_NAME), "hub")
     path = Path(given)
     if path.is_file():
         if path.suffix == ".pt":
@@ -131,13 +173,14 @@ def locate_checkpoint(given: str | Path, revision: str | None = None) -> Path:
             if (path / pointer).is_file():
                 return _follow(path, pointer)
         return _newest_published(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)):
-        return _download(str(given), revision)
-    raise FileNotFoundError(f"{given}: expected a checkpoint folder, a .pt file or owner/name")
+    raise FileNotFoundError(
+        f"{given}: expected a checkpoint folder, a .pt file or hf:owner/name, found none"
+    )
 
 
 def _follow(run: Path, pointer: str) -> Path:
-    name = (run / pointer).read_text(encoding="utf-8").strip()
+    with reading(run / pointer, "the name of a folder in the run"):
+        name = (run / pointer).read_bytes()[:256].decode().strip()
     target = run / name
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{run / pointer}: expected the name of a folder in the run, got {name!r}")
@@ -159,25 +202,20 @@ def _newest_published(folder: Path) -> Path:
     return steps[max(steps)]
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileNotFoundError(
-            f"{repository}: no such folder here, and a hub repository needs "
-            "huggingface_hub: pip install 'blip3o-fast[hub]'"
-        ) from None
-    patterns = [CONFIG_NAME, WEIGHTS_NAME, SOLVER_NAME]
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own and not mapped from the file."""
+    with reading(file, "complete weights of a model; copy it again"):
+        return published_names({name: x.clone() for name, x in load_file(file).items()})
 
 
 def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Checkpoint:
     """A ``.pt`` of the published trainer: weights in ``model_state_dict``, no configuration."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
-        first = str(error).strip().splitlines()[:1]
-        raise ValueError(f"{file}: expected a weights-only torch file ({first})") from None
+    with reading(file, "a weights-only torch file"):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                _require_room(file, sum(entry.file_size for entry in archive.infolist()))
+        with safe_globals([(NumpyType, "numpy.dtype"), *_NUMPY_SCALARS]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     tensors = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if isinstance(tensors, dict):
         tensors = published_names({str(name): x for name, x in tensors.items()})
@@ -193,9 +231,58 @@ def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Chec
         )
     known = DiTConfig().to_dict().keys()
     fields = {name: value for name, value in recorded.items() if name in known}
-    fields |= shape_fields(tensors)
-    fields |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return Checkpoint(DiTConfig.from_dict(fields), tensors, file.parent)
+    with reading(file, "the weights of a BLIP3-o DiT"):
+        fields |= shape_fields(tensors)
+        fields |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        config = DiTConfig.from_dict(fields)
+    _require_plausible(file, config, tensors)
+    return Checkpoint(config, tensors, file.parent)
+
+
+def _require_plausible(file: Path, config: DiTConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` before anything is built that ``file``, with the weights, has not."""
+    if not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise ValueError(f"{file}: expected tensors alone")
+    elements = sum(x.numel() for x in tensors.values())
+    _require_room(file, elements)
+    limits = {
+        **dict.fromkeys(("num_hidden_layers", "eva_adapter_layers"), len(tensors)),
+        **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), elements),
+        **dict.fromkeys(("eva_embedding_size", "clip_embedding_size"), elements),
+        "num_tokens": elements // config.head_dim,  # the rotary tables are no larger than the rest
+    }
+    for name, limit in limits.items():
+        if getattr(config, name) > limit:
+            raise ValueError(
+                f"{file}: {name}: expected at most {limit} beside {elements} numbers in "
+                f"{len(tensors)} tensors, got {getattr(config, name)}"
+            )
+
+
+def _require_room(file: Path, needed: int) -> None:
+    if needed > (size := file.stat().st_size):
+        raise ValueError(f"{file}: expected contents that fit its {size} bytes, it claims {needed}")
+
+
+class NumpyType:
+    """Stands for ``numpy.dtype`` where a checkpoint holds numbers of numpy's, such as a loss."""
+
+    def __init__(self, code: str, *_: bool) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore what plain numbers do not have."""
+
+
+def numpy_scalar(kind: NumpyType, data: bytes) -> float | int | bool:
+    """Stands for numpy's constructor of a number."""
+    if kind.code not in _NUMBERS:
+        raise ValueError(f"a numpy number of type {kind.code!r}")
+    return struct.unpack(_NUMBERS[kind.code], data)[0]
+
+
+_NUMBERS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
+_NUMPY_SCALARS = [(numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 def _recorded_fields(file: Path) -> dict[str, Any]:
@@ -203,9 +290,10 @@ def _recorded_fields(file: Path) -> dict[str, Any]:
     path = file.parent / EXPERIMENT_NAME
     if not path.is_file():
         return {}
-    experiment = read_json(path)
-    size = str((experiment.get("args") or {}).get("model_size"))
-    return {**PRESETS.get(size, {}), **(experiment.get("model_config") or {})}
+    with reading(path, "the configuration of a published experiment"):
+        experiment = read_json(path)
+        size = str((experiment.get("args") or {}).get("model_size"))
+        return {**PRESETS.get(size, {}), **(experiment.get("model_config") or {})}
 
 
 def shape_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.checkpoint import (
+    CONFIG_NAME,
     SOLVER_NAME,
     check_tensors,
     load_checkpoint,
@@ -17,6 +18,7 @@ from blip3o_fast.checkpoint import (
 from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
 from blip3o_fast.model import DiT
 from blip3o_fast.sampling import PlanOptions, SamplingPlan
+from blip3o_fast.untrusted import reading
 
 
 class BLIP3oDiT(DiT):
@@ -104,7 +106,8 @@ class BLIP3oDiT(DiT):
 
         Args:
             path: our folder, training run or its ``latest`` or ``best``, a published ``.pt`` file
-                or a folder of them, or a hub repository ``owner/name`` (needs the extra ``hub``).
+                or a folder of them, or a hub repository ``hf:owner/name`` (needs the extra
+                ``hub``); ``owner/name`` is looked for on the disk first, and the log says which.
             num_attention_heads, num_key_value_heads: for a ``.pt`` file that comes without its
                 configuration.
             revision: of a hub repository.
@@ -121,7 +124,8 @@ class BLIP3oDiT(DiT):
             num_key_value_heads=num_key_value_heads,
             revision=revision,
         )
-        with torch.device("meta"):
+        fits = reading(checkpoint.folder / CONFIG_NAME, "the configuration of a model")
+        with fits, torch.device("meta"):
             model = cls(checkpoint.config)
         check_tensors(checkpoint.config, model.state_dict(), checkpoint.tensors)
         model.load_state_dict(checkpoint.tensors, assign=True)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blip3o_fast.errors import OptionError
+
+PATIENCE = timedelta(minutes=10)
+"""For processes that work in step."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,15 @@ class World:
 
 
 @contextmanager
-def join_world(parallel: str, device: torch.device) -> Iterator[World]:
+def join_world(
+    parallel: str, device: torch.device, patience: timedelta = PATIENCE
+) -> Iterator[World]:
     """Join the process group that torchrun or the caller prepared; alone without one.
+
+    Args:
+        parallel: ``auto``, or a kind that needs several processes.
+        device: of this process.
+        patience: how long a process waits for the others before it fails.
 
     Raises:
         OptionError: if ``parallel`` asks for a group and there is none.
@@ -86,9 +97,9 @@ def join_world(parallel: str, device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(local_rank)
     if not prepared:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience))
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, control)
     finally:
         if not prepared:

@@ -7,7 +7,9 @@ write the last ones while the device computes.
 """
 
 from collections.abc import Iterator, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,8 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from blip3o_fast.atomic import locked
 from blip3o_fast.checked import Count, check
-from blip3o_fast.config import DiTConfig
+from blip3o_fast.checkpoint import content_digest
 from blip3o_fast.conventions import GridName
 from blip3o_fast.data import (
     BackgroundWriter,
@@ -28,9 +31,11 @@ from blip3o_fast.data import (
     merge_parts,
     read_ahead,
 )
+from blip3o_fast.data.reader import verify_shards
 from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
-from blip3o_fast.errors import OptionError
+from blip3o_fast.errors import NonFiniteSamples, OptionError
 from blip3o_fast.flow.solvers import SolverName
+from blip3o_fast.hub import typed
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.processes import World, join_world
 from blip3o_fast.sampling import SamplingPlan
@@ -38,6 +43,9 @@ from blip3o_fast.seeds import sample_seed
 from blip3o_fast.signals import StopSignals
 
 _STRETCH = 8192  # records in memory at once
+_DIGITS = 16  # of a digest
+_PATIENCE = timedelta(days=1)  # processes finish their shares at different times
+_LISTED = 8  # keys named in an error
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class TranslationOptions:
     """What to translate, by what, and how.
 
     Attributes:
-        model_path: checkpoint folder, training run, .pt file or owner/name.
+        model_path: checkpoint folder, training run, .pt file, or hf:owner/name on the hub.
         embeddings_dir: folder of shards with EVA embeddings.
         output_dir: folder for the CLIP shards; continued if unfinished.
         split: side to translate.
@@ -59,6 +67,7 @@ class TranslationOptions:
         dtype: element type of weights and activations; fp8: most matrix products in e4m3, less
             exact, on GPUs that have it; None: as stored.
         store_dtype: element type of the shards.
+        revision: commit, tag or branch of a repository of the hub.
         num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
         device: device to run on; auto: cuda if there is a GPU.
         graph: replay steps as CUDA graphs; None: only on CUDA.
@@ -82,6 +91,7 @@ class TranslationOptions:
     samples_per_shard: Count = 256
     dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
     store_dtype: DtypeName = "fp16"
+    revision: str | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     device: DeviceName = "auto"
@@ -120,20 +130,27 @@ def translate_folder(options: TranslationOptions) -> Translated:
     """
     device = find_device(options.device)
     model = load_trained_model(
-        options.model_path,
+        typed(options.model_path),
+        revision=options.revision,
         num_attention_heads=options.num_attention_heads,
         num_key_value_heads=options.num_key_value_heads,
     )
     data = open_source(options, model)
+    facts = translated_facts(options, model, data)
     plan = make_sampler(options, model, device)
-    with join_world("auto", device) as world, StopSignals() as signals:
+    with (
+        join_world("auto", device, _PATIENCE) as world,
+        StopSignals(alone=world.size == 1) as signals,
+    ):
         if device.type == "cuda":
             device = torch.device("cuda", world.local_rank)
         model.to(device)
-        added = translate_share(options, plan, data, world, device, signals)
-        stopped = world.agree(signals.asked())
-        if world.is_main and not stopped:
-            merge_parts(options.output_dir)
+        with locked(Path(options.output_dir)) if world.is_main else nullcontext():
+            world.barrier()
+            added = translate_share(options, plan, data, facts, world, device, signals)
+            stopped = world.agree(signals.asked())
+            if world.is_main and not stopped:
+                merge_parts(options.output_dir)
         return Translated(len(data), added, stopped, world.is_main)
 
 
@@ -174,9 +191,13 @@ def make_sampler(
 
 
 def translated_facts(
-    options: TranslationOptions, config: DiTConfig, data: EmbeddingDataset
+    options: TranslationOptions, model: BLIP3oDiT, data: EmbeddingDataset
 ) -> Manifest:
-    """The manifest of the result; a folder of other facts is not continued."""
+    """The manifest of the result; a folder of other facts is not continued.
+
+    The model's weights and the source's shards are known by their contents.
+    """
+    config = model.config
     source = data.manifest.eva_encoder
     how = (
         f"{options.num_inference_steps} {options.solver} steps, guidance "
@@ -192,8 +213,10 @@ def translated_facts(
         eva_encoder=None,
         clip_encoder=Encoder(
             f"blip3o_fast {options.model_path}",
+            revision=f"weights {content_digest(config, model.state_dict())[:_DIGITS]}",
             layer=how,
-            preprocessing=f"translated from {source.name if source else data.folder.name}",
+            preprocessing=f"translated from {source.name if source else data.folder.name}, "
+            f"shards {data.manifest.digest()[:_DIGITS]}",
         ),
         shards=(),
         notes={},
@@ -204,6 +227,7 @@ def translate_share(
     options: TranslationOptions,
     plan: SamplingPlan,
     data: EmbeddingDataset,
+    facts: Manifest,
     world: World,
     device: torch.device,
     signals: StopSignals,
@@ -212,13 +236,14 @@ def translate_share(
     count = 0
     with ShardWriter(
         options.output_dir,
-        facts=translated_facts(options, plan.model.config, data),
+        facts=facts,
         samples_per_shard=options.samples_per_shard,
         resume=True,
         part=f"r{world.rank}" if world.size > 1 else "",
         merge=False,
     ) as writer:
         missing = untranslated(data, writer.done)
+        verify_shards(data.folder, data.manifest.shards[world.rank :: world.size])
         world.barrier()  # nobody writes before everybody has seen what is missing
         mine = missing[world.rank :: world.size].copy()
         del missing
@@ -232,7 +257,11 @@ def translate_share(
                 if signals.asked():
                     break
                 seeds = [sample_seed(key, options.seed) for key in batch.keys]
-                clip = plan(batch.eva.float(), seeds=seeds)
+                try:
+                    clip = plan(batch.eva.float(), seeds=seeds)
+                except NonFiniteSamples as error:
+                    keys = ", ".join(batch.keys[i] for i in error.samples[:_LISTED])
+                    raise ValueError(f"{error} (keys {keys})") from None
                 background.add(None, clip, batch.records.read())
                 count += len(seeds)
                 bar.update(len(seeds))

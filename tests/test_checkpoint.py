@@ -3,8 +3,10 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from hostile import within
 
 from blip3o_fast import BLIP3oDiT, DiTConfig, load_trained_model
 from blip3o_fast.checkpoint import load_checkpoint
@@ -182,7 +184,7 @@ def test_truncated_weights(tmp_path, keep):
     small().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model.safetensors: damaged or truncated"):
+    with pytest.raises(ValueError, match=r"model.safetensors: expected complete weights"):
         load_trained_model(tmp_path)
 
 
@@ -209,6 +211,92 @@ def test_unreadable_configuration(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: expected JSON"):
         load_trained_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 20_000_000}, "num_hidden_layers: expected at most"),
+        ({"eva_adapter_layers": 20_000_000}, "eva_adapter_layers: expected at most"),
+        ({"grid": [1, 1, 2_000_000_000], "num_tokens": 2_000_000_000}, "num_tokens: expected at"),
+        ({"hidden_size": 4 * 10**30}, "hidden_size: expected at most"),
+        ({"grid": [1, "16", 16]}, r"config.json: expected the configuration of a model \(TypeErr"),
+        ({"grid": {}}, "config.json"),
+        ({"conventions": []}, "config.json"),
+        ({"training_mode": {"a": 1}}, "config.json"),
+        ({"rope_theta": "much"}, "config.json"),
+    ],
+)
+def test_a_configuration_that_its_weights_do_not_fit(tmp_path, change, message):
+    """Found before a model of that size is built."""
+    model = small()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), **change}))
+    with within(seconds=5, megabytes=50), pytest.raises(ValueError, match=message):
+        load_trained_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 2000 + "]" * 2000, '{"a": ' * 2000, '{"rope_theta": NaN}'])
+def test_json_that_is_deep_or_none(tmp_path, text):
+    small().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json: expected JSON"):
+        load_trained_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "experiment", ["[]", '{"args": 3}', '{"model_config": [1]}', '{"args": {"model_size": []}}']
+)
+def test_experiments_that_are_something_else(tmp_path, experiment):
+    save_published(tmp_path / "checkpoint_step_1.pt", small())
+    (tmp_path / "experiment_config.json").write_text(experiment)
+    with pytest.raises(ValueError, match="experiment_config"):
+        load_trained_model(tmp_path)
+
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_of_numpy_beside_the_weights(tmp_path, legacy):
+    model = small(conventions="published")
+    path = tmp_path / "checkpoint_step_1.pt"
+    numbers = [np.float64(0.5), np.float32(2), np.int64(-3), np.bool_(True)]
+    content = {"model_state_dict": model.state_dict(), "metrics": numbers}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    torch.testing.assert_close(outputs(load_trained_model(path, **HEADS)), outputs(model))
+    content["metrics"] = np.array(["x"], dtype=object)
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"step_1.pt: expected a weights-only torch file") as error:
+        load_trained_model(path, **HEADS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_that_claims_more_than_its_file(tmp_path):
+    tensors = small(conventions="published").state_dict()
+    tensors["input_proj.weight"] = torch.zeros(1, 1).expand(1 << 20, 1 << 20)
+    path = tmp_path / "checkpoint_step_1.pt"
+    torch.save({"model_state_dict": tensors}, path)
+    with within(seconds=5, megabytes=50), pytest.raises(ValueError, match=r"step_1\.pt: expected"):
+        load_trained_model(path, **HEADS)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_loaded_model_owns_its_memory(tmp_path, kind):
+    model = small(conventions="published")
+    if kind == "pt":
+        path = tmp_path / "checkpoint_step_1.pt"
+        save_published(path, model)
+        loaded = load_trained_model(path, **HEADS)
+    else:
+        path = tmp_path / "model.safetensors"
+        model.save_pretrained(tmp_path)
+        loaded = load_trained_model(tmp_path)
+    with path.open("r+b") as file:  # in place, as cp and rsync --inplace do
+        file.write(b"\xff" * path.stat().st_size)
+        file.truncate(10)
+    for (name, a), b in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_nothing_there(tmp_path):

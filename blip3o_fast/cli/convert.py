@@ -24,6 +24,7 @@ from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_source
 from blip3o_fast.devices import DtypeName
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flags import Flag, add_flags, given
+from blip3o_fast.untrusted import one_line
 
 _GIB = 1 << 30
 _REMARKS_SHOWN = 20
@@ -149,6 +150,6 @@ def _conclude(options: ConvertOptions, outcome: Outcome, identical: list[str]) -
 
 def _list(title: str, lines: Sequence[str]) -> None:
     for line in lines[:_REMARKS_SHOWN]:
-        print(f"{title}: {line}")
+        print(one_line(f"{title}: {line}"))
     if len(lines) > _REMARKS_SHOWN:
         print(f"{title}: {len(lines) - _REMARKS_SHOWN} more; the manifest's notes have them all")

@@ -12,15 +12,16 @@ from typing import Annotated, Literal
 
 import torch
 
+from blip3o_fast.atomic import locked
 from blip3o_fast.checked import Count, check
 from blip3o_fast.data import EmbeddingDataset, Wishes, convert
-from blip3o_fast.data.manifest import MANIFEST_NAME
 from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
 from blip3o_fast.flags import Flag, add_flags, given
 from blip3o_fast.flow.schedule import GridName
+from blip3o_fast.hub import typed
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 
 
@@ -29,7 +30,7 @@ class EvaluateOptions:
     """Options of ``evaluate``; those of the published ``eval_blip3o_coco.py`` keep their names.
 
     Attributes:
-        model_path: checkpoint folder, training run, .pt file or owner/name.
+        model_path: checkpoint folder, training run, .pt file, or hf:owner/name on the hub.
         coco_embeddings_file: published COCO pickle, converted to shards on first use.
         embeddings_dir: folder of paired shards to evaluate on.
         chunked_embeddings_dir: training shards, which the baselines are fitted on.
@@ -47,6 +48,7 @@ class EvaluateOptions:
         time_grid: times of the solver's steps; None: those of the model's conventions.
         heldout_fraction: share of photos evaluated; None: the manifest's.
         max_training_samples: most training samples that the baselines are fitted on.
+        revision: commit, tag or branch of a repository of the hub.
         num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
         seed: decides the noise of a sample together with its key.
         dtype: element type of the model; None: as stored.
@@ -73,6 +75,7 @@ class EvaluateOptions:
     time_grid: GridName | None = None
     heldout_fraction: float | None = None
     max_training_samples: int = 2000
+    revision: str | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     seed: int = 0
@@ -106,11 +109,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the report."""
     options = EvaluateOptions(**given(EvaluateOptions, args))
+    with locked(Path(options.output_dir)):
+        return evaluate(options)
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    """What ``run`` does while no other process writes to the folder."""
     if options.plots:
         require_plots()
     device = find_device(options.device)
     model = load_trained_model(
-        options.model_path,
+        typed(options.model_path),
+        revision=options.revision,
         num_attention_heads=options.num_attention_heads,
         num_key_value_heads=options.num_key_value_heads,
         device=device,
@@ -184,8 +194,7 @@ def open_data(
 
 
 def converted(source: Path, output_dir: str, model: BLIP3oDiT) -> Path:
-    """Shards of the published COCO pickle, made beside the report on first use."""
+    """Shards of the published COCO pickle, made beside the report, or found there and compared."""
     folder = Path(output_dir) / f"{source.stem}_shards"
-    if not (folder / MANIFEST_NAME).is_file():
-        convert(source, folder, Wishes(grid=model.config.patches, heldout_fraction=0.0))
+    convert(source, folder, Wishes(grid=model.config.patches, heldout_fraction=0.0))
     return folder

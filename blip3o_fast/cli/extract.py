@@ -38,7 +38,9 @@ from blip3o_fast.extraction.image_sources import (
     webdataset_images,
 )
 from blip3o_fast.flags import Flag, add_flags, given
+from blip3o_fast.hub import typed
 from blip3o_fast.signals import STOPPED, StopSignals
+from blip3o_fast.untrusted import one_line
 
 _SHOWN = 5
 
@@ -54,8 +56,8 @@ class ExtractOptions:
         coco_split: part of COCO.
         output_dir: folder for the shards.
         towers: CLIP ViT-L/14 and EVA-CLIP-8B, or two small EfficientNets that need no download.
-        eva_path: folder or hub id of EVA-CLIP (clip+eva).
-        clip_path: folder or hub id of CLIP (clip+eva).
+        eva_path: folder of EVA-CLIP, or hf:owner/name on the hub (clip+eva).
+        clip_path: folder of CLIP, or hf:owner/name on the hub (clip+eva).
         eva_revision: commit, tag or branch of eva_path; None: a pinned commit.
         clip_revision: commit, tag or branch of clip_path; None: a pinned commit.
         device: device of both towers: auto, cpu, cuda or cuda:N.
@@ -176,8 +178,8 @@ def _images(options: ExtractOptions) -> Iterable[ImageRef]:
 def _towers(options: ExtractOptions) -> TowerPair:
     return load_towers(
         options.towers,
-        eva_path=options.eva_path,
-        clip_path=options.clip_path,
+        eva_path=typed(options.eva_path),
+        clip_path=typed(options.clip_path),
         eva_revision=options.eva_revision,
         clip_revision=options.clip_revision,
         device=find_device(options.device),
@@ -189,7 +191,7 @@ def _towers(options: ExtractOptions) -> TowerPair:
 def _tell(report: Extracted, folder: Path) -> None:
     print(f"{report.samples} samples in {folder}, {report.added} of them new")
     for item in report.skipped[:_SHOWN]:
-        print(f"skipped {item.key}: {item.reason}", file=sys.stderr)
+        print(one_line(f"skipped {item.key}: {item.reason}"), file=sys.stderr)
     if report.skipped:
         listed = folder / SKIPPED_FILE
         print(f"{len(report.skipped)} images skipped, listed in {listed}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     options = FitOptions(**given(FitOptions, args))
     device = find_device(options.device)
     model = load_trained_model(
-        options.model_path,
+        Path(options.model_path),
         num_attention_heads=options.num_attention_heads,
         num_key_value_heads=options.num_key_value_heads,
         device=device,
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(str(error)) from None
     held_out = eva[-max(1, len(eva) // 4) :]
     print("\n".join(table(model, fitted, held_out, generator, dtype)))
-    found = locate_checkpoint(options.model_path)
+    found = locate_checkpoint(Path(options.model_path))
     folder = found if found.is_dir() else found.parent
     save_solvers(folder, {**model.fitted, **fitted})
     print(f"\nSolvers: {folder / SOLVER_NAME}")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from blip3o_fast import __version__
 from blip3o_fast.errors import OptionError
+from blip3o_fast.untrusted import one_line
 
 COMMANDS = {
     "demo": "real photos to a trained translator and its report, on any machine",
@@ -87,7 +88,7 @@ def guarded(body, name: str) -> int:  # noqa: ANN001
 
 
 def _report(name: str, error: BaseException, status: int) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(str(error)) or type(error).__name__
     print(f"{name}: error: {message}", file=sys.stderr)
     return status
 

@@ -1,7 +1,8 @@
 """Conversion of other formats to shards: stream and verify.
 
 Embeddings pass through memory in blocks, so files may be larger than memory. An interrupted
-conversion continues where it stopped.
+conversion continues where it stopped; first it compares what it wrote with the source, so that no
+data set is made of two sources.
 """
 
 import math
@@ -18,8 +19,8 @@ from torch import Tensor
 from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_sources, plan_conversion
 from blip3o_fast.data.conversion_sources import Source
 from blip3o_fast.data.dataset import prepend_token_mean
-from blip3o_fast.data.manifest import Manifest, entry_path
-from blip3o_fast.data.reader import TOWERS, Shard
+from blip3o_fast.data.manifest import Manifest, ShardEntry, entry_path
+from blip3o_fast.data.reader import TOWERS, Shard, verify_shards
 from blip3o_fast.data.shards import ShardWriter
 from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tensorfile import bits, is_finite
@@ -73,7 +74,7 @@ def write_planned(
 
     Raises:
         ValueError: for a row with NaN or Inf, naming source, row and key; if the folder holds
-            another data set; if the disk lacks the space.
+            another data set, or rows that the source no longer has; if the disk lacks the space.
     """
     outcome = Outcome()
     with ShardWriter(
@@ -86,6 +87,7 @@ def write_planned(
                 f"{folder}: holds {len(foreign)} samples that the source lacks, such as "
                 f"{min(foreign)!r}; choose an empty folder"
             )
+        _require_same_source(plan, folder, writer.entries)
         outcome.done = len(writer.done)
         _require_space(folder, (plan.count - outcome.done) * plan.facts.sample_bytes)
         progress(outcome.done)
@@ -114,14 +116,11 @@ def verify_conversion(plan: ConversionPlan, folder: Path, rows: int = 64) -> lis
         ValueError: naming the shard or the key that differs.
     """
     manifest = Manifest.load(folder)
-    origins = {
-        record.key: (source, row, record)
-        for source, picked in zip(plan.sources, plan.samples, strict=True)
-        for row, record in picked
-    }
+    origins = _origins(plan)
+    verify_shards(folder, manifest.shards)
     # One shard at a time: each holds its records in memory.
     for entry in manifest.shards:
-        shard = Shard(entry_path(folder, entry), entry, verify=True)
+        shard = Shard(entry_path(folder, entry), entry)
         share = math.ceil(rows * shard.samples / manifest.samples)
         for row in np.unique(np.linspace(0, shard.samples - 1, share).astype(int)):
             _compare(shard, int(row), plan.facts, *origins[shard.records[int(row)].key])
@@ -133,6 +132,24 @@ def verify_conversion(plan: ConversionPlan, folder: Path, rows: int = 64) -> lis
     if identical:
         manifest.replace(notes={**manifest.notes, "identical_features": identical}).save(folder)
     return identical
+
+
+def _origins(plan: ConversionPlan) -> dict[str, tuple[Source, int, SampleRecord]]:
+    """Where the sample of each key comes from."""
+    return {
+        record.key: (source, row, record)
+        for source, picked in zip(plan.sources, plan.samples, strict=True)
+        for row, record in picked
+    }
+
+
+def _require_same_source(plan: ConversionPlan, folder: Path, entries: Sequence[ShardEntry]) -> None:
+    """Raise ``ValueError`` for the first row of an earlier run that the source does not have."""
+    origins = _origins(plan) if entries else {}
+    for entry in entries:
+        shard = Shard(entry_path(folder, entry), entry)
+        for row in range(shard.samples):
+            _compare(shard, row, plan.facts, *origins[shard.records[row].key])
 
 
 def _identical(manifest: Manifest, folder: Path) -> list[list[str]]:
@@ -174,7 +191,7 @@ def _compare(
         if not equal:
             raise ValueError(
                 f"{shard.path.name}: row {row}: {name} of {record.key!r} differs from row {origin} "
-                f"of {source.name}"
+                f"of {source.name}; choose an empty folder for another source"
             )
 
 

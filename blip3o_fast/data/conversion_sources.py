@@ -1,9 +1,11 @@
 """What a conversion reads: embeddings in some other format, row by row."""
 
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor
 from blip3o_fast.data.diskarray import DiskArray
 from blip3o_fast.data.manifest import Encoder
 from blip3o_fast.data.sidecar import SampleRecord, decode_record
+from blip3o_fast.untrusted import one_line, reason
+
+_LONGEST_HEADER = 1 << 16  # bytes of a .npy file before its elements
 
 
 class TokenRows(Protocol):
@@ -159,15 +164,41 @@ def npy_source(folder: Path) -> Source:
     return Source(folder.name, records, rows["eva"], rows["clip"])
 
 
+def npy_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is column-major, and type of a .npy array; leaves ``file`` at its elements.
+
+    Raises:
+        ValueError: beginning with ``where``, if it is no such array.
+    """
+    start = file.tell()
+    head = io.BytesIO(file.read(_LONGEST_HEADER))
+    readers: dict[Any, Any] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    try:
+        shape, fortran, dtype = readers[np.lib.format.read_magic(head)](head)
+        if any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"shape {one_line(str(shape))}")
+    except Exception as error:  # the header is Python source, and its parser raises many kinds
+        raise ValueError(f"{where}: expected a .npy array ({reason(error)})") from None
+    file.seek(start + head.tell())
+    return shape, fortran, dtype
+
+
 def _npy_rows(path: Path) -> TokenRows | None:
     if not path.is_file():
         return None
-    try:
-        mapped: Any = np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        raise ValueError(f"{path.name}: expected an array of numbers: {error}") from error
-    if mapped.ndim != 3:
-        raise ValueError(f"{path.name}: expected an array [n, T, width], got {mapped.shape}")
-    strides = tuple(step // mapped.itemsize for step in mapped.strides)
-    # The map only tells shape and offset. Reading through it would keep the file in memory.
-    return DiskArray(path, mapped.dtype.str, mapped.shape, strides, mapped.offset)
+    with path.open("rb") as file:
+        shape, fortran, dtype = npy_header(file, path.name)
+        offset = file.tell()
+    array = DiskArray(path, dtype.str, shape, (), offset)
+    assert array.torch_dtype  # finding it refuses what is not floating point
+    if len(shape) != 3:
+        raise ValueError(f"{path.name}: expected an array [n, T, width], got {list(shape)}")
+    needed, held = math.prod(shape) * array.itemsize, path.stat().st_size - offset
+    if needed > held:
+        raise ValueError(f"{path.name}: truncated: expected {needed} bytes of elements, got {held}")
+    n, tokens, width = shape
+    array.strides = (1, n, n * tokens) if fortran else (tokens * width, width, 1)
+    return array

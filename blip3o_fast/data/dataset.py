@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip3o_fast.data.index import SampleIndex, Side, build_index, photo_is_heldout
 from blip3o_fast.data.manifest import Manifest, ShardEntry, Split
-from blip3o_fast.data.reader import Layout, Shard
+from blip3o_fast.data.reader import Layout, Shard, verify_shards
 from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tensorfile import bits, empty
 from blip3o_fast.devices import DTYPES
@@ -115,7 +115,9 @@ class EmbeddingDataset:
         entries = self.manifest.shards[:max_shards]
         starts = np.empty((len(entries), 2), np.int64)
         for i, entry in enumerate(entries):
-            starts[i] = _check_shard(self.folder, self.manifest, entry, verify=verify)
+            starts[i] = _check_shard(self.folder, self.manifest, entry)
+        if verify:
+            verify_shards(self.folder, entries)
         limit = _default_open_shards() if open_shards is None else open_shards
         reopen = partial(_reopen, self.folder, self.manifest, starts)
         self._shard = lru_cache(maxsize=limit)(reopen)
@@ -206,11 +208,9 @@ def _token_layout(
     )
 
 
-def _check_shard(
-    folder: Path, manifest: Manifest, entry: ShardEntry, *, verify: bool
-) -> tuple[int, int]:
+def _check_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> tuple[int, int]:
     """Check the header of a shard; returns where its towers begin."""
-    layout = Shard(folder / entry.file, entry, verify=verify).layout
+    layout = Shard(folder / entry.file, entry).layout
     expected = (manifest.tokens, manifest.eva_width, manifest.clip_width, DTYPES[manifest.dtype])
     got = (layout.tokens, layout.eva_width, layout.clip_width, layout.dtype)
     if got != expected:

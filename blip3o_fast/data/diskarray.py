@@ -28,6 +28,7 @@ _STORAGES = {
     "DoubleStorage": "<f8",
     "BFloat16Storage": "bf16",
 }
+_MOST_AXES = 8
 _FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "bf16": torch.bfloat16}
 
 
@@ -99,7 +100,7 @@ class DiskArray:
         """Use the elements in ``data``, in C or Fortran order."""
         if not isinstance(data, Extent) or not isinstance(dtype, DType):
             raise ValueError(f"expected an array of numbers, got {type(data).__name__}")
-        if any(type(n) is not int or n < 0 for n in shape) or order not in ("C", "F"):
+        if not _are_sizes(shape) or order not in ("C", "F"):
             raise ValueError(f"shape {reprlib.repr(shape)}, order {reprlib.repr(order)}")
         elements, strides = 1, []
         for n in reversed(shape) if order == "C" else shape:
@@ -150,6 +151,12 @@ def read_pickle(path: Path) -> Any:
         return load_data(stretch, _GLOBALS)
 
 
+def _are_sizes(numbers: Any) -> bool:
+    """Whether these are sizes, few and small enough to be multiplied at no cost."""
+    few = isinstance(numbers, tuple) and len(numbers) <= _MOST_AXES
+    return few and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+
+
 def _torch_storage(m: Stretch, identifier: tuple[Any, ...]) -> Storage:
     """("storage", type, key, location, elements, view): its place is known later."""
     tag, kind, _, _, elements, *view = identifier
@@ -184,8 +191,7 @@ def _tensor(m: Stretch, arguments: tuple[Any, ...]) -> DiskArray:
     storage, offset, size, stride = arguments[:4]
     if not isinstance(storage, Storage):
         raise m.refusal("a tensor without a storage")
-    sizes = (offset, *size, *stride)
-    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in sizes):
+    if len(size) != len(stride) or not all(map(_are_sizes, ((offset,), size, stride))):
         raise m.error(
             f"malformed tensor: shape {reprlib.repr(size)}, strides {reprlib.repr(stride)}"
         )

@@ -8,6 +8,7 @@ T is 256, or 257 with the CLS token first. Embeddings are tensors, numpy arrays 
 two-dimensional, ``[n * T, width]``. ``Source.remarks`` says what is odd about a file.
 """
 
+import math
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,19 @@ from blip3o_fast.data.conversion_sources import Source, StackedRows, TensorRows,
 from blip3o_fast.data.diskarray import DiskArray, read_pickle
 from blip3o_fast.data.manifest import Encoder
 from blip3o_fast.data.sidecar import SampleRecord
+from blip3o_fast.untrusted import reading
 
 TrainingMode = Literal["patch_only", "cls_patch"]
 
 _TOKENS = (256, 257)
+_MOST_LEVELS = 8  # of lists in lists
+_ARCHIVES = {
+    b"PK": "a zip archive, as torch.save and numpy.savez write; torch.save files hold no shards",
+    b"\x1f\x8b": "a gzip file; unpack it first",
+    b"BZh": "a bzip2 file; unpack it first",
+    b"\xfd7zX": "an xz file; unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first",
+}
 _SHARD_KEYS = ("eva_blip3o_embeddings", "clip_blip3o_embeddings")
 _COCO_KEYS = ("eva_embeddings", "clip_embeddings")
 _LAYER = "last_hidden_state, before post_layernorm"
@@ -66,12 +76,18 @@ def read_published(path: Path) -> Source:
     Raises:
         ValueError: if it is neither, is truncated, or holds anything but data.
     """
-    content = read_pickle(path)
-    if isinstance(content, dict):
-        if any(key in content for key in _SHARD_KEYS):
-            return _shard(path, content)
-        if any(key in content for key in _COCO_KEYS):
-            return _coco(path, content)
+    with path.open("rb") as file:
+        start = file.read(4)
+    for magic, kind in _ARCHIVES.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path.name}: expected a pickle, got {kind}")
+    with reading(path, "a published pickle"):
+        content = read_pickle(path)
+        if isinstance(content, dict):
+            if any(key in content for key in _SHARD_KEYS):
+                return _shard(path, content)
+            if any(key in content for key in _COCO_KEYS):
+                return _coco(path, content)
     raise ValueError(
         f"{path.name}: expected a published shard ({', '.join(_SHARD_KEYS)}) or COCO file "
         f"({', '.join(_COCO_KEYS)}), got {reprlib.repr(content)}"
@@ -145,7 +161,8 @@ def _distinct(metadata: Sequence[Any]) -> Sequence[Any]:
         pair = (entry.get("batch_idx"), entry.get("sample_idx")) if isinstance(entry, dict) else ()
         if not pair or any(type(number) is not int for number in pair):
             return metadata
-        seen.setdefault(pair, entry)
+        # As text, whose hash nobody can choose.
+        seen.setdefault(str(pair), entry)
     return list(seen.values())
 
 
@@ -195,11 +212,30 @@ def _rows(path: Path, key: str, value: Any, samples: int) -> TokenRows:
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{where}: expected embeddings, got {reprlib.repr(value)}")
     if all(isinstance(item, DiskArray) for item in value):
-        return StackedRows(value)
+        rows = StackedRows(value)
+        _require_room(path, where, math.prod(rows.shape) * rows.torch_dtype.itemsize)
+        return rows
+    _require_room(path, where, _numbers(value))
     try:
         return TensorRows(torch.tensor(value, dtype=torch.float32, device="cpu"))
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: expected nested lists of numbers: {error}") from error
+
+
+def _numbers(value: Any) -> int:
+    """Numbers in nested lists, by the length of the first of each level."""
+    count = 1
+    for _ in range(_MOST_LEVELS):  # a list can hold itself
+        if isinstance(value, (list, tuple)) and value:
+            count *= len(value)
+            value = value[0]
+    return count
+
+
+def _require_room(path: Path, where: str, needed: int) -> None:
+    """Lists of a pickle can share their parts, and so claim more than the file could hold."""
+    if needed > path.stat().st_size:
+        raise ValueError(f"{where}: refused: {needed} bytes or more of a file that is smaller")
 
 
 def _samples(where: str, rows: int, samples: int) -> int:

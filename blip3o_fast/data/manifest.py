@@ -10,6 +10,8 @@ The manifest is written last, so a folder without one is not a data set yet. A m
 trusted: its entries must stay inside the folder, and its counts must agree.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +21,7 @@ from typing import Any
 from blip3o_fast.atomic import write_json
 from blip3o_fast.checked import Count, Share, check, check_names, from_json, json_object, read_json
 from blip3o_fast.devices import DTYPES, DtypeName
+from blip3o_fast.untrusted import reading
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -149,15 +152,19 @@ class Manifest:
 
     def require_facts(self, other: "Manifest", where: str) -> None:
         """Raise ``ValueError``, naming the fields, unless ``other`` shares every fact."""
-        mine, theirs = self.facts(), other.facts()
-        differing = [name for name in mine if mine[name] != theirs[name]]
+        mine, theirs = _named(self.facts()), _named(other.facts())
+        differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
         if differing:
             raise ValueError(
                 f"{where} differs in "
-                + "; ".join(
-                    f"{name}: expected {mine[name]}, got {theirs[name]}" for name in differing
-                )
+                + "; ".join(f"{n}: expected {mine.get(n)}, got {theirs.get(n)}" for n in differing)
             )
+
+    def digest(self) -> str:
+        """SHA-256 that names the samples and their split: by the shards' own digests."""
+        entries = [(entry.sha256, entry.records_sha256) for entry in self.shards]
+        content = json.dumps([entries, asdict(self.split)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def replace(self, **changes: Any) -> "Manifest":
         """A copy with some fields changed."""
@@ -190,11 +197,8 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Read one manifest file, finished or not; errors name the file."""
-        values = read_json(path, _LARGEST_MANIFEST)
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        with reading(path, "a manifest"):
+            return cls.from_dict(read_json(path, _LARGEST_MANIFEST))
 
     def write(self, path: Path) -> Path:
         """Write one manifest file, whole or not at all."""
@@ -262,6 +266,17 @@ def entry_path(folder: Path, entry: ShardEntry) -> Path:
         if linked and not file.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"shard {name!r}: {file.name} is a link that leads out of {folder}")
     return path
+
+
+def _named(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with each field of an encoder by its own name."""
+    named: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Encoder):
+            named |= {f"{name}.{field}": text for field, text in asdict(value).items()}
+        else:
+            named[name] = value
+    return named
 
 
 def _absence(folder: Path) -> str:

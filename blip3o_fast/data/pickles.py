@@ -95,6 +95,8 @@ class Stretch:
             raise self.error(f"truncated: expected {length} bytes at {self.position}, got {left}")
 
 
+_LARGEST_KEY = 1 << 60
+
 Builder = Callable[[Stretch, tuple[Any, ...]], Any]
 """Makes a value from the arguments that a pickle gives."""
 
@@ -168,6 +170,8 @@ class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessI
     def find_class(self, module: str, name: str) -> Global:
         """A name, if it is one of the known; nothing is imported."""
         found = Global(module, name)
+        if found == Global("_codecs", "encode"):
+            raise self.stretch.refusal("bytes of protocol 2, which protocol=4 would not need")
         if found not in self.known:
             raise self.stretch.refusal(f"the name {module}.{name}")
         return found
@@ -203,8 +207,10 @@ class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessI
         if not isinstance(self.stack[-1], dict):
             raise self.stretch.refusal(f"items for {type(self.stack[-1]).__name__}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Hashing a tuple of tuples with shared parts can take exponential time.
-            if not isinstance(key, (str, int, float, NoneType)):
+            # Hashing a tuple of tuples with shared parts can take exponential time, and large
+            # integers can be chosen so that all have one hash.
+            large = isinstance(key, int) and abs(key) > _LARGEST_KEY
+            if large or not isinstance(key, (str, int, float, NoneType)):
                 raise self.stretch.refusal(f"a {type(key).__name__} as a key of a dict")
             self.stack[-1][key] = value
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_fast.atomic import file_sha256
 from blip3o_fast.data.access import RandomAccessFile
 from blip3o_fast.data.manifest import ShardEntry
 from blip3o_fast.data.sidecar import RecordFile
@@ -17,7 +19,6 @@ from blip3o_fast.data.tensorfile import (
     CHECK_ELEMENTS,
     bits,
     empty,
-    file_sha256,
     is_finite,
     read_header,
 )
@@ -49,7 +50,6 @@ class Shard:
     Args:
         path: the safetensors file; its sidecar lies beside it.
         entry: what the manifest says of it; None takes the shard as it is.
-        verify: read both files once and compare their SHA-256 with ``entry``.
         layout: contents of the header, if they are known; the header is then not read.
 
     Attributes:
@@ -67,7 +67,6 @@ class Shard:
         path: Path,
         entry: ShardEntry | None = None,
         *,
-        verify: bool = False,
         layout: Layout | None = None,
     ) -> None:
         self.path = path
@@ -81,8 +80,6 @@ class Shard:
                 f"{path.name}: expected {entry.bytes} bytes, got {self._file.size}: truncated, "
                 "or not the file that the manifest lists"
             )
-        if verify:
-            _verify(path, entry)
         self.layout = _read_layout(path) if layout is None else layout
         self.samples, self.tokens, self.eva_width, self.clip_width, self.dtype, _ = self.layout
         if entry is not None and self.samples != entry.samples:
@@ -177,13 +174,29 @@ def _read_layout(path: Path) -> Layout:
     return Layout(sizes[0], sizes[1], widths[0], widths[1], dtypes.pop(), (starts[0], starts[1]))
 
 
-def _verify(path: Path, entry: ShardEntry | None) -> None:
-    if entry is None:
-        raise ValueError(f"{path.name}: only a manifest entry can be verified against")
+def verify_shards(folder: Path, entries: Iterable[ShardEntry], threads: int = 4) -> None:
+    """Read shards and their sidecars once, and compare their SHA-256 with the manifest's.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: naming the first file that is not what the manifest lists.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        checks = [pool.submit(_verify, folder / entry.file, entry) for entry in entries]
+        try:
+            for check in checks:
+                check.result()
+        finally:
+            for check in checks:
+                check.cancel()
+
+
+def _verify(path: Path, entry: ShardEntry) -> None:
     sidecar = path.with_suffix(".jsonl")
     for file, expected in ((path, entry.sha256), (sidecar, entry.records_sha256)):
         digest = file_sha256(file)
         if digest != expected:
             raise ValueError(
-                f"{file.name}: corrupted: expected SHA-256 {expected[:12]}..., got {digest[:12]}..."
+                f"{file.name}: corrupted or replaced: expected SHA-256 {expected[:12]}..., that of "
+                f"the manifest, got {digest[:12]}..."
             )

@@ -15,11 +15,11 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from blip3o_fast.atomic import remove_leftovers, write_atomically
+from blip3o_fast.atomic import file_sha256, locked, remove_leftovers, write_atomically
 from blip3o_fast.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, entry_path
 from blip3o_fast.data.reader import TOWERS, Shard
 from blip3o_fast.data.sidecar import RecordFile, SampleRecord, check_record, encode_records
-from blip3o_fast.data.tensorfile import RowWriter, bits, file_sha256, is_finite
+from blip3o_fast.data.tensorfile import RowWriter, bits, is_finite
 from blip3o_fast.devices import DTYPES
 
 __all__ = ["SampleRecord", "Shard", "ShardWriter", "merge_parts"]
@@ -38,14 +38,18 @@ class ShardWriter:
         resume: go on in a folder that holds shards of the same facts; their keys are in ``done``.
         part: a name of letters and digits that begins with a letter. Processes that write one
             folder together need different ones; a single process needs none.
-        merge: write the manifest at the end. With several parts it is off, and ``merge_parts``
-            writes the manifest once all are finished.
+        merge: write the manifest at the end, and keep other writers out of the folder until then.
+            With several parts it is off: whoever starts them holds ``locked(folder)``, and calls
+            ``merge_parts`` once all are finished.
 
     Attributes:
         done: keys that the folder holds already, those of the shard in progress included.
+        digests: what rows of an earlier run were made from, by key, where that was recorded.
+        entries: shards of earlier runs.
         notes: added to the manifest's notes when the writer finishes.
 
     Raises:
+        OptionError: if another process writes to the folder.
         ValueError: if the folder holds shards and ``resume`` is off, or shards of other facts.
     """
 
@@ -67,6 +71,8 @@ class ShardWriter:
         self.facts = facts.replace(shards=())
         self.samples_per_shard = samples_per_shard
         self.done: set[str] = set()
+        self.digests: dict[str, str] = {}
+        self.entries: list[ShardEntry] = []
         self.notes: dict[str, Any] = {}
         self._merge = merge
         self._prefix = f"shard_{part}_" if part else "shard_"
@@ -74,8 +80,14 @@ class ShardWriter:
         self._part = self.facts
         self._writer: RowWriter | None = None
         self._records: list[SampleRecord] = []
-        self._created = not self.folder.exists()
-        self._index = self._take_over(resume)
+        self._lock = contextlib.ExitStack()
+        if merge:
+            self._lock.enter_context(locked(self.folder))
+        try:
+            self._index = self._take_over(resume)
+        except BaseException:
+            self._lock.close()
+            raise
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder, f"{self._prefix}[0-9]*")
         remove_leftovers(self.folder, self._part_path.name)
@@ -136,9 +148,6 @@ class ShardWriter:
             self._writer.discard()
             self.done.difference_update(record.key for record in self._records)
             self._writer, self._records = None, []
-        if self._created and not self._part.shards:
-            with contextlib.suppress(OSError):  # not empty: another process writes here too
-                self.folder.rmdir()
 
     def finish(self) -> None:
         """Finish the last shard and, unless ``merge`` is off, write the manifest.
@@ -151,6 +160,7 @@ class ShardWriter:
         self._part.write(self._part_path)
         if self._merge:
             merge_parts(self.folder)
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -161,6 +171,7 @@ class ShardWriter:
                 self.finish()
         finally:
             self.discard()
+            self._lock.close()
 
     def _take_over(self, resume: bool) -> int:
         """Read what the folder holds; returns the number of the next shard."""
@@ -178,8 +189,11 @@ class ShardWriter:
             self.facts.require_facts(manifest, f"{path}: another data set:")
             for entry in manifest.shards:
                 sidecar = entry_path(self.folder, entry).with_suffix(".jsonl")
-                records = RecordFile(sidecar, entry.samples)
-                self.done.update(records[row].key for row in range(len(records)))
+                file = RecordFile(sidecar, entry.samples)
+                records = [file[row] for row in range(len(file))]
+                self.done.update(record.key for record in records)
+                self.entries.append(entry)
+                self.digests.update((r.key, r.digest) for r in records if r.digest)
                 match = re.fullmatch(rf"{self._prefix}(\d+)\.safetensors", entry.file)
                 index = max(index, int(match[1]) + 1) if match else index
         self._part = found.get(self._part_path, self.facts)
@@ -205,7 +219,7 @@ class ShardWriter:
             raise ValueError("records: expected at least one sample, got none")
         keys: set[str] = set()
         for record in records:
-            check_record(*record, where="records")
+            check_record(record, where="records")
             if record.key in self.done or record.key in keys:
                 raise ValueError(f"records: key {record.key!r} was already written")
             keys.add(record.key)

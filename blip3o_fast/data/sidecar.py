@@ -2,10 +2,12 @@
 
 Each line is ``{"key": "coco_139", "caption": "A woman ...", "source": "000000000139.jpg"}``. The
 source names the photo that the sample was cut from. The held-out split is made by source, so crops
-of one photo never fall on both sides.
+of one photo never fall on both sides. A record may also hold the ``digest`` of what its row was
+made from, by which a resumed extraction sees that an image was replaced.
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +29,13 @@ class SampleRecord(NamedTuple):
         key: its name, unique within a data set and not empty.
         caption: text, possibly empty.
         source: photo that it was cut from; empty means that ``key`` is the photo.
+        digest: of the bytes that it was made from; empty where nobody recorded it.
     """
 
     key: str
     caption: str = ""
     source: str = ""
+    digest: str = ""
 
     @property
     def photo(self) -> str:
@@ -44,7 +48,11 @@ _FIELDS = frozenset(SampleRecord._fields)
 
 def encode_records(records: Iterable[SampleRecord]) -> bytes:
     """The sidecar in ASCII, so that lone surrogates of damaged captions survive as escapes."""
-    return b"".join(json.dumps(record._asdict()).encode() + b"\n" for record in records)
+    lines = (
+        {name: text for name, text in record._asdict().items() if text or name != "digest"}
+        for record in records
+    )
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 def decode_record(line: bytes, where: str) -> SampleRecord:
@@ -57,18 +65,17 @@ def decode_record(line: bytes, where: str) -> SampleRecord:
     if unknown:
         known = ", ".join(SampleRecord._fields)
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known: {known}")
-    return check_record(
-        values.get("key"), values.get("caption", ""), values.get("source", ""), where
-    )
+    return check_record(SampleRecord(values.pop("key", None), **values), where)
 
 
-def check_record(key: Any, caption: Any, source: Any, where: str) -> SampleRecord:
-    """A record of three strings, the first not empty; errors begin with ``where``."""
-    if not isinstance(key, str) or not key:
-        raise ValueError(f"{where}: expected a key, got {key!r}")
-    if not isinstance(caption, str) or not isinstance(source, str):
-        raise ValueError(f"{where}: expected strings, got {caption!r} and {source!r}")
-    return SampleRecord(key, caption, source)
+def check_record(record: SampleRecord, where: str) -> SampleRecord:
+    """``record``, if it is all strings and the key is not empty; errors begin with ``where``."""
+    if not isinstance(record.key, str) or not record.key:
+        raise ValueError(f"{where}: expected a key, got {record.key!r}")
+    for text in record:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: expected strings, got {reprlib.repr(text)}")
+    return record
 
 
 def read_records(path: Path, rows: Iterable[int], marks: np.ndarray) -> Iterator[SampleRecord]:
@@ -145,8 +152,6 @@ def _is_record(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() <= _FIELDS
-        and isinstance(key := value.get("key"), str)
-        and bool(key)
-        and isinstance(value.get("caption", ""), str)
-        and isinstance(value.get("source", ""), str)
+        and all(isinstance(text, str) for text in value.values())
+        and bool(value.get("key"))
     )

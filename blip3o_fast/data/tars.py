@@ -1,23 +1,104 @@
-"""Tars of arrays in webdataset's layout: a sample's members share the name up to the first dot.
+"""Tars, which are not trusted, and tars of arrays in webdataset's layout.
 
 ``photo_17.eva.npy`` and ``photo_17.clip.npy`` hold ``[T, width]`` each, ``photo_17.txt`` (or
-``.caption``, ``.text``) its caption. Members are read in place from the uncompressed tar; nothing
+``.caption``, ``.text``) its caption, in any case. The name of a sample may hold dots: what follows
+it is the longest suffix that is known. Members are read in place from the uncompressed tar; nothing
 is unpacked, so member names cannot write outside a folder.
 """
 
+import codecs
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
 
-import numpy as np
-
-from blip3o_fast.data.conversion_sources import Source, StackedRows
+from blip3o_fast.data.conversion_sources import Source, StackedRows, npy_header
 from blip3o_fast.data.diskarray import DiskArray
 from blip3o_fast.data.sidecar import SampleRecord
+from blip3o_fast.untrusted import reading
 
-_CAPTIONS = ("txt", "caption", "text")
+CAPTIONS = ("txt", "caption", "text")
+_ARRAYS = ("eva.npy", "clip.npy")
 _LONGEST_CAPTION = 1 << 20  # bytes
+_LONGEST_EXTENSION = 1 << 20  # bytes of a header that extends the next one
+_LONGEST_CHAIN = 8  # such headers in a row
+_EXTENSIONS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+
+
+def open_tar(path: Path, mode: str) -> tarfile.TarFile:
+    """``tarfile.open`` with headers that are bounded before anything follows them."""
+
+    class Header(tarfile.TarInfo):
+        chain = 0
+
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+            found = super().frombuf(buf, encoding, errors)
+            cls.chain = cls.chain + 1 if found.type in _EXTENSIONS else 0
+            if cls.chain > _LONGEST_CHAIN:
+                raise tarfile.ReadError(f"more than {_LONGEST_CHAIN} headers of one member")
+            if cls.chain and not 0 <= found.size <= _LONGEST_EXTENSION:
+                raise tarfile.ReadError(f"a header of {found.size} bytes")
+            return found
+
+    return tarfile.open(path, mode, tarinfo=Header)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def tar_files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo | None]]:
+    """Name and data of every member that is no folder, in order; a hard link has what it links to.
+
+    The data are None for what holds none: other links, devices, sparse files. The companions that
+    macOS adds (``._photo.jpg``) are left out.
+
+    Raises:
+        tarfile.ReadError: for a member of negative size.
+        EOFError: if the archive does not end with a block of zeros; tarfile stops silently.
+    """
+    earlier: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        if member.size < 0 or tar.offset < member.offset_data:
+            raise tarfile.ReadError(f"{member.name}: a size of {member.size} bytes")
+        if member.isdir() or member.name.rpartition("/")[2].startswith("._"):
+            continue
+        if member.isreg() and not member.issparse():
+            earlier[member.name] = member
+        holds = member.linkname if member.islnk() else member.name
+        yield member.name, earlier.get(holds)
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise EOFError("it has no end")
+
+
+def split_name(name: str, kinds: Iterable[str]) -> tuple[str, str]:
+    """A member's sample and which of the ``kinds`` it is; no kind if none follows the last dots."""
+    for kind in sorted(kinds, key=len, reverse=True):
+        stem = name[: -len(kind) - 1]
+        if name.lower().endswith(f".{kind}") and stem and not stem.endswith("/"):
+            return stem, kind
+    return name, ""
+
+
+def decode_caption(data: bytes) -> str:
+    """Text in UTF-8, UTF-16 or UTF-32 (by byte order mark or zeros), or Windows-1252."""
+    marks = (
+        *((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32")),
+        *((codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16")),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    )
+    found = next((encoding for mark, encoding in marks if data.startswith(mark)), None)
+    if found is None and 0 in data[:2]:
+        found = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    if found is None:
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(data)  # may break off in a character
+            found = "utf-8"
+        except UnicodeDecodeError:
+            found = "cp1252"
+    return data.decode(found, "replace").strip()
 
 
 def tar_source(path: Path) -> Source:
@@ -26,20 +107,20 @@ def tar_source(path: Path) -> Source:
     Raises:
         ValueError: if it is compressed or corrupted, holds no arrays, or lacks one of a pair.
     """
+    with reading(path, "an uncompressed, complete tar file"):
+        return _tar_source(path)
+
+
+def _tar_source(path: Path) -> Source:
     arrays: dict[str, dict[str, DiskArray]] = {"eva": {}, "clip": {}}
     captions: dict[str, str] = {}
-    try:
-        for key, kind, member, data in _members(path):
-            if kind in ("eva.npy", "clip.npy"):
-                array = _npy_member(path, member, data)
-                if arrays[kind[:-4]].setdefault(key, array) is not array:
-                    raise ValueError(f"{path.name}: {key}.{kind} is there twice")
-            elif kind in _CAPTIONS and member.size <= _LONGEST_CAPTION:
-                captions[key] = data.read().decode("utf-8", "replace").strip()
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"{path.name}: expected an uncompressed, complete tar file: {error}"
-        ) from error
+    for key, kind, member, data in _members(path):
+        if kind in _ARRAYS:
+            array = _npy_member(path, member, data)
+            if arrays[kind[:-4]].setdefault(key, array) is not array:
+                raise ValueError(f"{path.name}: {key}.{kind} is there twice")
+        elif member.size <= _LONGEST_CAPTION:
+            captions.setdefault(key, decode_caption(data.read()))
     keys = list(arrays["eva"] or arrays["clip"])
     if not keys:
         raise ValueError(f"{path.name}: expected members KEY.eva.npy and KEY.clip.npy, got none")
@@ -56,40 +137,25 @@ def tar_source(path: Path) -> Source:
 
 def _members(path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, IO[bytes]]]:
     size = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            data = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-            if data is None:
+    with open_tar(path, "r:") as tar:
+        for name, member in tar_files(tar):
+            key, kind = split_name(name, (*_ARRAYS, *CAPTIONS))
+            if not kind:
                 continue
+            data = None if member is None else tar.extractfile(member)
+            if member is None or data is None:
+                raise ValueError(f"{path.name}: {name}: expected a file, got a link or a device")
             if member.offset_data + member.size > size:
                 raise ValueError(
-                    f"{path.name}: truncated: {member.name} ends at byte "
+                    f"{path.name}: truncated: {name} ends at byte "
                     f"{member.offset_data + member.size}, the file at {size}"
                 )
-            name = PurePosixPath(member.name)
-            stem, _, kind = name.name.partition(".")
-            yield str(name.with_name(stem)) if stem else name.name, kind, member, data
-        require_end(tar)
-
-
-def require_end(tar: tarfile.TarFile) -> None:
-    """Raise unless the archive ends with a block of zeros; tarfile stops silently without one."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise EOFError("it has no end")
+            yield key, kind, member, data
 
 
 def _npy_member(path: Path, member: tarfile.TarInfo, data: IO[bytes]) -> DiskArray:
-    readers: dict[Any, Any] = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
     where = f"{path.name}: {member.name}"
-    try:
-        shape, fortran, dtype = readers[np.lib.format.read_magic(data)](data)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{where}: expected a .npy array: {error}") from error
+    shape, fortran, dtype = npy_header(data, where)
     array = DiskArray(path, dtype.str, shape, (), member.offset_data + data.tell())
     assert array.torch_dtype  # finding it refuses what is not floating point
     if len(shape) != 2 or fortran:

@@ -12,6 +12,7 @@ bfloat16; ``bits`` converts without copying.
 import hashlib
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.atomic import PendingFile, write_error
-from blip3o_fast.checked import json_object
+from blip3o_fast.checked import json_object, parse_json
+from blip3o_fast.untrusted import reading
 
 _CODES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LARGEST_HEADER = 100 * 1024 * 1024  # the limit of the safetensors library
+_MOST_AXES = 8
 _HEADER_BYTES = 512  # length and padded JSON, so that data start at a fixed place
 _BLOCK_BYTES = 1 << 24  # moved at once within a file
 CHECK_ELEMENTS = 1 << 17
@@ -96,12 +99,10 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
                 f"{length}: truncated, or not a safetensors file"
             )
         raw = file.read(length)
-    try:
-        header = json_object("header", json.loads(raw))
+    with reading(path, "the header of a safetensors file"):
+        header = json_object("header", parse_json(raw))
         header.pop("__metadata__", None)
         specs = {name: _spec(name, value, 8 + length) for name, value in header.items()}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: corrupted header: {error}") from error
     end = 8 + length
     for name, spec in sorted(specs.items(), key=lambda item: item[1].start):
         if spec.start != end:
@@ -123,8 +124,9 @@ def _spec(name: str, value: object, base: int) -> TensorSpec:
         raise ValueError(f"{name}: expected dtype {', '.join(_CODES)}, got {entry['dtype']!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"{name}: expected a list of sizes, got {numbers!r}")
+        few = isinstance(numbers, list) and len(numbers) <= _MOST_AXES
+        if not few or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{name}: expected a list of sizes, got {reprlib.repr(numbers)}")
     dtype = _CODES[entry["dtype"]]
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: shape {shape} of {entry['dtype']} does not fill bytes {offsets}")
@@ -229,9 +231,3 @@ class RowWriter:
         text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
         assert len(text) == length
         return length.to_bytes(8, "little") + text
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -181,7 +181,8 @@ def _photos(candidates: list[ImageRef], crops_per_photo: tuple[int, int]) -> lis
 
 def _photo_area(ref: ImageRef) -> int:
     """Area in pixels, 0 when the file is no photo."""
-    assert isinstance(ref.data, Path)
+    if isinstance(ref.data, UnreadableImage):
+        return 0
     try:
         image = load_rgb(ref.data)
     except UnreadableImage:

@@ -19,6 +19,7 @@ from blip3o_fast.evaluation.report import Report
 from blip3o_fast.evaluation.report_page import render_page
 from blip3o_fast.evaluation.report_plots import draw_plots
 from blip3o_fast.report.style import DARK, LIGHT
+from blip3o_fast.untrusted import cell
 
 _SAMPLE_VALUES = ("token_cosine", "image_cosine", "centred_cosine", "mse")
 
@@ -38,7 +39,7 @@ def write_report(report: Report, folder: str | Path, *, plots: bool = True) -> P
         "report.json": json.dumps(report.to_dict(), indent=1, allow_nan=False).encode() + b"\n",
         "samples.csv": _samples_csv(report).encode(),
         **light,
-        "report.html": render_page(report, light, dark).encode(),
+        "report.html": render_page(report, light, dark).encode(errors="backslashreplace"),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,5 +59,7 @@ def _samples_csv(report: Report) -> str:
     writer.writerow(["key", "source", *columns])
     scores = report.mean.scores
     for i, (key, source) in enumerate(zip(scores.keys, scores.sources, strict=True)):
-        writer.writerow([key, source, *(f"{values[i]:.6g}" for values in columns.values())])
+        writer.writerow(
+            [cell(key), cell(source), *(f"{values[i]:.6g}" for values in columns.values())]
+        )
     return out.getvalue()

@@ -60,7 +60,7 @@ class CLIPVisionTower(nn.Module):
         """Load the vision part of a CLIP checkpoint; the text part is not read.
 
         Args:
-            path_or_hub_id: a folder, or a hub id such as ``openai/clip-vit-large-patch14``.
+            path_or_hub_id: a folder, or a hub id such as ``hf:openai/clip-vit-large-patch14``.
             revision: commit, tag or branch of the hub repository.
             dtype, device: of the tower.
 

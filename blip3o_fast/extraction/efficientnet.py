@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_fast.atomic import file_sha256
+
 BATCH_NORM_EPS = 1e-3
 STRIDE = 16
 """Pixels per token, each way."""
@@ -235,7 +237,10 @@ def load_efficientnet(variant: str) -> EfficientNetLite:
     """The pretrained ``lite0`` or ``lite2``, from its installed package, without network."""
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-    state_dict = torch.load(weights_file(variant), map_location="cpu", weights_only=True)
+    file = weights_file(variant)
+    if not file_sha256(file).startswith(file.stem.rpartition("-")[2]):
+        raise ValueError(f"{file}: damaged: its SHA-256 does not begin as its name ends")
+    state_dict = torch.load(file, map_location="cpu", weights_only=True)
     return EfficientNetLite.from_published(state_dict, variant)
 
 

@@ -19,12 +19,13 @@ from blip3o_fast.data.manifest import Encoder
 from blip3o_fast.extraction.clip import CLIPVisionTower
 from blip3o_fast.extraction.efficientnet import STRIDE, VARIANTS, load_efficientnet
 from blip3o_fast.extraction.eva import EVAVisionTower
+from blip3o_fast.hub import PREFIX
 
 PairName = Literal["clip+eva", "lite"]
 
-EVA_REPOSITORY = "BAAI/EVA-CLIP-8B"
+EVA_REPOSITORY = "hf:BAAI/EVA-CLIP-8B"
 EVA_REVISION = "0e4dca944e8ece27eb9dfe4a488c0ed0c4644fc9"
-CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
+CLIP_REPOSITORY = "hf:openai/clip-vit-large-patch14"
 CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 LITE_SIDE = 256
 """Pixels of the lite towers' image: 16 x 16 tokens of stride 16."""
@@ -159,7 +160,7 @@ def eva_tower(
         revision: of the hub repository; None is a pinned commit for the default repository.
         device, dtype: of the tower; dtype None is fp16 on a GPU and fp32 elsewhere.
     """
-    revision = revision or (EVA_REVISION if path_or_hub_id == EVA_REPOSITORY else None)
+    revision = revision or (EVA_REVISION if _is(path_or_hub_id, EVA_REPOSITORY) else None)
     dtype = dtype or default_dtype(device)
     net = EVAVisionTower.from_pretrained(
         path_or_hub_id, revision=revision, dtype=dtype, device=device
@@ -192,7 +193,7 @@ def clip_tower(
     dtype: torch.dtype | None = None,
 ) -> Tower:
     """CLIP's vision tower; arguments as for ``eva_tower``, errors as for ``CLIPVisionTower``."""
-    revision = revision or (CLIP_REVISION if path_or_hub_id == CLIP_REPOSITORY else None)
+    revision = revision or (CLIP_REVISION if _is(path_or_hub_id, CLIP_REPOSITORY) else None)
     dtype = dtype or default_dtype(device)
     net = CLIPVisionTower.from_pretrained(
         path_or_hub_id, revision=revision, dtype=dtype, device=device
@@ -257,6 +258,11 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.float16
 
 
+def _is(path_or_hub_id: str | Path, repository: str) -> bool:
+    """Whether a repository is meant, with its prefix or bare."""
+    return path_or_hub_id in (repository, repository.removeprefix(PREFIX))
+
+
 def _model_name(path_or_hub_id: str | Path) -> str:
     path = Path(path_or_hub_id)
-    return path.resolve().name if path.is_dir() else str(path_or_hub_id)
+    return path.resolve().name if path.is_dir() else str(path_or_hub_id).removeprefix(PREFIX)

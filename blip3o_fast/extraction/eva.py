@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.extraction.published_weights import find_weights, read_shards
+from blip3o_fast.extraction.published_weights import CONFIG, find_weights, read_shards
+from blip3o_fast.untrusted import reading
 
 PREFIX = "vision_model."
 """Where the published checkpoints keep the vision tower."""
@@ -229,6 +230,11 @@ class EVAVisionTower(nn.Module):
         weights = {k.removeprefix(PREFIX): v for k, v in state_dict.items() if k.startswith(PREFIX)}
         biased = "encoder.layers.0.layer_norm1.bias" in weights
         config = EVAVisionConfig.from_published(vision_config, use_rms_norm=not biased)
+        if config.num_hidden_layers > len(weights):
+            raise ValueError(
+                f"num_hidden_layers: expected at most {len(weights)}, the tensors, got "
+                f"{config.num_hidden_layers}"
+            )
         with torch.device("meta"):
             tower = cls(config)
         tower._check(weights)
@@ -251,7 +257,7 @@ class EVAVisionTower(nn.Module):
         No code of the repository runs.
 
         Args:
-            path_or_hub_id: a folder, or a hub id such as ``BAAI/EVA-CLIP-8B``.
+            path_or_hub_id: a folder, or a hub id such as ``hf:BAAI/EVA-CLIP-8B``.
             revision: commit, tag or branch of the hub repository.
             dtype: of the tower; None keeps the stored one.
             device: of the tower.
@@ -262,8 +268,10 @@ class EVAVisionTower(nn.Module):
         """
         folder = find_weights(path_or_hub_id, revision)
         shards = read_shards(folder, PREFIX)
-        weights = {key: tensor.to(device=device, dtype=dtype) for key, tensor in shards}
-        tower = cls.from_published(weights, folder.config.get("vision_config", folder.config))
+        # Copies, so that the tower does not change or end with the file.
+        weights = {k: x.to(device=device, dtype=dtype, copy=True) for k, x in shards}
+        with reading(folder.path / CONFIG, "the configuration of these weights"):
+            tower = cls.from_published(weights, folder.config.get("vision_config", folder.config))
         tower.revision = folder.revision
         return tower
 

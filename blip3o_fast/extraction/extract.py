@@ -4,14 +4,16 @@
 
 Everything runs ahead of the writer, in order. On a CPU each batch runs on one thread, which is
 several times faster on a shared machine than splitting each operator among threads. A sample's key
-names its image and crop, so an interrupted extraction skips the keys that finished shards hold.
+names its image and crop, so an interrupted extraction skips the keys that finished shards hold; the
+digests beside the keys show whether they were made from the same images and captions.
 Images that cannot be read are listed in ``skipped.jsonl``, one ``{"key": ..., "reason": ...}`` per
 line, and tried again by the next run.
 """
 
+import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +28,7 @@ from blip3o_fast.data.shards import SampleRecord, ShardWriter
 from blip3o_fast.devices import DTYPES
 from blip3o_fast.extraction.encoders import Tower, TowerPair
 from blip3o_fast.extraction.image_sources import ImageRef
-from blip3o_fast.extraction.images import UnreadableImage, pillow, to_pixels
+from blip3o_fast.extraction.images import UnreadableImage, image_bytes, pillow, to_pixels
 from blip3o_fast.extraction.views import ExtractionSettings, open_view, open_views, view_keys
 
 __all__ = ["Extracted", "ExtractionSettings", "Skipped", "Stopped", "extract", "open_view"]
@@ -109,7 +111,7 @@ def extract(
     bar = tqdm(images, "extract", total, unit="image", disable=not progress)
     try:
         with writer:
-            views = _views(bar, towers, settings, frozenset(writer.done), skipped)
+            views = _views(bar, towers, settings, writer, skipped)
             for batch in _encoded(_batches(views, settings, before), towers, settings):
                 writer.add(*batch)
                 if stop():
@@ -148,15 +150,16 @@ def _views(
     images: Iterable[ImageRef],
     towers: TowerPair,
     settings: ExtractionSettings,
-    earlier: frozenset[str],
+    writer: ShardWriter,
     skipped: list[Skipped],
 ) -> Iterator[_View]:
     """Decode ahead in threads, and yield in the order of ``images``."""
+    done, digests = frozenset(writer.done), dict(writer.digests)
     with ThreadPoolExecutor(settings.workers) as pool:
         ahead: deque[tuple[ImageRef, Future[list[_View]]]] = deque()
         try:
-            for ref in _wanted(images, settings, earlier, skipped):
-                ahead.append((ref, pool.submit(_open, ref, towers, settings, earlier)))
+            for ref in _wanted(images, skipped):
+                ahead.append((ref, pool.submit(_open, ref, towers, settings, done, digests)))
                 if len(ahead) > 2 * settings.workers:
                     yield from _finished(*ahead.popleft(), skipped)
             while ahead:
@@ -166,34 +169,53 @@ def _views(
                 future.cancel()
 
 
-def _wanted(
-    images: Iterable[ImageRef],
-    settings: ExtractionSettings,
-    earlier: frozenset[str],
-    skipped: list[Skipped],
-) -> Iterator[ImageRef]:
-    """Leave out what an earlier run finished; list repeated keys and unreadable images."""
+def _wanted(images: Iterable[ImageRef], skipped: list[Skipped]) -> Iterator[ImageRef]:
+    """List repeated keys and unreadable images, and leave them out."""
     seen: set[str] = set()
     for ref in images:
         if isinstance(ref.data, UnreadableImage):
             skipped.append(Skipped(ref.key, str(ref.data)))
         elif ref.key in seen:
             skipped.append(Skipped(ref.key, "the key appeared before"))
-        elif not earlier.issuperset(view_keys(ref, settings)):
+        else:
             yield ref
         seen.add(ref.key)
 
 
 def _open(
-    ref: ImageRef, towers: TowerPair, settings: ExtractionSettings, earlier: frozenset[str]
+    ref: ImageRef,
+    towers: TowerPair,
+    settings: ExtractionSettings,
+    done: frozenset[str],
+    digests: Mapping[str, str],
 ) -> list[_View]:
+    """The samples of an image that no earlier run wrote.
+
+    Raises:
+        UnreadableImage: with the reason.
+        ValueError: if an earlier run made samples from another image or caption.
+    """
+    keys = view_keys(ref, settings)
+    recorded = {digests[key] for key in keys if key in digests}
+    if done.issuperset(keys) and not recorded:
+        return []
+    assert not isinstance(ref.data, UnreadableImage)
+    encoded = image_bytes(ref.data)
+    digest = hashlib.sha256(encoded + b"\0" + ref.caption.encode(errors="replace")).hexdigest()
+    if not recorded <= {digest}:
+        raise ValueError(
+            f"{ref.key}: expected the image and the caption that its samples were made from, got "
+            "others; restore them, or choose an empty folder"
+        )
+    if done.issuperset(keys):
+        return []
     found = []
-    for key, image in open_views(ref, settings):
-        if key not in earlier:
+    for key, image in open_views(ref._replace(data=encoded), settings):
+        if key not in done:
             eva = to_pixels(image, towers.eva.preprocessing.size)
             same = towers.clip.preprocessing.size == towers.eva.preprocessing.size
             clip = eva if same else to_pixels(image, towers.clip.preprocessing.size)
-            found.append(_View(SampleRecord(key, ref.caption, ref.source), eva, clip))
+            found.append(_View(SampleRecord(key, ref.caption, ref.source, digest), eva, clip))
     return found
 
 

@@ -1,13 +1,14 @@
 """Any image file to 8-bit RGB, and RGB to the square that a tower looks at.
 
+Only the decoders in ``FORMATS`` are tried, since Pillow has some that start other programs.
+
 Transparent pixels are composited on white, 16-bit greys are scaled (not clipped), EXIF orientation
 is applied, CMYK and palettes are converted and an animation gives its first frame. What cannot be
 read raises ``UnreadableImage`` with the reason; nothing is ever replaced by a black image.
 """
 
 import io
-import struct
-import zlib
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_fast.untrusted import reason
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Names of Pillow's decoders."""
+MAX_FILE_BYTES = 1 << 28
+"""Largest image file that is read."""
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: a quarter of a gigabyte of RGB, Pillow's own limit."""
 
@@ -55,26 +62,51 @@ def load_rgb(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> "Image":
         UnreadableImage: when it is no image, is damaged or is too large.
     """
     image_module = pillow()
-    # What Pillow's decoders raise on damaged files, besides OSError.
-    damaged = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError)
+    encoded = image_bytes(data)
     try:
-        if (data.stat().st_size if isinstance(data, Path) else len(data)) == 0:
-            raise UnreadableImage("empty file")
-        with image_module.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        with image_module.open(io.BytesIO(encoded), formats=_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise UnreadableImage(
                     f"{image.width} x {image.height} pixels, more than {max_pixels}"
                 )
+            if min(image.size) < 1:
+                raise UnreadableImage(f"{image.width} x {image.height} pixels")
             return to_rgb(image)
     except UnreadableImage:
         raise
     except image_module.DecompressionBombError as error:
         raise UnreadableImage(f"too many pixels: {error}") from None
-    except (OSError, struct.error, zlib.error, *damaged) as error:
-        reason = str(error).partition("\n")[0]
-        if isinstance(data, bytes):
-            reason = reason.partition(" <_io.BytesIO")[0]
-        raise UnreadableImage(f"{type(error).__name__}: {reason}") from None
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        text = reason(error).partition(" <_io.BytesIO")[0]
+        raise UnreadableImage(text) from None
+
+
+def image_bytes(data: Path | bytes) -> bytes:
+    """The encoded bytes of an image, read if it is a file.
+
+    Raises:
+        UnreadableImage: when there are none, or too many.
+    """
+    if isinstance(data, Path):
+        try:
+            facts = data.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnreadableImage("no regular file")
+            if facts.st_size > MAX_FILE_BYTES:
+                raise UnreadableImage(f"file of {facts.st_size} bytes")
+            data = data.read_bytes()
+        except OSError as error:
+            raise UnreadableImage(reason(error)) from None
+    if not data:
+        raise UnreadableImage("empty file")
+    return data
+
+
+def _formats() -> list[str]:
+    """Those of ``FORMATS`` that this Pillow was built with."""
+    image_module = pillow()
+    image_module.init()
+    return [name for name in FORMATS if name in image_module.OPEN]
 
 
 def to_rgb(image: "Image") -> "Image":

@@ -11,18 +11,19 @@ A ``.bin`` is a pickle: it is read with ``weights_only=True``, which refuses eve
 """
 
 import hashlib
-import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from blip3o_fast.atomic import file_sha256
 from blip3o_fast.checked import read_json
+from blip3o_fast.hub import download, repository
+from blip3o_fast.untrusted import reading
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -42,7 +43,8 @@ def find_weights(path_or_hub_id: str | Path, revision: str | None = None) -> Pub
     """Locate published weights; a hub repository is downloaded, or found in the hub's cache.
 
     Args:
-        path_or_hub_id: a folder, or ``owner/name`` on the hub (needs the extra ``extract``).
+        path_or_hub_id: a folder, or ``hf:owner/name`` on the hub (needs the extra ``extract``);
+            ``owner/name`` is looked for on the disk first.
         revision: commit, tag or branch of the hub repository; a local folder has none.
 
     Raises:
@@ -51,9 +53,11 @@ def find_weights(path_or_hub_id: str | Path, revision: str | None = None) -> Pub
         ImportError: when a hub id needs huggingface_hub, naming the extra.
     """
     folder, commit = Path(path_or_hub_id), None
-    if not folder.is_dir():
-        folder = _download(str(path_or_hub_id), revision)
+    if (name := repository(path_or_hub_id)) is not None:
+        folder = _download(name, revision)
         commit = folder.name
+    elif not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a folder of weights or a hub id hf:owner/name")
     shards = _shards(folder)
     return PublishedFolder(folder, read_json(folder / CONFIG), shards, commit or digest(folder))
 
@@ -73,13 +77,10 @@ def read_shards(folder: PublishedFolder, prefix: str) -> Iterator[tuple[str, Ten
 
 
 def digest(folder: Path) -> str:
-    """Identify a local folder by its configuration and its files' names and sizes.
-
-    Hashing tens of gigabytes would take longer than loading them.
-    """
-    facts = hashlib.sha256((folder / CONFIG).read_bytes())
-    for shard in _shards(folder):
-        facts.update(f"{shard.name} {shard.stat().st_size}\n".encode())
+    """Identify a local folder by the contents of its configuration and weights."""
+    facts = hashlib.sha256()
+    for path in (folder / CONFIG, *_shards(folder)):
+        facts.update(f"{path.name} {file_sha256(path)}\n".encode())
     return f"local-{facts.hexdigest()[:12]}"
 
 
@@ -109,23 +110,17 @@ def _indexed(folder: Path, index: Path) -> tuple[Path, ...]:
 
 
 def _read_safetensors(shard: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
-                if key.startswith(prefix):
-                    yield key, file.get_tensor(key)
-    except SafetensorError as error:
-        raise ValueError(f"{shard}: damaged or truncated ({error}); fetch it again") from None
+    with reading(shard, "complete weights; fetch it again"), safe_open(shard, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
+            if key.startswith(prefix):
+                yield key, file.get_tensor(key)
 
 
 def _read_bin(shard: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
     # Files of before torch 1.6 are no zip archives and cannot be mapped.
     mapped = zipfile.is_zipfile(shard)
-    try:
+    with reading(shard, "a file of tensors"):
         tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{shard}: expected a file of tensors ({reason})") from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{shard}: expected a dict of tensors, got {type(tensors).__name__}")
     for key in list(tensors):
@@ -134,19 +129,11 @@ def _read_bin(shard: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield key, tensor
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
-        raise FileNotFoundError(f"{hub_id}: expected a folder of weights or a hub id owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(
-            f"{hub_id}: no such folder, and the hub needs: pip install 'blip3o-fast[extract]'"
-        ) from None
+def _download(name: str, revision: str | None) -> Path:
     suffixes = [Path(name).suffix for name in WEIGHTS]
     for suffix in suffixes:
         patterns = [CONFIG, f"*{suffix}", f"*{suffix}{_INDEX}"]
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        folder = download(name, revision, patterns, "extract")
         if any(folder.glob(f"*{suffix}")):
             return folder
-    raise FileNotFoundError(f"{hub_id}: expected files {' or '.join(suffixes)}, found none")
+    raise FileNotFoundError(f"{name}: expected files {' or '.join(suffixes)}, found none")

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.checked import read_json
 from blip3o_fast.flow.schedule import TimeGrid
 from blip3o_fast.flow.solvers import Evaluation
+from blip3o_fast.untrusted import reading
 
 SOLVER_NAME = "solver.json"
 FORMAT_VERSION = 1
@@ -207,13 +209,11 @@ def load_solvers(folder: str | Path) -> dict[int, FittedSolver]:
         ValueError: if the file is not what ``save_solvers`` writes.
     """
     path = Path(folder) / SOLVER_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "fitted solvers"):
+        content = read_json(path)
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version: expected {FORMAT_VERSION}")
         solvers = [FittedSolver.from_dict(fields) for fields in content["solvers"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path}: expected fitted solvers ({error})") from None
     return {len(solver): solver for solver in solvers}
 
 

@@ -52,7 +52,7 @@ def time_grid(grid: GridName | Sequence[float], num_steps: int) -> TimeGrid:
         raise ValueError(f"num_inference_steps: expected at least 1, got {num_steps}")
     even = (1 / num_steps,) * num_steps
     if not isinstance(grid, str):
-        return _explicit_grid([float(t) for t in grid], num_steps)
+        return _explicit_grid(grid, num_steps)
     if grid == "ascending":
         return TimeGrid(tuple(i / num_steps for i in range(num_steps)), even)
     descending = tuple(1 - i / num_steps for i in range(num_steps))
@@ -66,11 +66,16 @@ def time_grid(grid: GridName | Sequence[float], num_steps: int) -> TimeGrid:
     )
 
 
-def _explicit_grid(times: list[float], num_steps: int) -> TimeGrid:
+def _explicit_grid(grid: Sequence[float], num_steps: int) -> TimeGrid:
+    try:
+        times = [float(t) for t in grid]
+    except (TypeError, ValueError, RuntimeError):  # torch raises the last for a tensor on meta
+        times = []
     lengths = tuple(b - a for a, b in pairwise(times))
-    if len(lengths) != num_steps or times[0] != 0 or times[-1] != 1 or min(lengths) <= 0:
+    increasing = all(length > 0 for length in lengths)  # false for a NaN
+    if len(lengths) != num_steps or not increasing or (times[0], times[-1]) != (0, 1):
         raise ValueError(
-            f"time_grid: expected {num_steps + 1} increasing times from 0 to 1, got {times}"
+            f"time_grid: expected {num_steps + 1} increasing times from 0 to 1, got {grid}"
         )
     return TimeGrid(tuple(times[:-1]), lengths)
 

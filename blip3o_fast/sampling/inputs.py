@@ -1,4 +1,4 @@
-"""The checks before the first step, and the noise to start from."""
+"""The checks before the first step and after the last, and the noise to start from."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.axes import check_shape
+from blip3o_fast.errors import NonFiniteSamples
 from blip3o_fast.flow import draw_noise
 from blip3o_fast.model import DiT
 
 _WARNED: "WeakSet[DiT]" = WeakSet()
+_LISTED = 8  # samples named in an error
 
 
 def warn_of_guidance(model: DiT, guidance_scale: float, stacklevel: int) -> None:
@@ -67,6 +69,26 @@ def starting_noise(
         raise ValueError(f"noise: expected {eva.device}, the device of eva_features, got meta")
     _check_finite("noise", noise)
     return noise.to(device=eva.device, dtype=wide)
+
+
+def require_finite_samples(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise ``NonFiniteSamples`` if a sample of ``x [B, ...]`` holds NaN or Inf.
+
+    Args:
+        x: what the sampler made.
+        dtype: that it computed in, for the remedy.
+    """
+    finite = x.isfinite().flatten(1).all(1)
+    if finite.all():
+        return
+    bad = tuple((~finite).nonzero().flatten().tolist())
+    listed = ", ".join(map(str, bad[:_LISTED])) + (" ..." if len(bad) > _LISTED else "")
+    remedy = "look at their eva_features and at the weights of the model"
+    if dtype == torch.float16 or x.dtype == torch.float16:
+        remedy = "use dtype=torch.bfloat16 or torch.float32, whose range is wider"
+    raise NonFiniteSamples(
+        f"generate: expected finite samples, got NaN or Inf in {listed} of {len(x)}; {remedy}", bad
+    )
 
 
 def _refuse_outer_capture(device: torch.device) -> None:

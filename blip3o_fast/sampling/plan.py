@@ -32,7 +32,7 @@ from blip3o_fast.sampling.cache import (
 )
 from blip3o_fast.sampling.graph import GraphRun, bucket
 from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, condition
-from blip3o_fast.sampling.inputs import starting_noise, warn_of_guidance
+from blip3o_fast.sampling.inputs import require_finite_samples, starting_noise, warn_of_guidance
 from blip3o_fast.sampling.packed import E4M3
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
@@ -155,7 +155,8 @@ class SamplingPlan:
             ``[B, N, C]`` in the dtype of ``eva``, divided by ``simple_scale_factor``.
 
         Raises:
-            ValueError: on a wrong shape, dtype, device, NaN or option.
+            ValueError: on a wrong shape, dtype, device, NaN or option; ``NonFiniteSamples``, naming
+                the samples, if the range of the dtype was left on the way.
             RuntimeError: if a CUDA graph cannot be captured.
             torch.OutOfMemoryError: if not even one sample fits.
         """
@@ -198,7 +199,9 @@ class SamplingPlan:
                     progress=progress,
                     callback=callback,
                 )
-            return (out / model.config.simple_scale_factor).to(eva.dtype)
+            samples = (out / model.config.simple_scale_factor).to(eva.dtype)
+            require_finite_samples(samples, dtype)
+            return samples
 
     @torch.no_grad()
     def start(self, eva: Tensor, x: Tensor) -> Trajectory:

@@ -7,14 +7,13 @@
         config.json, model.safetensors  the model, as ``BLIP3oDiT.from_pretrained`` reads it
         trainer.pt                      everything else that an exact resume needs
         sharded/                        FSDP: weights, moments and averages, a shard per process
-        COMPLETE                        names and sizes of the files above, written last
+        COMPLETE                        sizes and SHA-256 of the files above, written last
       latest, best                      names of checkpoints
 
 A checkpoint is written in a hidden folder, flushed to the disk, and renamed. If this is
 interrupted, earlier checkpoints stay as they were.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -22,10 +21,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from blip3o_fast.atomic import sync_folder, write_atomically, write_json
+from blip3o_fast.atomic import file_sha256, sync_folder, write_atomically, write_json
+from blip3o_fast.checked import read_json
+from blip3o_fast.checkpoint import MARKER
 from blip3o_fast.processes import World
 
-MARKER = "COMPLETE"
 PENDING_SUFFIX = ".partial"
 LATEST, BEST = "latest", "best"
 
@@ -48,9 +48,9 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the marker lists is there in full."""
+    """Whether every file that the marker lists is there in full; ``require_intact`` reads them."""
     try:
-        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        sizes = read_json(folder / MARKER)["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -72,7 +72,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], world:
     try:
         if world.is_main:
             shutil.rmtree(pending, ignore_errors=True)
-            pending.mkdir(parents=True)
+            pending.mkdir()  # a run whose folder was deleted is over
         world.barrier()
         write(pending)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
@@ -95,14 +95,16 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], world:
 
 def _settle(pending: Path, final: Path, step: int) -> None:
     """Mark a written folder as complete and give it its name."""
-    files = {
-        path.relative_to(pending).as_posix(): path.stat().st_size
-        for path in sorted(pending.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(pending.rglob("*")) if path.is_file()]
+    names = [path.relative_to(pending).as_posix() for path in paths]
     for folder in {path.parent for path in pending.rglob("*")}:
         sync_folder(folder)
-    marker = {"format_version": 1, "step": step, "files": files}
+    marker = {
+        "format_version": 1,
+        "step": step,
+        "files": {name: path.stat().st_size for name, path in zip(names, paths, strict=True)},
+        "sha256": {name: file_sha256(path) for name, path in zip(names, paths, strict=True)},
+    }
     write_json(pending / MARKER, marker)
     if final.exists():  # incomplete: a complete one would have been kept
         shutil.rmtree(final)

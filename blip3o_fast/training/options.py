@@ -6,7 +6,6 @@ their meaning.
 """
 
 import dataclasses
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from blip3o_fast.checked import (
     check,
     check_names,
     from_json,
+    parse_json,
 )
 from blip3o_fast.devices import DeviceName
 from blip3o_fast.errors import OptionError
+from blip3o_fast.untrusted import reading
 
 FREE = frozenset(
     (
@@ -284,12 +285,11 @@ def read_options_file(path: str | Path) -> dict[str, Any]:
     """Options from a JSON or TOML file, as ``--config`` and ``options.json`` hold them."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        with reading(path, "options in JSON or TOML", OptionError):
+            text = path.read_text(encoding="utf-8")
+            values = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
     except OSError as error:
         raise OptionError(f"{path}: cannot read the options: {error.strerror}") from None
-    except ValueError as error:
-        raise OptionError(f"{path}: expected options in JSON or TOML: {error}") from None
     if not isinstance(values, dict):
         raise OptionError(f"{path}: expected an object of options, got {type(values).__name__}")
     check_names(TrainingOptions, values, "option", OptionError)

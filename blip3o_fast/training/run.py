@@ -1,15 +1,20 @@
 """From options to a trained model in a folder."""
 
-import errno
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_atomically, write_json
+from blip3o_fast.atomic import (
+    TEMPORARY_SUFFIX,
+    locked,
+    remove_leftovers,
+    write_atomically,
+    write_json,
+)
+from blip3o_fast.checked import read_json
+from blip3o_fast.data.reader import verify_shards
 from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.processes import World, join_world
@@ -82,12 +87,14 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         world.barrier()  # every process checks the folder before it is claimed
         with claimed(plan) if world.is_main else nullcontext():
             world.barrier()
+            shards = plan.train.manifest.shards[: options.max_shards]
+            verify_shards(plan.train.folder, shards[world.rank :: world.size])
             trainer = Trainer(plan, world, on_step)
             try:
                 trainer.run()
             except BaseException:
                 if world.is_main:
-                    with suppress(OSError):  # the error that stopped the run says more
+                    with suppress(OSError, ValueError):  # what stopped the run says more
                         write_summary(plan, trainer)
                 raise
             if world.is_main:
@@ -149,38 +156,9 @@ def claimed(plan: TrainingPlan) -> Iterator[None]:
         OptionError: if another process is training in it, as after a job was queued twice.
     """
     folder = Path(plan.options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         _describe(plan, folder)
         yield
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases when the process ends.
-
-    Without effect on Windows and on file systems without locks, such as some network ones.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OptionError(
-                f"output_dir: expected a folder that nobody else trains in, got {folder}, where "
-                "another process does; wait for it, or choose another folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL):
-                raise
-        yield
-    finally:
-        os.close(handle)
 
 
 def _describe(plan: TrainingPlan, folder: Path) -> None:
@@ -220,7 +198,7 @@ def write_summary(plan: TrainingPlan, trainer: Trainer) -> None:
 
 def _read_saved(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         if isinstance(saved["options"], dict) and isinstance(saved["data"], str):
             return saved
     except (ValueError, KeyError, TypeError):

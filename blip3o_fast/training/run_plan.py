@@ -16,6 +16,7 @@ from blip3o_fast.data.order import epoch_order, steps_per_epoch
 from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flow import RectifiedFlowLoss
+from blip3o_fast.hub import typed
 from blip3o_fast.processes import World
 from blip3o_fast.training.optimizer import OptimizerKind, Schedule, choose_optimizer
 from blip3o_fast.training.options import TrainingOptions
@@ -216,7 +217,7 @@ def _initial(options: TrainingOptions) -> Checkpoint | None:
     if options.init_from is None:
         return None
     try:
-        return load_checkpoint(options.init_from)
+        return load_checkpoint(typed(options.init_from))
     except (OSError, ValueError) as error:
         raise OptionError(f"init_from: {error}") from error
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from blip3o_fast.atomic import PendingFile
-from blip3o_fast.checkpoint import WEIGHTS_NAME, save_checkpoint
+from blip3o_fast.checkpoint import WEIGHTS_NAME, require_intact, save_checkpoint
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.processes import World
@@ -107,6 +107,15 @@ class TrainingState:
         Raises:
             ValueError: if it is damaged or of another format.
         """
+        damage = ""
+        if self.world.is_main:
+            try:
+                require_intact(folder)
+            except (OSError, ValueError) as error:
+                damage = str(error)
+        if self.world.agree(bool(damage)):
+            damage = damage or f"{folder}: damaged"
+            raise ValueError(f"{damage}; delete {folder.name} to resume before")
         try:
             saved = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
             usable = load_file(folder / WEIGHTS_NAME)

@@ -1,8 +1,8 @@
 """Where records go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases by request.
 
 A line of ``metrics.jsonl`` is ``{"kind": "step", ...}``, a ``StepRecord``, or
-``{"kind": "validation", ...}``, a ``Validation``. When a run resumes, the lines of steps that it
-repeats are removed, so the file looks like that of an uninterrupted run.
+``{"kind": "validation", ...}``, a ``Validation``; what is not finite is null. When a run resumes,
+the lines of steps that it repeats are removed, so the file looks like that of an uninterrupted run.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import json_text, write_atomically
 from blip3o_fast.errors import OptionError
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.step_records import StepRecord
@@ -20,6 +20,18 @@ from blip3o_fast.training.validation import Validation
 
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_run_id"
+_FIELDS = {
+    "step": tuple(StepRecord.__dataclass_fields__),
+    "validation": tuple(n for n in Validation.__dataclass_fields__ if n != "above"),
+}
+_NEVER_NONE = frozenset(
+    (
+        *("step", "epoch", "samples", "skipped"),
+        *("learning_rate", "loss_scale", "seconds", "data_wait"),
+    )
+)
+_NUMBERS = (int, float, bool)
+_VALUES = (*_NUMBERS, type(None))
 
 
 class Tracker(Protocol):
@@ -141,15 +153,32 @@ def open_trackers(run: Path, options: TrainingOptions, step: int) -> list[Tracke
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, up to the first line that a crash left incomplete."""
+    """The records of a run, up to the first line that a crash left incomplete.
+
+    Raises:
+        ValueError: naming the file, if a whole line is no record.
+    """
     path = run / METRICS_NAME
     records: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
             break
+        if not _is_record(record):
+            expected = "a record of a step or of a validation"
+            raise ValueError(f"{path}: line {len(records) + 1}: expected {expected}")
+        records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line says what the lines of this library say."""
+    kind = record.get("kind") if isinstance(record, dict) else None
+    return isinstance(kind, str) and all(
+        type(record.get(name, "")) in (_NUMBERS if name in _NEVER_NONE else _VALUES)
+        for name in _FIELDS.get(kind, ("kind",))
+    )
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -162,4 +191,4 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    return json_text(record) + "\n"

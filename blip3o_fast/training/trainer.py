@@ -8,6 +8,7 @@ The host does not wait for the device inside a step. It waits when records are c
 ``log_every_n_steps`` on CUDA, every step on a CPU, where waiting is free.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -116,7 +117,7 @@ class Trainer:
             NonFiniteGradients: naming the batches, if training has broken down.
             OSError: if a record or a checkpoint cannot be written.
         """
-        with StopSignals() as signals, self.loader:
+        with StopSignals(alone=self.world.size == 1) as signals, self.loader:
             self.signals = signals
             self.restore()
             self.open_records()
@@ -225,7 +226,10 @@ class Trainer:
             return
         progress.validated = True
         metric = self.plan.options.best_metric
-        best = progress.best is None or getattr(result, metric) > getattr(progress.best, metric)
+        value = getattr(result, metric)
+        best = math.isfinite(value) and (
+            progress.best is None or value > getattr(progress.best, metric)
+        )
         if best:
             progress.best = result
         self.display.validation(result, best=best)
@@ -249,9 +253,10 @@ class Trainer:
             self.metrics.flush()
         progress = self.state.progress
         progress.seconds = time.perf_counter() - self.started
-        folder = checkpoints.write_checkpoint(
-            self.folder, progress.step, self.state.write, self.world
-        )
+        with self.signals.unhurried():
+            folder = checkpoints.write_checkpoint(
+                self.folder, progress.step, self.state.write, self.world
+            )
         if self.world.is_main:
             checkpoints.point(self.folder, checkpoints.LATEST, folder)
             if best:

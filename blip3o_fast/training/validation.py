@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.order import epoch_order
+from blip3o_fast.errors import NonFiniteSamples
 from blip3o_fast.flow import RectifiedFlowLoss, draw_noise, interpolate
 from blip3o_fast.pieces import Pieces
 from blip3o_fast.pretrained import BLIP3oDiT
@@ -136,13 +137,16 @@ class Validator:
             device=plan.device,
             seeds=[stream_seed(0, place) for place in places],
         )
-        with plan.precision.autocast():
-            generated = model.generate(
-                eva_features=eva,
-                num_inference_steps=plan.options.eval_inference_steps,
-                use_heun=plan.options.use_heun_inference,
-                noise=noise,
-            )
+        try:
+            with plan.precision.autocast():
+                generated = model.generate(
+                    eva_features=eva,
+                    num_inference_steps=plan.options.eval_inference_steps,
+                    use_heun=plan.options.use_heun_inference,
+                    noise=noise,
+                )
+        except NonFiniteSamples:  # a run that diverges says so by its metrics, and is not stopped
+            generated = torch.full_like(target, torch.nan)
         t = (torch.tensor(places, device=plan.device) + 0.5) / len(self.indices)
         losses = self._losses(model, eva, target * config.simple_scale_factor, noise, t)
         return torch.cat((losses[:, None], similarities(generated, target)), dim=1).cpu()

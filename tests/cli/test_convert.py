@@ -14,6 +14,7 @@ import pytest
 import torch
 from published_files import coco_content, shard_content, shard_path, towers, write_pickle
 
+from blip3o_fast.atomic import locked
 from blip3o_fast.cli.main import main
 from blip3o_fast.data import EmbeddingDataset, Manifest
 
@@ -163,6 +164,36 @@ def test_bad_places(published, tmp_path, capsys):
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_source_that_was_replaced_is_named(published, tmp_path, capsys, finished):
+    """One number of one row, which no sample of rows would find."""
+    out = tmp_path / "out"
+    command = (published, out, "--samples_per_shard", 2, "--verify_rows", 1)
+    if not finished:
+        bad, _ = towers(5, seed=1)
+        bad[4, 0, 0] = torch.nan
+        content = shard_content(5, seed=1, eva_blip3o_embeddings=bad)
+        write_pickle(shard_path(published, 1), content)
+    assert convert(*command) == (0 if finished else 1)
+    assert (out / "manifest.json").exists() == finished
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    eva, _ = towers(5)
+    eva[1, 7, 3] += 1
+    write_pickle(shard_path(published, 0), shard_content(5, eva_blip3o_embeddings=eva))
+    capsys.readouterr()
+    assert convert(*command) == 1
+    err = capsys.readouterr().err
+    assert "eva of '000000001' differs from row 1 of embeddings_shard_00000" in err
+    assert err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_folder_that_another_process_writes_to(published, tmp_path, capsys):
+    with locked(tmp_path / "out"):
+        assert convert(published, tmp_path / "out") == 2
+    assert "expected a folder that nobody else writes to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_data import C, E, N, small_model, write_shards
 
+from blip3o_fast.atomic import locked
 from blip3o_fast.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -71,8 +72,11 @@ def test_training_shards_give_the_baselines(files):
     assert report["ridge"]["samples"] == 12
 
 
-def test_published_coco_file_through_the_published_command(files):
-    samples = 20
+SAMPLES = 20
+
+
+def coco_file(files):
+    samples = SAMPLES
     content = {
         "clip_embeddings": torch.randn(samples, N, C),
         "eva_embeddings": torch.randn(samples, N, E),
@@ -84,6 +88,11 @@ def test_published_coco_file_through_the_published_command(files):
     }
     path = files / "coco_embeddings.pkl"
     path.write_bytes(pickle.dumps(content))
+    return path, content
+
+
+def test_published_coco_file_through_the_published_command(files):
+    path, _ = coco_file(files)
     command = [
         sys.executable,
         str(ROOT / "eval_blip3o_coco.py"),
@@ -96,7 +105,24 @@ def test_published_coco_file_through_the_published_command(files):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     report = json.loads((files / "out/report.json").read_text())
-    assert 0 < report["ridge"]["samples"] < samples
+    assert 0 < report["ridge"]["samples"] < SAMPLES
+
+
+def test_a_coco_file_that_was_replaced_is_named(files, capsys):
+    path, content = coco_file(files)
+    assert evaluate(files, "--coco_embeddings_file", path) == 0
+    assert evaluate(files, "--coco_embeddings_file", path) == 0
+    content["eva_embeddings"][13, 2, 1] += 1
+    path.write_bytes(pickle.dumps(content))
+    capsys.readouterr()
+    assert evaluate(files, "--coco_embeddings_file", path) == 1
+    assert "eva of 'coco_13' differs from row 13 of coco_embeddings.pkl" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_writes_to(files, capsys):
+    with locked(files / "out"):
+        assert evaluate(files, "--embeddings_dir", files / "shards") == 2
+    assert "expected a folder that nobody else writes to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

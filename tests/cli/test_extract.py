@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,12 +130,12 @@ def test_tower_options(images, tmp_path, asked):
     )
     assert run("--images", images, "--output_dir", tmp_path / "b", *options) == 0
     assert asked[0]["pair"] == "clip+eva"
-    assert asked[0]["eva_path"] == "BAAI/EVA-CLIP-8B"
-    assert asked[0]["clip_path"] == "openai/clip-vit-large-patch14"
+    assert asked[0]["eva_path"] == "hf:BAAI/EVA-CLIP-8B"
+    assert asked[0]["clip_path"] == "hf:openai/clip-vit-large-patch14"
     assert asked[1] == {
         "pair": "clip+eva",
-        "eva_path": "E",
-        "clip_path": "C",
+        "eva_path": Path("E"),
+        "clip_path": Path("C"),
         "eva_revision": "e",
         "clip_revision": "c",
         "device": torch.device("cpu"),

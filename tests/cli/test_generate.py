@@ -1,10 +1,12 @@
 """``blip3o-fast generate``: shards in, shards out, the same whatever happens in between."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ import torch
 from small_data import small_model, write_shards
 
 from blip3o_fast import SamplingPlan, translation
+from blip3o_fast.atomic import file_sha256, locked
 from blip3o_fast.cli.main import main
-from blip3o_fast.data import EmbeddingDataset, ShardWriter
+from blip3o_fast.data import EmbeddingDataset, Manifest, ShardWriter
 from blip3o_fast.data.tensorfile import read_header
 from blip3o_fast.seeds import sample_seed
 
@@ -167,20 +170,122 @@ def test_reading_translating_and_writing_overlap(given, tmp_path, monkeypatch):
     assert len(translated(tmp_path / "clip")) == 24
 
 
-def test_a_bad_sample_stops_the_work_and_keeps_what_was_done(given, tmp_path, capsys):
+def test_a_bad_sample_stops_the_work_and_is_named(given, tmp_path, capsys):
     shard = tmp_path / "shards" / "shard_00001.safetensors"
-    whole = shard.read_bytes()
     spec = read_header(shard)["eva"]
     row_bytes = (spec.stop - spec.start) // 10
-    bad = bytearray(whole)
+    bad = bytearray(shard.read_bytes())
     bad[spec.start + 6 * row_bytes : spec.start + 6 * row_bytes + 4] = b"\0\0\xc0\x7f"
     shard.write_bytes(bad)
+    mend_manifest(tmp_path / "shards")
     assert main([*given, "--output_dir", str(tmp_path / "clip")]) == 1
     assert "row 6 (key 'sample16'): eva holds NaN" in capsys.readouterr().err
-    shard.write_bytes(whole)
-    assert main([*given, "--output_dir", str(tmp_path / "clip")]) == 0
     # Batches of 5: the fourth was bad, and of the 15 before it two shards of 7 were full.
-    assert "10 of them new" in capsys.readouterr().out
+    assert len(list((tmp_path / "clip").glob("shard_*.safetensors"))) == 2
+
+
+def mend_manifest(folder):
+    """Let the manifest list the shards as they are."""
+    manifest = Manifest.load(folder)
+    entries = [
+        replace(
+            entry,
+            sha256=file_sha256(folder / entry.file),
+            records_sha256=file_sha256((folder / entry.file).with_suffix(".jsonl")),
+        )
+        for entry in manifest.shards
+    ]
+    manifest.replace(shards=tuple(entries)).save(folder)
+
+
+def replace_weights(tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.output_proj.bias += 1e-4
+    model.save_pretrained(tmp_path / "model")
+
+
+def replace_shard(tmp_path):
+    """Another shard of the same size, which the manifest does not know."""
+    path = tmp_path / "shards" / "shard_00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def replace_data_set(tmp_path):
+    replace_shard(tmp_path)
+    mend_manifest(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_weights, "clip_encoder.revision: expected weights"),
+        (replace_shard, "shard_00002.safetensors: corrupted or replaced"),
+        (replace_data_set, "clip_encoder.preprocessing: expected translated from .*, shards"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_was_replaced_is_named(
+    given, tmp_path, monkeypatch, capsys, change, message, finished
+):
+    command = [*given, "--output_dir", str(tmp_path / "clip")]
+    if not finished:
+        calls = []
+
+        def failing(key, seed):
+            calls.append(key)
+            if len(calls) > 12:
+                raise OSError("the machine went away")
+            return sample_seed(key, seed)
+
+        monkeypatch.setattr("blip3o_fast.translation.sample_seed", failing)
+    assert main(command) == (0 if finished else 1)
+    monkeypatch.undo()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "clip").iterdir()}
+    change(tmp_path)
+    capsys.readouterr()
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert re.search(message, err) and err.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "clip").iterdir()}
+
+
+def test_the_checkpoint_that_best_points_to_may_not_change(given, tmp_path, capsys):
+    run = tmp_path / "run"
+    small_model().save_pretrained(run / "step_1")
+    small_model(rope_theta=100.0).save_pretrained(run / "step_2")
+    (run / "best").write_text("step_1\n")
+    command = [*given, "--model_path", str(run), "--output_dir", str(tmp_path / "clip")]
+    assert main(command) == 0
+    (run / "best").write_text("step_2\n")
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "clip_encoder.revision: expected weights" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_writes_to(given, tmp_path, capsys):
+    with locked(tmp_path / "clip"):
+        assert main([*given, "--output_dir", str(tmp_path / "clip")]) == 2
+    assert "expected a folder that nobody else writes to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_two_commands_in_one_folder(given, tmp_path, rounds):
+    """One of them does the work, the other is refused or finds it done; nothing is lost."""
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for i in range(rounds):
+        command = [sys.executable, "-m", "blip3o_fast", *given]
+        command += ["--output_dir", str(tmp_path / f"clip{i}"), "--num_inference_steps", "30"]
+        pair = [
+            subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        ]
+        errors = [child.communicate(timeout=120)[1] for child in pair]
+        codes = sorted(child.returncode for child in pair)
+        assert codes in ([0, 0], [0, 2]), errors
+        assert len(translated(tmp_path / f"clip{i}")) == 24
 
 
 def test_untranslated(given, tmp_path, monkeypatch):

@@ -18,11 +18,11 @@ from published_files import (
     write_pickle,
 )
 
+from blip3o_fast.atomic import file_sha256
 from blip3o_fast.data import EmbeddingDataset, Manifest, Wishes, convert
 from blip3o_fast.data import conversion as conversion_module
 from blip3o_fast.data.conversion import fp16_is_exact, verify_conversion, write_planned
 from blip3o_fast.data.conversion_plan import open_sources, plan_conversion
-from blip3o_fast.data.tensorfile import file_sha256
 
 
 def write_shards(folder, *seeds, samples=5, tokens=256, **changes):
@@ -288,7 +288,7 @@ class TestVerification:
         data = bytearray((folder / name).read_bytes())
         data[-2] ^= 1
         (folder / name).write_bytes(data)
-        with pytest.raises(ValueError, match=f"{name}: corrupted: expected SHA-256"):
+        with pytest.raises(ValueError, match=f"{name}: corrupted or replaced: expected SHA-256"):
             verify_conversion(plan, folder)
 
     def test_rows_that_are_not_those_of_the_source(self, tmp_path):

@@ -59,10 +59,10 @@ def test_records_that_do_not_fit(tmp_path, records, message):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (features()[0], r"eva\.npy: expected an array \[n, T, width\], got \(4, 3\)"),
+        (features()[0], r"eva\.npy: expected an array \[n, T, width\], got \[4, 3\]"),
         (features().astype(np.int32), "expected floating point, got <i4"),
         (features(0), "expected samples"),
-        (np.array([[["a"]]], dtype=object), "expected an array of numbers: .*Python objects"),
+        (np.array([[["a"]]], dtype=object), r"expected floating point, got \|O"),
         (np.zeros((1, 1, 1), [("a", "f4")]), r"expected floating point, got \|V4"),
     ],
 )
@@ -75,7 +75,7 @@ def test_arrays_that_are_something_else(tmp_path, array, message):
 def test_an_archive_of_arrays(tmp_path):
     np.savez(tmp_path / "eva.npz", eva=features())
     (tmp_path / "eva.npz").rename(tmp_path / "eva.npy")
-    with pytest.raises(ValueError, match="expected an array of numbers"):
+    with pytest.raises(ValueError, match=r"expected a \.npy array"):
         npy_source(tmp_path)
 
 
@@ -84,7 +84,7 @@ def test_a_truncated_array(tmp_path, length):
     np.save(tmp_path / "eva.npy", features())
     data = (tmp_path / "eva.npy").read_bytes()
     (tmp_path / "eva.npy").write_bytes(data[:length])
-    with pytest.raises(ValueError, match=r"eva\.npy: expected an array of numbers"):
+    with pytest.raises(ValueError, match=r"eva\.npy: (expected a .npy array|truncated)"):
         npy_source(tmp_path)
 
 

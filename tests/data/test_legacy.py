@@ -1,8 +1,12 @@
 """Published shards and COCO files, with every quirk that they are known to have."""
 
+import gzip
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from hostile import within
 from published_files import (
     coco_content,
     coco_entry,
@@ -281,3 +285,66 @@ class TestFolders:
     def test_nothing_there(self, tmp_path, mode):
         with pytest.raises(FileNotFoundError, match=r"expected published pickles \(\*.pkl\)"):
             published_files(tmp_path, mode)
+
+
+def shared_lists(count, levels):
+    """Nested lists of ``count ** levels`` numbers, whose parts are shared."""
+    value = [1.0] * count
+    for _ in range(levels - 1):
+        value = [value] * count
+    return value
+
+
+def list_in_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [
+        *(shared_lists(100, 4), shared_lists(1000, 3), list_in_itself(), shared_lists(2, 200)),
+        [torch.zeros(256, 12)] * 100_000,
+    ],
+    ids=["10^8", "10^9", "in itself", "deep", "one tensor"],
+)
+def test_lists_that_expand_to_more_than_their_file(tmp_path, embeddings):
+    content = shard_content(2, eva_blip3o_embeddings=embeddings)
+    path = write_pickle(tmp_path / "x.pkl", content)
+    with within(seconds=5, megabytes=100), pytest.raises(ValueError, match=r"x\.pkl: "):
+        read_published(path)
+
+
+@pytest.mark.parametrize("place", ["metadata", "config"])
+def test_keys_of_one_hash(tmp_path, place):
+    """Integers that are equal modulo Python's prime: each finds all others in its place."""
+    prime = (1 << 61) - 1
+    if place == "config":
+        changes = {"config": {prime * i: None for i in range(1, 300)}}
+    else:
+        entries = [{"batch_idx": prime * i, "sample_idx": 0} for i in range(1, 20_000)]
+        changes = {"metadata": entries}
+    path = write_pickle(tmp_path / "coco.pkl", coco_content(2, **changes))
+    with within(seconds=5, megabytes=100):
+        if place == "config":
+            with pytest.raises(ValueError, match="a int as a key of a dict"):
+                read_published(path)
+        else:
+            assert read_published(path).eva.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04" + bytes(64), "expected a pickle, got a zip archive"),
+        (gzip.compress(pickle.dumps({})), "got a gzip file; unpack it first"),
+        (pickle.dumps(shard_content(1), protocol=2), "got bytes of protocol 2"),
+        (pickle.dumps("[" * 2000), "expected a published shard"),
+    ],
+)
+def test_messages_that_say_what_to_do(tmp_path, data, message):
+    (tmp_path / "x.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"x\.pkl: .*{message}") as caught:
+        read_published(tmp_path / "x.pkl")
+    assert "\n" not in str(caught.value)

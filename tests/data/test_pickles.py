@@ -36,9 +36,12 @@ def whole(array: DiskArray) -> torch.Tensor:
     return array.rows(0, array.shape[0])
 
 
-KEYS = st.one_of(st.text(), st.integers(), st.floats(allow_nan=False), st.none(), st.booleans())
+LARGEST = 1 << 60  # of the integers that are keys
+KEYS = st.one_of(
+    st.text(), st.integers(-LARGEST, LARGEST), st.floats(allow_nan=False), st.none(), st.booleans()
+)
 PLAIN = st.recursive(
-    st.one_of(KEYS, st.text(st.characters(codec=None))),
+    st.one_of(KEYS, st.integers(), st.text(st.characters(codec=None))),
     lambda inner: st.one_of(
         st.lists(inner),
         st.lists(inner, max_size=5).map(tuple),

@@ -5,7 +5,9 @@ import tarfile
 
 import numpy as np
 import pytest
+from hostile import HOSTILE_TARS, within
 
+from blip3o_fast.data.conversion_sources import npy_source
 from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tars import tar_source
 
@@ -125,5 +127,56 @@ def test_links_are_not_followed(tmp_path):
             info = tarfile.TarInfo("a.eva.npy")
             info.type, info.linkname = kind, target
             tar.addfile(info)
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match=r"a\.tar: a\.eva\.npy: .*got a link or a device"):
         tar_source(path)
+
+
+def test_a_hard_link_has_the_data_of_the_member_that_it_links_to(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, sample("a"))
+    with tarfile.open(path, "a") as tar:
+        for kind in ("eva.npy", "clip.npy"):
+            info = tarfile.TarInfo(f"b.{kind}")
+            info.type, info.linkname = tarfile.LNKTYPE, f"a.{kind}"
+            tar.addfile(info)
+    source = tar_source(path)
+    assert [record.key for record in source.records] == ["a", "b"]
+    assert np.array_equal(source.eva.rows(1, 2)[0].numpy(), features(0, width=6))
+
+
+def test_names_with_dots_and_capitals(tmp_path):
+    members = [*sample("photo_1.5"), *sample("B", 1)]
+    members[2:] = [(name.upper(), data) for name, data in members[2:]]
+    members += [("photo_1.5.TXT", "half".encode("utf-16")), ("._B.eva.npy", b"macOS")]
+    source = tar_source(write_tar(tmp_path / "a.tar", members))
+    assert source.records == [SampleRecord("photo_1.5", "half"), SampleRecord("B")]
+
+
+@pytest.mark.parametrize("make", HOSTILE_TARS, ids=lambda make: make.__name__)
+def test_hostile_headers(tmp_path, make):
+    path = tmp_path / "a.tar"
+    path.write_bytes(make())
+    with within(seconds=5, megabytes=100), pytest.raises(ValueError, match=r"a\.tar: expected"):
+        tar_source(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 4)}", "(" * 9000, "1" * 9000),
+        *("{'descr': '<f4', 'fortran_order': False, 'shape': (10**30, 4)}", "'" * 3, "\x00"),
+        "{'descr': [('a', '<f4', (1 << 62, 1))], 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': '<f99', 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999, 4)}",
+        "{'descr': '<f4', 'fortran_order': 7, 'shape': [1, 4]}",
+    ],
+)
+def test_headers_of_arrays_that_no_array_has(tmp_path, text):
+    header = text.encode() + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(16)
+    path = write_tar(tmp_path / "a.tar", [("k.eva.npy", data)])
+    with pytest.raises(ValueError, match=r"a\.tar: k\.eva\.npy: expected"):
+        tar_source(path)
+    (tmp_path / "eva.npy").write_bytes(data)
+    with pytest.raises(ValueError, match=r"eva\.npy: "):
+        npy_source(tmp_path)

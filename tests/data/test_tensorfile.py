@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from blip3o_fast.atomic import file_sha256
 from blip3o_fast.data.tensorfile import (
     RowWriter,
     bits,
     empty,
-    file_sha256,
     is_finite,
     read_header,
 )
@@ -102,19 +102,22 @@ SPEC = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
         ({"eva": {**SPEC, "shape": [True, 4]}}, bytes(16), "expected a list of sizes"),
         ({"eva": {**SPEC, "data_offsets": [4, 20]}}, bytes(20), "eva: expected to start at"),
         ({"eva": {**SPEC, "data_offsets": [16]}}, bytes(16), "does not fill bytes"),
+        ({"eva": {**SPEC, "dtype": ["F32"]}}, bytes(16), "TypeError"),
+        ({"eva": {**SPEC, "shape": [1] * 9}}, bytes(16), "expected a list of sizes"),
+        ({"eva": {**SPEC, "shape": [10**4000] * 9000}}, bytes(16), "expected a list of sizes"),
         ({"eva": {"dtype": "F32"}}, b"", "expected dtype, shape and data_offsets"),
         ({"eva": 3}, b"", "expected a JSON object, got int"),
         ([1], b"", "expected a JSON object, got list"),
-        (b"{", b"", "corrupted header"),
-        (b"\xff\xfe", b"", "corrupted header"),
-        (b"[" * 100_000, b"", "corrupted header"),
+        (b"{", b"", "expected the header of a safetensors file"),
+        (b"\xff\xfe", b"", "expected the header of a safetensors file"),
+        (b"[" * 100_000, b"", "expected the header of a safetensors file"),
     ],
 )
 def test_a_header_that_lies_is_refused(tmp_path, header, data, message):
     path = header_file(tmp_path / "a.safetensors", header, data)
     with pytest.raises(ValueError, match=message) as caught:
         read_header(path)
-    assert str(caught.value).startswith("a.safetensors: ")
+    assert "a.safetensors: " in str(caught.value)
 
 
 @pytest.mark.parametrize("length", [17, 1 << 40, (1 << 64) - 1])

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -42,6 +43,17 @@ def test_csv_has_a_row_a_sample(report, folder):
             half_a_digit = 0.5e-5  # of six, written after a leading 1
             np.testing.assert_allclose(got, getattr(result.scores, name), rtol=half_a_digit)
     assert len(rows[0]) == 2 + 4 * (2 + len(report.dit))
+
+
+def test_names_that_would_act_are_escaped(report, tmp_path):
+    keys = ("=cmd|' /C calc'!A0", "a\rb\x1b[2J", "\ud800", *report.mean.scores.keys[3:])
+    scores = dataclasses.replace(report.mean.scores, keys=keys)
+    mean = dataclasses.replace(report.mean, scores=scores)
+    write_report(dataclasses.replace(report, mean=mean), tmp_path, plots=False)
+    with (tmp_path / "samples.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["key"] for row in rows[:3]] == ["'=cmd|' /C calc'!A0", "a\\rb\\x1b[2J", "\\ud800"]
+    assert len(rows) == len(keys)
 
 
 def test_writing_again_gives_the_same_bytes(report, folder, tmp_path):

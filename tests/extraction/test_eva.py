@@ -207,7 +207,7 @@ def spoil_index(folder):
         (spoil_missing_weights, FileNotFoundError, "expected model.safetensors or pytorch_model"),
         (spoil_missing_config, FileNotFoundError, "expected config.json"),
         (spoil_config, ValueError, "config.json: expected JSON"),
-        (spoil_truncated, ValueError, "damaged or truncated"),
+        (spoil_truncated, ValueError, "expected complete weights"),
         (spoil_width, ValueError, r"expected shape \[8, 3, 6, 6\], got \[8, 3, 4, 4\]"),
         (spoil_heads, ValueError, r"num_attention_heads: expected a divisor of hidden_size \(8\)"),
         (spoil_no_heads, ValueError, "expected the field 'num_attention_heads'"),
@@ -260,6 +260,18 @@ def test_the_peak_is_one_tower_and_one_tensor(tmp_path, form):
     size = sum(p.numel() * p.element_size() for p in tower.parameters()) / 2**20
     assert size > 50
     assert peak[0] < size + 24
+
+
+def test_weights_of_the_same_size_are_other_weights(tmp_path):
+    folder = save_folder(tmp_path / "tower", random_weights(), "safetensors")
+    first = EVAVisionTower.from_pretrained(folder)
+    before = {name: x.clone() for name, x in first.state_dict().items()}
+    (path,) = folder.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert EVAVisionTower.from_pretrained(folder).revision != first.revision
+    assert all(torch.equal(x, before[name]) for name, x in first.state_dict().items())
 
 
 def test_a_hub_repository(tmp_path, monkeypatch):

@@ -238,6 +238,36 @@ def test_resuming_a_finished_folder_adds_what_is_new(image_folder, towers, tmp_p
     assert set(contents(out)) == {ref.key for ref in folder_images(image_folder)}
 
 
+def replace_image(folder, make_image):
+    make_image(99).save(folder / "a" / "2.png")
+
+
+def replace_caption(folder, make_image):
+    (folder / "a" / "3.txt").write_text("four")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [(replace_image, r"a/2\.png"), (replace_caption, r"a/3\.png")]
+)
+@pytest.mark.parametrize("crops", [0, 2])
+def test_an_image_or_a_caption_that_was_replaced_is_named(
+    image_folder, towers, tmp_path, make_image, change, key, crops
+):
+    def refs():
+        return [ref._replace(crops=crops) for ref in folder_images(image_folder)]
+
+    out = tmp_path / "out"
+    answers = iter([False, False, False, True])
+    with pytest.raises(Stopped):
+        stop = (lambda: next(answers)) if crops else (lambda: not next(answers))
+        extract(refs(), towers, out, replace(FP32, batch_size=4 if crops else 6), stop=stop)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    change(image_folder, make_image)
+    with pytest.raises(ValueError, match=f"{key}: expected the image and the caption"):
+        extract(refs(), towers, out, FP32, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_stopping_keeps_every_sample_so_far(image_folder, towers, tmp_path):
     refs, out = folder_images(image_folder), tmp_path / "out"
     answers = iter([False, True])

@@ -1,13 +1,14 @@
 """Awkward images: handled exactly, or refused with the reason."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from blip3o_fast.extraction.images import (
     MAX_PIXELS,
@@ -177,7 +178,9 @@ def test_damaged_at_random():
     animation = encoded(Image.new("P", (40, 40), 3), "GIF")
     tiff = encoded(Image.new("RGBA", (40, 40), "red"), "TIFF", compression="tiff_adobe_deflate")
     webp = encoded(Image.new("RGB", (40, 40), "red"), "WEBP")
-    for data in (jpeg(), encoded(Image.new("RGB", (64, 64), "red"), "PNG"), animation, tiff, webp):
+    red = Image.new("RGB", (40, 40), "red")
+    avif = [encoded(red, "AVIF")] if features.check("avif") else []
+    for data in (jpeg(), encoded(red, "PNG"), animation, tiff, webp, *avif):
         for _ in range(60):
             spoiled = bytearray(data[: generator.integers(1, len(data) + 1)])
             for place in generator.integers(0, len(spoiled), 3):
@@ -200,6 +203,48 @@ def test_missing_file_and_too_many_pixels(tmp_path):
     bomb = encoded(Image.new("1", (20_000, 10_000)), "PNG")
     with pytest.raises(UnreadableImage, match="too many pixels"):
         load_rgb(bomb)
+
+
+def test_no_decoder_starts_another_program(tmp_path, monkeypatch):
+    """PostScript in a file called .jpg: Pillow would start Ghostscript on it."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: started.append(args))
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: started.append(args))
+    with Image.open(path) as image:  # what an open without a list of formats would give
+        assert image.format == "EPS"
+    for data in (path, path.read_bytes()):
+        with pytest.raises(UnreadableImage, match="cannot identify image file"):
+            load_rgb(data)
+    assert started == []
+
+
+@pytest.mark.parametrize("form", ["DDS", "ICO", "PCX", "TGA", "SGI"])
+def test_formats_that_are_not_on_the_list(form):
+    data = encoded(Image.new("RGB", (16, 16), "red"), form)
+    with pytest.raises(UnreadableImage, match="cannot identify image file"):
+        load_rgb(data)
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("Failed to decode frame"), NotImplementedError(), RecursionError()]
+)
+def test_whatever_a_decoder_raises_is_a_reason(monkeypatch, fault):
+    def load(self):
+        raise fault
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(UnreadableImage, match=type(fault).__name__):
+        load_rgb(encoded(Image.new("RGB", (16, 16), "red"), "PNG"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_not_read(tmp_path, kind):
+    path = tmp_path / "x.png"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(UnreadableImage, match="no regular file"):
+        load_rgb(path)
 
 
 def test_to_rgb_leaves_its_argument_alone():

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blip3o_fast import BLIP3oDiT, SamplingPlan, generate
+from blip3o_fast.errors import NonFiniteSamples
 from blip3o_fast.sampling import inputs
 
 
@@ -19,6 +20,13 @@ from blip3o_fast.sampling import inputs
         ({"time_grid": "cosine"}, "time_grid: expected ascending, published"),
         ({"time_grid": [0.0, 1.0]}, "expected 3 increasing times from 0 to 1"),
         ({"time_grid": [0.0, 0.7, 0.5]}, "increasing times"),
+        ({"time_grid": [0.0, float("nan"), 1.0]}, "increasing times"),
+        ({"time_grid": []}, r"expected 3 increasing times from 0 to 1, got \[\]"),
+        ({"time_grid": torch.tensor([0.0, 0.7, 0.5])}, "increasing times"),
+        ({"time_grid": torch.tensor(0.5)}, "increasing times"),
+        ({"time_grid": torch.zeros(3, 2)}, "increasing times"),
+        ({"time_grid": 3}, "increasing times"),
+        ({"time_grid": [0.0, "x", 1.0]}, "increasing times"),
         ({"dtype": torch.int8}, "dtype: expected one of"),
         ({"graph": True, "compile": True}, "expected graph or compile, got both"),
         ({"working_memory": 0}, "working_memory: expected at least 1 byte, got 0"),
@@ -29,6 +37,13 @@ from blip3o_fast.sampling import inputs
 def test_plan(model, options, message):
     with pytest.raises(ValueError, match=message):
         SamplingPlan(model, **{"steps": 2, **options})
+
+
+def test_times_may_be_a_tensor(model, draw):
+    eva, noise = draw(model)
+    listed = SamplingPlan(model, steps=2, time_grid=[0.0, 0.25, 1.0])(eva, noise)
+    times = torch.tensor([0.0, 0.25, 1.0])
+    assert torch.equal(SamplingPlan(model, steps=2, time_grid=times)(eva, noise), listed)
 
 
 def nan(x):
@@ -71,6 +86,28 @@ def test_noise(model, draw, change, message):
     eva, noise = draw(model)
     with pytest.raises(ValueError, match=message):
         SamplingPlan(model, steps=1)(eva, change(noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_samples_beyond_the_range_of_the_dtype_are_named(make_model, draw, dtype):
+    model = make_model()
+    with torch.no_grad():
+        model.output_proj.bias.fill_(torch.inf if dtype == torch.float32 else 6e4)
+        model.output_proj.weight.zero_()
+        model.output_proj.bias[0] = 0
+    eva, noise = draw(model, 3)
+    remedy = "use dtype=torch.bfloat16" if dtype == torch.float16 else "the weights of the model"
+    plan = SamplingPlan(model, steps=2, dtype=dtype)
+    with pytest.raises(NonFiniteSamples, match=rf"NaN or Inf in 0, 1, 2 of 3; .*{remedy}"):
+        plan(eva.to(dtype), (noise + 1e4).to(dtype))
+
+
+def test_one_bad_sample_of_a_batch_is_named(make_model, draw):
+    eva, noise = draw(make_model(), 4)
+    noise[2] = 3e38
+    with pytest.raises(NonFiniteSamples) as caught:
+        SamplingPlan(make_model(), steps=2)(eva, noise)
+    assert caught.value.samples == (2,)
 
 
 def test_sources_of_noise_exclude_each_other(model, draw):

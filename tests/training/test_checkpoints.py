@@ -1,7 +1,10 @@
 """Folders of a run: whole or not there, pointed to, deleted only when superseded."""
 
 import errno
+import hashlib
 import json
+import random
+import shutil
 
 import pytest
 
@@ -28,7 +31,13 @@ def names(run):
 def test_a_marker_lists_every_file_with_its_size(tmp_path):
     folder = write(tmp_path, 5)
     marker = json.loads((folder / checkpoints.MARKER).read_text())
-    assert marker == {"format_version": 1, "step": 5, "files": {"a.txt": 1, "inner/a.txt": 1}}
+    digest = hashlib.sha256(b"x").hexdigest()
+    assert marker == {
+        "format_version": 1,
+        "step": 5,
+        "files": {"a.txt": 1, "inner/a.txt": 1},
+        "sha256": {"a.txt": digest, "inner/a.txt": digest},
+    }
     assert checkpoints.is_complete(folder) and names(tmp_path) == ["step_5"]
 
 
@@ -38,6 +47,36 @@ def test_missing_or_short_files_are_damage(tmp_path):
     write(tmp_path, 3)
     assert checkpoints.damaged_checkpoints(tmp_path) == ["step_1", "step_2"]
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["step_3"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "trainer.pt"])
+def test_a_flipped_bit_is_found(options, name):
+    run = options(max_steps=3)
+    folder = train(run).folder / "step_3"
+    whole = (folder / name).read_bytes()
+    chosen = random.Random(0)
+    for _ in range(10):
+        bad = bytearray(whole)
+        bad[chosen.randrange(len(bad))] ^= 1 << chosen.randrange(8)
+        (folder / name).write_bytes(bad)
+        with pytest.raises(ValueError, match=rf"{name}: damaged: expected SHA-256.*step_3"):
+            train(run)
+        if name != "trainer.pt":  # which a model is loaded without
+            with pytest.raises(ValueError, match=rf"{name}: damaged"):
+                load_trained_model(folder)
+    (folder / name).write_bytes(whole)
+    assert train(run).steps == 3
+
+
+def test_a_run_whose_folder_is_deleted_fails(options):
+    run = options()
+
+    def delete(record):
+        if record.step == 3:
+            shutil.rmtree(run.output_dir)
+
+    with pytest.raises(OSError, match=r"cannot write .*step_3: .*No such file or directory"):
+        train(run, on_step=delete)
 
 
 def test_newest_is_by_number(tmp_path):

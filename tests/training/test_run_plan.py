@@ -116,6 +116,21 @@ def test_a_folder_in_use_is_refused(options):
     assert train(options()).steps == 6
 
 
+def test_a_shard_that_was_replaced_is_named(options, tmp_path):
+    """By one of the same size, beside the manifest as it was."""
+    folder = write_shards(tmp_path / "data")
+    chosen = options(chunked_embeddings_dir=folder)
+    train(chosen)
+    path = folder / "shard_00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for where in (chosen.output_dir, tmp_path / "new"):
+        with pytest.raises(ValueError, match=r"shard_00001\.safetensors: corrupted or replaced"):
+            train(chosen.replace(output_dir=str(where)))
+    assert not (tmp_path / "new" / "step_2").exists()
+
+
 def test_data_that_has_moved_is_the_same_data(options, shards, tmp_path):
     train(options())
     shutil.copytree(shards, tmp_path / "moved")

@@ -8,7 +8,9 @@ import pytest
 
 from blip3o_fast.errors import OptionError
 from blip3o_fast.training import tracking, train
+from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.tracking import METRICS_NAME, MetricsFile, read_metrics, require_trackers
+from blip3o_fast.training.validation import Validation
 
 
 def write_lines(run, *records, tail=""):
@@ -17,11 +19,12 @@ def write_lines(run, *records, tail=""):
 
 
 def step(number):
-    return {"kind": "step", "step": number}
+    return {"kind": "step", **dict.fromkeys(StepRecord.__dataclass_fields__, 0), "step": number}
 
 
 def validation(number):
-    return {"kind": "validation", "step": number}
+    fields = Validation.__dataclass_fields__
+    return {"kind": "validation", **dict.fromkeys(fields, 0), "step": number}
 
 
 def test_lines_of_a_run(options):
@@ -47,6 +50,15 @@ def test_a_torn_last_line_is_not_read(tmp_path):
     write_lines(tmp_path, step(1), tail="{]\n" + json.dumps(step(3)) + "\n")
     assert read_metrics(tmp_path) == [step(1)]
     assert read_metrics(tmp_path / "nowhere") == []
+    for line in (
+        "[]",
+        '{"kind": []}',
+        '{"kind": "step"}',
+        json.dumps({**step(2), "seconds": None}),
+    ):
+        write_lines(tmp_path, step(1), tail=f"{line}\n{json.dumps(step(3))}\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl: line 2: expected a record"):
+            read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("validated", [True, False])

@@ -1,5 +1,9 @@
 """Validation: the report's metrics on held-out samples, the same ones every time."""
 
+import dataclasses
+import json
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +12,11 @@ from rounding import rounding_bound
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.processes import World
 from blip3o_fast.sampling import cache
+from blip3o_fast.training import train
+from blip3o_fast.training.run import SUMMARY_NAME
+from blip3o_fast.training.run_page import REPORT_NAME
 from blip3o_fast.training.run_plan import make_plan
+from blip3o_fast.training.tracking import METRICS_NAME
 from blip3o_fast.training.trainer import build_model
 from blip3o_fast.training.validation import Validation, Validator, heldout_sample, similarities
 
@@ -46,6 +54,40 @@ def test_the_perfect_sampler_scores_one(plan, monkeypatch):
     assert (result.step, result.samples) == (7, len(plan.heldout))
     assert result.token_cosine == pytest.approx(1) and result.image_cosine == pytest.approx(1)
     assert result.mse == 0 and result.above == (1.0, 1.0, 1.0)
+
+
+def test_what_is_not_finite_is_never_best(options, monkeypatch):
+    """The first validation diverges, the second is the best, the third diverges again."""
+    run = Validator.run
+    values = iter([math.nan, 0.5, math.inf])
+
+    def spoilt(self, *args):
+        result = run(self, *args)
+        return result and dataclasses.replace(result, token_cosine=next(values), mse=math.inf)
+
+    monkeypatch.setattr(Validator, "run", spoilt)
+    result = train(options(max_steps=9, eval_every_n_steps=3))
+    assert (result.best.step, result.best.token_cosine) == (6, 0.5)
+    assert (result.folder / "best").read_text() == "step_6\n"
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (result.folder / METRICS_NAME).read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    validations = [record for record in records if record["kind"] == "validation"]
+    assert [record["token_cosine"] for record in validations] == [None, 0.5, None]
+    summary = json.loads((result.folder / SUMMARY_NAME).read_text(), parse_constant=refuse)
+    assert summary["best"]["mse"] is None
+    assert "none" in (result.folder / REPORT_NAME).read_text()
+
+
+def test_a_model_that_diverged_is_validated_as_such(plan):
+    model = build_model(plan)
+    with torch.no_grad():
+        model.output_proj.bias.fill_(math.nan)
+    result = Validator(plan, World()).run(model, 7)
+    assert math.isnan(result.token_cosine) and math.isnan(result.mse)
 
 
 def test_samples_are_held_out_and_spread(plan, shards):
