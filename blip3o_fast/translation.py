@@ -34,6 +34,7 @@ from blip3o_fast.data import (
 from blip3o_fast.data.reader import verify_shards
 from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import NonFiniteSamples, OptionError
+from blip3o_fast.flow import FittedSolver
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.hub import typed
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
@@ -136,8 +137,8 @@ def translate_folder(options: TranslationOptions) -> Translated:
         num_key_value_heads=options.num_key_value_heads,
     )
     data = open_source(options, model)
-    facts = translated_facts(options, model, data)
     plan = make_sampler(options, model, device)
+    facts = translated_facts(options, plan, data)
     with (
         join_world("auto", device, _PATIENCE) as world,
         StopSignals(alone=world.size == 1) as signals,
@@ -191,16 +192,18 @@ def make_sampler(
 
 
 def translated_facts(
-    options: TranslationOptions, model: BLIP3oDiT, data: EmbeddingDataset
+    options: TranslationOptions, plan: SamplingPlan, data: EmbeddingDataset
 ) -> Manifest:
     """The manifest of the result; a folder of other facts is not continued.
 
-    The model's weights and the source's shards are known by their contents.
+    The model's weights, a fitted solver and the source's shards are known by their contents.
     """
-    config = model.config
-    source = data.manifest.eva_encoder
+    config = plan.model.config
+    source, solver = data.manifest.eva_encoder, options.solver
+    if isinstance(plan.solver, FittedSolver):
+        solver += f" ({plan.solver.digest[:_DIGITS]})"
     how = (
-        f"{options.num_inference_steps} {options.solver} steps, guidance "
+        f"{options.num_inference_steps} {solver} steps, guidance "
         f"{options.guidance_scale:g}, {options.time_grid or config.conventions} times, "
         f"{options.dtype or 'stored'} weights, seed {options.seed}"
     )
@@ -213,7 +216,7 @@ def translated_facts(
         eva_encoder=None,
         clip_encoder=Encoder(
             f"blip3o_fast {options.model_path}",
-            revision=f"weights {content_digest(config, model.state_dict())[:_DIGITS]}",
+            revision=f"weights {content_digest(config, plan.model.state_dict())[:_DIGITS]}",
             layer=how,
             preprocessing=f"translated from {source.name if source else data.folder.name}, "
             f"shards {data.manifest.digest()[:_DIGITS]}",

@@ -119,10 +119,15 @@ class FittedSolver:
                     "fit one for it with fit_solver, or use another solver"
                 )
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all fields."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, and a digest of them."""
-        fields = dataclasses.asdict(self)
-        return {**fields, "digest": _digest(fields)}
+        return {**dataclasses.asdict(self), "digest": self.digest}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "FittedSolver":
@@ -152,7 +157,7 @@ class FittedSolver:
         except (TypeError, ValueError) as error:
             raise ValueError(f"fitted solver: expected lists of numbers ({error})") from None
         solver = cls(**read)
-        if fields["digest"] != _digest(kept):
+        if fields["digest"] != solver.digest:
             raise ValueError(
                 "fitted solver: expected what fit_solver wrote, got values that were changed "
                 "since; fit it again"
@@ -215,11 +220,6 @@ def load_solvers(folder: str | Path) -> dict[int, FittedSolver]:
             raise ValueError(f"format_version: expected {FORMAT_VERSION}")
         solvers = [FittedSolver.from_dict(fields) for fields in content["solvers"]]
     return {len(solver): solver for solver in solvers}
-
-
-def _digest(fields: dict[str, Any]) -> str:
-    text = json.dumps(fields, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _shown(value: object) -> str:

@@ -42,7 +42,7 @@ def test_a_second_fit_keeps_the_first(command, tmp_path):
     assert sorted(load_trained_model(tmp_path / "model").fitted) == [2, 3]
 
 
-def test_generate_uses_it(command, tmp_path):
+def test_generate_uses_it(command, tmp_path, capsys):
     assert main([*command, "--evaluations", "3"]) == 0
     generate = [
         *("generate", "--model_path", str(tmp_path / "model"), "--solver", "fitted"),
@@ -51,6 +51,9 @@ def test_generate_uses_it(command, tmp_path):
     ]
     assert main([*generate, "--num_inference_steps", "3"]) == 0
     assert main([*generate, "--num_inference_steps", "5", "--output_dir", str(tmp_path / "x")]) == 2
+    assert main([*command, "--evaluations", "3", "--seed", "1"]) == 0
+    assert main([*generate, "--num_inference_steps", "3"]) == 1
+    assert "solver" in capsys.readouterr().err, "half of a folder by another solver"
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_a_model_that_diverges_is_an_error(make_model):
     model = make_model(conventions="consistent")
     with torch.no_grad():
         model.output_proj.weight.mul_(torch.inf)
-    with pytest.raises(ValueError, match="reference: expected finite states, got NaN or Inf by"):
+    with pytest.raises(ValueError, match="expected finite samples, got NaN or Inf in 0, 1"):
         fit_solver(model, conditions(4), evaluations=2, generator=seeded())
 
 
@@ -181,7 +181,7 @@ def test_bad_requests(make_model):
 )
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "solver.json").write_text(content)
-    with pytest.raises(ValueError, match=r"solver\.json: expected fitted solvers"):
+    with pytest.raises(ValueError, match=r"solver\.json: expected (fitted solvers|.*JSON)"):
         load_solvers(tmp_path)
 
 
