@@ -1,4 +1,4 @@
-"""The optional CUDA build. All metadata stands in pyproject.toml; torch is never imported.
+"""The optional CUDA build. All metadata is in pyproject.toml. torch is never imported.
 
 ``BLIP3O_FAST_CUDA``
     ``auto`` (default): build if nvcc, CMake and the headers of torch are found; ``1``: build, or
@@ -39,7 +39,7 @@ OLDEST_TORCH = (2, 10)
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be built: nothing if ``reason`` is given."""
+    """The build. If ``reason`` is given, nothing is built."""
 
     reason: str = ""
     nvcc: str = ""
@@ -254,7 +254,7 @@ class BuildCuda(build_ext):
         write_record(target.parent, PLAN)
 
     def copy_extensions_to_source(self) -> None:
-        """Of an editable installation: the record goes along."""
+        """In an editable installation the record is copied too."""
         super().copy_extensions_to_source()
         write_record(ROOT / PACKAGE, PLAN)
 

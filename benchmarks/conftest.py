@@ -4,10 +4,10 @@
     pytest benchmarks --benchmark-only -m "gpu and not slow"     the fast set of a GPU
     pytest benchmarks --published CHECKOUT                   the published implementation as well
 
-A test is one contender at one task: ``-k "sandwich_join and triton"`` chooses. The table of
-pytest-benchmark shows what a caller waits for. ``extra_info`` in its JSON holds the measurement of
-a record: the device's time, cold and warm, the host's cost of a launch, the work that cannot be
-avoided, and the fraction of the limit; ``machine_info`` holds the environment and every peer. Here
+A test is one contender at one task; choose with ``-k "sandwich_join and triton"``. The table of
+pytest-benchmark shows how long a caller waits. In its JSON, ``extra_info`` holds the measurement as
+in a record: the device's time, cold and warm, the host's time for a launch, the work that cannot be
+avoided, and the fraction of the limit. ``machine_info`` holds the environment and every peer. Here
 contenders are timed one after the other; ``blip3o-fast bench`` times them in turns.
 """
 
@@ -32,12 +32,12 @@ from blip3o_fast.benchmarking.suite import Result, explain, measured
 from blip3o_fast.benchmarking.watch import make_watch
 
 SECONDS, LEAST, MOST = 0.3, 3, 50
-"""Of a contender: how long, and how many rounds, pytest-benchmark calls it."""
+"""How many seconds, and how many rounds, pytest-benchmark calls a contender."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case comes from: it is made anew for its tests, so that its models are freed."""
+    """A function that makes a case anew for its tests, so that its models are freed after them."""
 
     make: Callable[[], Iterator[Case]]
     index: int
@@ -93,7 +93,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[Case, torch.device]]
 
 @pytest.fixture(scope="session")
 def ceilings() -> Callable[[torch.device], Ceilings]:
-    """What a device reaches, measured when first asked for."""
+    """The ceilings of a device, measured at first use."""
     known: dict[str, Ceilings] = {}
 
     def find(device: torch.device) -> Ceilings:

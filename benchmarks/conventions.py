@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from read_results import read_result
-from result_tables import conventions
+from result_tables import show
 
 from blip3o_fast import BLIP3oDiT, load_trained_model
 from blip3o_fast.atomic import write_atomically, write_json
@@ -105,7 +104,7 @@ def main() -> None:
     path = Path(args.json or folder / "conventions.json")
     write_json(path, facts)
     write_atomically(path.with_suffix(".png"), draw(curves, levels))
-    print("\n\n".join(conventions(read_result(path))))
+    print(show(facts))
 
 
 def trained(

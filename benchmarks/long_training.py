@@ -16,10 +16,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from result_tables import show
 
 from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
-from blip3o_fast.benchmarking.record_text import seconds
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import write_shards
 from blip3o_fast.config import PRESETS
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **summarise(records),
         "peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
-    print(render(content))
+    print(show(content))
     if args.json is not None:
         write_json(args.json, content)
     return 1 if content["skipped"] else 0
@@ -110,17 +110,6 @@ def summarise(records: Sequence[StepRecord]) -> dict[str, Any]:
         "seconds": median(record.seconds for record in warm),
         "data_wait": median(record.data_wait for record in warm),
     }
-
-
-def render(content: dict[str, Any]) -> str:
-    """A line for a terminal."""
-    task = content["task"]
-    return (
-        f"{content['steps']} steps of {task['shape']} in {task['dtype']} on "
-        f"{content['environment']['device']}: {content['skipped']} with NaN or Inf, "
-        f"{seconds(content['seconds'])} a step of which {seconds(content['data_wait'])} waiting, "
-        f"loss {content['first_loss']} to {content['last_loss']}"
-    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from result_tables import show
 from torch.profiler import ProfilerActivity, profile
 
 from blip3o_fast.atomic import write_json
@@ -26,13 +27,11 @@ from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.ceilings import DTYPES, measure_ceilings
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.benchmarking.network_cases import Network, hoisted
-from blip3o_fast.benchmarking.record_text import seconds
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.training_cases import Training, prepare_step, step_work
 from blip3o_fast.benchmarking.watch import Prepared
 from blip3o_fast.config import PRESETS, DiTConfig
 from blip3o_fast.ops import OPS, Sizes
-from blip3o_fast.report.columns import align
 
 KIND = "blip3o-fast profile"
 FORMAT = 1
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dearest": [asdict(launch) for launch in launches[: args.most]],
         "rest_seconds": sum(launch.seconds for launch in launches[args.most :]),
     }
-    print(render(content, launches[: args.most]))
+    print(show(content))
     if args.json is not None:
         write_json(args.json, content)
     return 0
@@ -208,35 +207,6 @@ def bytes_moved(size: int) -> dict[str, float]:
             first = next(x for x in (*gradients, *arguments) if x.dim() > 2)
             found[f"{op.name}_backward"] = op.work(*arguments, backward=True)[1] / first.numel()
     return found
-
-
-def render(content: dict[str, Any], launches: list[Launch]) -> str:
-    """A table for a terminal."""
-    head = ("operator", "inputs", "calls", "time", "of all", "limit", "of limit")
-    rows: list[tuple[str, ...]] = [head]
-    for launch in launches:
-        limit = launch.limit
-        rows.append(
-            (
-                launch.op,
-                " ".join("x".join(map(str, shape)) for shape in launch.shapes[:3]),
-                f"{launch.calls:g}",
-                seconds(launch.seconds),
-                f"{launch.share:.0%}",
-                "" if limit is None else seconds(limit),
-                "" if limit is None else f"{limit / launch.seconds:.0%}",
-            )
-        )
-    task, environment = content["task"], content["environment"]
-    return "\n".join(
-        (
-            f"{task['name']} of {task['shape']} in {task['dtype']} on {environment['device']}: "
-            f"{seconds(content['seconds'])} in {content['launches']:g} launches, "
-            f"limit {seconds(content['limit'])}",
-            *align(rows),
-            f"all others: {seconds(content['rest_seconds'])}",
-        )
-    )
 
 
 if __name__ == "__main__":

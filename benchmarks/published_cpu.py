@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from result_tables import show
 from torch import Tensor, nn
 
 from blip3o_fast import SamplingPlan, accelerate
@@ -168,17 +169,10 @@ def agreement(published: nn.Module, model: nn.Module, x: Tensor, t: Tensor, eva:
 
 
 def report(times: dict[str, list[float]], difference: float, args: argparse.Namespace) -> None:
-    """A table, then JSON."""
+    """Print a table, then JSON."""
     seconds = {name: median(taken) for name, taken in times.items()}
     fastest = {name: min(taken) for name, taken in times.items()}
     base = seconds["published, fp32"]
-    head = f"{'ms':>9}{'fastest':>9}{'published / it':>16}{'of limit':>10}"
-    print(f"{'one evaluation of base, batch 1':<32}{head}")
-    for name, value in seconds.items():
-        bound = seconds[f"GEMM limit, {name.rpartition(', ')[2]}"]
-        figures = f"{value * 1e3:>9.1f}{fastest[name] * 1e3:>9.1f}{base / value:>16.1f}"
-        print(f"{name:<32}{figures}{bound / value:>10.0%}")
-    print(f"published and plain model differ by {difference:.1e} (relative, fp32)")
     facts = {
         "benchmark": "published_cpu",
         "environment": describe_environment(torch.device("cpu")),
@@ -189,6 +183,7 @@ def report(times: dict[str, list[float]], difference: float, args: argparse.Name
         "rounds": args.rounds,
         "layers": args.layers,
     }
+    print(show(facts))
     print(json.dumps(facts))
 
 

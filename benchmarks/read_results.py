@@ -92,6 +92,11 @@ def read_result(path: Path) -> Result:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object, got {error}") from None
+    return as_result(path, content)
+
+
+def as_result(path: Path, content: Any) -> Result:
+    """What a file at ``path`` holds, or will hold."""
     kind = find_kind(path, content)
     missing = sorted(NEEDED[kind] - content.keys())
     if missing:

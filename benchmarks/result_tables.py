@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import fp8_quality
-from read_results import Kind, Result
+from read_results import Kind, Result, as_result
 from tables import duration, number, table, three_digits
 
 from blip3o_fast.benchmarking.record import Measurement, Record
 
 HEADLINES = ("evaluation", "generate", "training")
 """Groups of ``blip3o-fast bench`` that a reader asks for first."""
+
+
+def show(content: dict[str, Any]) -> str:
+    """A result for a terminal, by the program that has just measured it."""
+    result = as_result(Path("this result"), content)
+    return "\n\n".join(SECTIONS[result.kind](result))
 
 
 def section(result: Result, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What is timed: one contender at one task."""
+"""The things that are timed: one contender at one task."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def budget(self) -> Budget:
-        """Of one case."""
+        """The time for one case."""
         if self.quick:
             return Budget(min(self.seconds, 0.3), rounds=3, most=50)
         return Budget(self.seconds, rounds=5)

@@ -139,7 +139,7 @@ class Trajectory:
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _read(self) -> tuple[Tensor, Tensor, Row]:
-        """Of the next row: the bound and the coefficients, the slot, and the velocity's part."""
+        """The next row: its bound and coefficients, its slot, and the velocity's part."""
         own = self.table.slots + 3
         numbers = self.table.numbers.index_select(0, self.row)[0]
         places = self.table.places.index_select(0, self.row)[0]

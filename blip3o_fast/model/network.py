@@ -72,7 +72,7 @@ class Joining(NamedTuple):
 
 
 class AttentionParts(Protocol):
-    """What an attention is made of.
+    """The parts of an attention.
 
     ``rotates`` says whether queries and keys carry rotary positions. ``packed`` parts own the rows
     that they return, which may then be overwritten.
@@ -98,7 +98,7 @@ class AttentionParts(Protocol):
 
 
 class SwiGLUParts(Protocol):
-    """What the MLP is made of."""
+    """The parts of the MLP."""
 
     impls: ImplTable
     quantised: bool
@@ -113,7 +113,7 @@ class SwiGLUParts(Protocol):
 
 
 class BlockParts(Protocol):
-    """What a block is made of: three branches, and the scale of each."""
+    """The parts of a block: three branches, and the scale of each."""
 
     joining: Joining
 
@@ -139,7 +139,7 @@ class BlockParts(Protocol):
 
 
 class EndParts(Protocol):
-    """What stands before the first block and after the last."""
+    """The projections before the first block and after the last."""
 
     joining: Joining
 

@@ -65,7 +65,7 @@ def _load(
     scale,
     ACC: tl.constexpr,
 ):
-    """Of one row: the clean estimate, the data, and velocity minus target."""
+    """The clean estimate, the data, and velocity minus target, of one row."""
     v = load_row(velocity, token, cols, velocity_n, velocity_d, inside, ACC)
     data = load_row(x_1, token, cols, x_1_n, x_1_d, inside, ACC)
     clean = load_row(x_t, token, cols, x_t_n, x_t_d, inside, ACC) + scale * v

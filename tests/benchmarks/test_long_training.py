@@ -25,7 +25,7 @@ def test_steps_are_counted(narrow, tmp_path, capsys):
     content = json.loads(file.read_text())
     assert content["steps"] == 6 and content["skipped"] == 0
     assert content["seconds"] > 0 and content["peak"] is None
-    assert "6 steps of tiny-b2 in fp32" in capsys.readouterr().out
+    assert "6 training steps of tiny-b2 in fp32" in capsys.readouterr().out
 
 
 def test_a_step_that_met_nan_is_a_failure(monkeypatch, narrow, capsys):
