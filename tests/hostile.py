@@ -66,7 +66,13 @@ def a_tar_that_breaks_off():
     return buffer.getvalue()[:2000]
 
 
-HOSTILE_TARS = (
-    *(negative_size, negative_size_by_pax, long_names_of_long_names, pax_headers_of_pax_headers),
-    *(a_name_of_gigabytes, random_bytes, a_tar_that_breaks_off),
-)
+HOSTILE_TARS = {
+    negative_size: "a size of -512 bytes",
+    negative_size_by_pax: "a size of -1024 bytes",
+    long_names_of_long_names: "more than 8 headers of one member",
+    pax_headers_of_pax_headers: "more than 8 headers of one member",
+    a_name_of_gigabytes: "a header of 1099511627776 bytes",
+    random_bytes: "",
+    a_tar_that_breaks_off: "",
+}
+"""What makes them, and what is said of them."""

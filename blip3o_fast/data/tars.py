@@ -10,7 +10,7 @@ import codecs
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from blip3o_fast.data.conversion_sources import Source, StackedRows, npy_header
 from blip3o_fast.data.diskarray import DiskArray
@@ -31,18 +31,19 @@ _EXTENSIONS = (
 def open_tar(path: Path, mode: str) -> tarfile.TarFile:
     """``tarfile.open`` with headers that are bounded before anything follows them."""
 
-    class Header(tarfile.TarInfo):
-        chain = 0
+    chain = 0
 
-        @classmethod
-        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
-            found = super().frombuf(buf, encoding, errors)
-            cls.chain = cls.chain + 1 if found.type in _EXTENSIONS else 0
-            if cls.chain > _LONGEST_CHAIN:
+    class Header(tarfile.TarInfo):
+        # Every header passes here before tarfile reads what follows it; ``frombuf``, which is
+        # public, is passed by only in some versions of Python.
+        def _proc_member(self, tar: tarfile.TarFile) -> Any:
+            nonlocal chain
+            chain = chain + 1 if self.type in _EXTENSIONS else 0
+            if chain > _LONGEST_CHAIN:
                 raise tarfile.ReadError(f"more than {_LONGEST_CHAIN} headers of one member")
-            if cls.chain and not 0 <= found.size <= _LONGEST_EXTENSION:
-                raise tarfile.ReadError(f"a header of {found.size} bytes")
-            return found
+            if chain and not 0 <= self.size <= _LONGEST_EXTENSION:
+                raise tarfile.ReadError(f"a header of {self.size} bytes")
+            return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue]
 
     return tarfile.open(path, mode, tarinfo=Header)  # pyright: ignore[reportCallIssue, reportArgumentType]
 

@@ -47,9 +47,13 @@ def test_csv_has_a_row_a_sample(report, folder):
 
 def test_names_that_would_act_are_escaped(report, tmp_path):
     keys = ("=cmd|' /C calc'!A0", "a\rb\x1b[2J", "\ud800", *report.mean.scores.keys[3:])
-    scores = dataclasses.replace(report.mean.scores, keys=keys)
-    mean = dataclasses.replace(report.mean, scores=scores)
-    write_report(dataclasses.replace(report, mean=mean), tmp_path, plots=False)
+
+    def renamed(result):
+        return dataclasses.replace(result, scores=dataclasses.replace(result.scores, keys=keys))
+
+    dit = tuple(map(renamed, report.dit))
+    methods = {"mean": renamed(report.mean), "ridge": renamed(report.ridge), "dit": dit}
+    write_report(dataclasses.replace(report, **methods), tmp_path, plots=False)
     with (tmp_path / "samples.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["key"] for row in rows[:3]] == ["'=cmd|' /C calc'!A0", "a\\rb\\x1b[2J", "\\ud800"]

@@ -241,6 +241,7 @@ def test_hostile_headers(tmp_path, make):
     with within(seconds=5, megabytes=100):
         refs = list(webdataset_images(str(path)))
     assert listed(refs)["x.tar"].startswith("damaged tar: ")
+    assert HOSTILE_TARS[make] in listed(refs)["x.tar"]
 
 
 def write_coco(root, images, annotations, folder="val2017"):

@@ -7,8 +7,8 @@ config, weights, solver         a model's folder; marker: of a training checkpoi
 published_pt, legacy_pt         published checkpoints; experiment: what stands beside them
 options_json, options_toml      train --config; metrics: records of a run that goes on
 webdataset, captions, image_*   extract: tars, texts, images; coco: annotations
-tower_config, tower_weights,    published encoders
-tower_bin, tower_index
+tower_config, tower_weights, tower_bin, tower_index: published encoders
+bench_record                    what bench wrote elsewhere
 """
 
 import io
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from small_data import small_model, write_shards
 
 from blip3o_fast.atomic import file_sha256
+from blip3o_fast.benchmarking.record import read_record
 from blip3o_fast.checkpoint import MARKER, load_checkpoint, require_intact
 from blip3o_fast.data import EmbeddingDataset, Wishes
 from blip3o_fast.data.conversion import read_rows
@@ -43,6 +44,7 @@ from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.summary import summarise
 from blip3o_fast.training.tracking import MetricsFile, read_metrics
 from blip3o_fast.training.validation import Validation
+from tests.benchmarking.records import measurement, record
 from tests.fuzz import mutate
 
 
@@ -303,6 +305,11 @@ def tower(name: str, kind: str) -> Callable[[Path], Path]:
     return seed
 
 
+def bench_record(folder: Path) -> Path:
+    record(measurement(), measurement("peer", ours=False)).write(folder / "bench.json")
+    return folder / "bench.json"
+
+
 PARSERS = {
     "published_shard": Parser(published_shard, mutate.damage, convert),
     "coco_pickle": Parser(coco_pickle, mutate.damage, convert),
@@ -341,6 +348,9 @@ PARSERS = {
     ),
     "tower_bin": Parser(
         tower("pytorch_model.bin", "bin"), mutate.damage_zip, EVAVisionTower.from_pretrained
+    ),
+    "bench_record": Parser(
+        bench_record, mutate.damage_json, lambda folder: read_record(folder / "bench.json")
     ),
     **{
         f"image_{form.lower()}": Parser(image(form), mutate.damage, decode)
