@@ -129,7 +129,9 @@ def evaluate(options: EvaluateOptions) -> int:
     check_mode(options.training_mode, model)
     regression = None
     if options.regression_path is not None:
-        regression = load_trained_model(options.regression_path, device=device, dtype=model.dtype)
+        regression = load_trained_model(
+            Path(options.regression_path), device=device, dtype=model.dtype
+        )
     training, heldout = open_data(options, model)
     report = evaluate_model(
         model,
