@@ -220,7 +220,10 @@ def test_unreadable_configuration(tmp_path):
         ({"eva_adapter_layers": 20_000_000}, "eva_adapter_layers: expected at most"),
         ({"grid": [1, 1, 2_000_000_000], "num_tokens": 2_000_000_000}, "num_tokens: expected at"),
         ({"hidden_size": 4 * 10**30}, "hidden_size: expected at most"),
-        ({"grid": [1, "16", 16]}, r"config.json: expected the configuration of a model \(grid: expected"),
+        (
+            {"grid": [1, "16", 16]},
+            r"config.json: expected the configuration of a model \(grid: expected",
+        ),
         ({"grid": {}}, "config.json"),
         ({"conventions": []}, "config.json"),
         ({"training_mode": {"a": 1}}, "config.json"),
