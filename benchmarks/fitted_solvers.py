@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_tables import show
 from torch import Tensor
 
 from blip3o_fast import BLIP3oDiT, FittedSolver, SamplingPlan, load_trained_model
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import json_text, write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.data import Batch, EmbeddingDataset
 from blip3o_fast.evaluation import MetricAccumulator
@@ -73,7 +74,8 @@ def main() -> None:
         "sources": heldout.photos,
         "models": models,
     }
-    write_atomically(Path(args.json), (json.dumps(facts, indent=1) + "\n").encode())
+    write_json(Path(args.json), facts)
+    print(show(json.loads(json_text(facts))))
 
 
 def measured(

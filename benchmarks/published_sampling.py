@@ -10,7 +10,6 @@ the solver was not fitted to. The weights are random and so is the field that th
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -22,10 +21,11 @@ from typing import Any
 
 import torch
 from published_cpu import CLIP, EVA, TOKENS, autocast, build_published
+from result_tables import show
 from torch import Tensor
 
 from blip3o_fast import SamplingPlan, accelerate, fit_solver
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import write_atomically, write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.report.style import LIGHT, decimal_axis, new_figure, png, style_axes
 
@@ -100,8 +100,9 @@ def main() -> int:
         "fit": fit | {"conditions": args.conditions, "held_out_error": solver.error},
     }
     path = Path(args.json)
-    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+    write_json(path, facts)
     write_atomically(path.with_suffix(".png"), draw(facts))
+    print(show(facts))
     return 0
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_tables import show
 
 from blip3o_fast import load_trained_model
-from blip3o_fast.atomic import write_atomically
+from blip3o_fast.atomic import json_text, write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.demo.pipeline import MODEL, TRAINING, cpu_has_bf16
@@ -77,7 +78,8 @@ def main() -> None:
         "ridge": ridge,
         "rows": rows,
     }
-    write_atomically(Path(args.json), (json.dumps(facts, indent=1) + "\n").encode())
+    write_json(Path(args.json), facts)
+    print(show(json.loads(json_text(facts))))
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:

@@ -60,7 +60,7 @@ TRAINING = {
 """Validated with one Euler step, which estimates the conditional mean."""
 
 FITTED = (3, 5, 8)  # evaluations of the solvers that are fitted to the model
-CONDITIONS = 16  # training crops that they are fitted on
+CONDITIONS = 12  # training crops that they are fitted on
 
 
 @dataclass(frozen=True)
