@@ -7,8 +7,6 @@ ones in every case. Nothing is unpickled beyond what ``torch.load(weights_only=T
 import hashlib
 import json
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.serialization import safe_globals
 
 from blip3o_fast.atomic import file_sha256, settle, temporary_path, write_json
 from blip3o_fast.checked import read_json
 from blip3o_fast.config import PRESETS, DiTConfig
 from blip3o_fast.hub import download, repository
+from blip3o_fast.torch_files import read_torch_file, require_room
 from blip3o_fast.untrusted import reading
 
 CONFIG_NAME = "config.json"
@@ -210,12 +208,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Checkpoint:
     """A ``.pt`` of the published trainer: weights in ``model_state_dict``, no configuration."""
-    with reading(file, "a weights-only torch file"):
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                _require_room(file, sum(entry.file_size for entry in archive.infolist()))
-        with safe_globals([(NumpyType, "numpy.dtype"), *_NUMPY_SCALARS]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+    content = read_torch_file(file)
     tensors = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if isinstance(tensors, dict):
         tensors = published_names({str(name): x for name, x in tensors.items()})
@@ -244,7 +237,7 @@ def _require_plausible(file: Path, config: DiTConfig, tensors: Mapping[str, Tens
     if not all(isinstance(x, Tensor) for x in tensors.values()):
         raise ValueError(f"{file}: expected tensors alone")
     elements = sum(x.numel() for x in tensors.values())
-    _require_room(file, elements)
+    require_room(file, elements)
     limits = {
         **dict.fromkeys(("num_hidden_layers", "eva_adapter_layers"), len(tensors)),
         **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), elements),
@@ -257,32 +250,6 @@ def _require_plausible(file: Path, config: DiTConfig, tensors: Mapping[str, Tens
                 f"{file}: {name}: expected at most {limit} beside {elements} numbers in "
                 f"{len(tensors)} tensors, got {getattr(config, name)}"
             )
-
-
-def _require_room(file: Path, needed: int) -> None:
-    if needed > (size := file.stat().st_size):
-        raise ValueError(f"{file}: expected contents that fit its {size} bytes, it claims {needed}")
-
-
-class NumpyType:
-    """Stands for ``numpy.dtype`` where a checkpoint holds numbers of numpy's, such as a loss."""
-
-    def __init__(self, code: str, *_: bool) -> None:
-        self.code = code
-
-    def __setstate__(self, state: object) -> None:
-        """Ignore what plain numbers do not have."""
-
-
-def numpy_scalar(kind: NumpyType, data: bytes) -> float | int | bool:
-    """Stands for numpy's constructor of a number."""
-    if kind.code not in _NUMBERS:
-        raise ValueError(f"a numpy number of type {kind.code!r}")
-    return struct.unpack(_NUMBERS[kind.code], data)[0]
-
-
-_NUMBERS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
-_NUMPY_SCALARS = [(numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 def _recorded_fields(file: Path) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_bad_requests(make_model):
 )
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "solver.json").write_text(content)
-    with pytest.raises(ValueError, match=r"solver\.json: expected (fitted solvers|.*JSON)"):
+    with pytest.raises(ValueError, match=r"solver\.json: expected"):
         load_solvers(tmp_path)
 
 
