@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from result_tables import show
@@ -29,6 +29,7 @@ from torch import Tensor
 from blip3o_fast import BLIP3oDiT, FittedSolver, SamplingPlan, load_trained_model
 from blip3o_fast.atomic import json_text, write_json
 from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.conventions import GridName
 from blip3o_fast.data import Batch, EmbeddingDataset
 from blip3o_fast.evaluation import MetricAccumulator
 from blip3o_fast.evaluation.baselines import MeanPredictor
@@ -52,6 +53,7 @@ def main() -> None:
     add("--evaluations", type=int, nargs="+", default=[3, 5, 8, 12], help="of the solvers")
     add("--conditions", type=int, default=16, help="training crops to fit on")
     add("--max_samples", type=int, default=48, help="held-out crops, evenly spread")
+    add("--time_grid", choices=get_args(GridName), help="of the sampler that is approximated")
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
     add("--json", required=True, help="where to write the figures")
@@ -94,6 +96,7 @@ def measured(
         eva,
         evaluations=args.evaluations,
         guidance_scale=scale,
+        time_grid=args.time_grid,
         generator=torch.Generator().manual_seed(args.seed),
     )
     seconds = time.perf_counter() - started
@@ -101,11 +104,12 @@ def measured(
     batches = list(read_batches(heldout, indices, 16, device, None))
     unseen = torch.cat([batch.eva.float() for batch in batches])[:: max(1, len(indices) // 16)]
     plans = {("fitted", n): plan(model, solver) for n, solver in fitted.items()}
-    plans |= dict(classical(model, scale, (*args.evaluations, MANY)))
-    reference = default_reference(model, scale)
+    plans |= dict(classical(model, scale, (*args.evaluations, MANY), args.time_grid))
+    reference = default_reference(model, scale, args.time_grid)
     errors = solver_errors(plans, reference, unseen, torch.Generator().manual_seed(args.seed + 1))
     return {
         "conventions": model.config.conventions,
+        "time_grid": args.time_grid,
         "parameters": model.get_num_parameters(),
         "guidance_scale": scale,
         "reference": next(iter(fitted.values())).reference,
@@ -117,7 +121,7 @@ def measured(
         ],
         "samples": samples(plans, reference, batches, training, args.seed),
         "dtypes": dtypes(model, fitted, reference, unseen[:8], args.seed),
-        "transfer": transfer(model, fitted, eva, unseen, args.seed),
+        "transfer": transfer(model, fitted, eva, unseen, args),
     }
 
 
@@ -127,7 +131,7 @@ def plan(model: BLIP3oDiT, solver: FittedSolver, **options: Any) -> SamplingPlan
 
 
 def classical(
-    model: BLIP3oDiT, scale: float, counts: tuple[int, ...]
+    model: BLIP3oDiT, scale: float, counts: tuple[int, ...], grid: GridName | None
 ) -> Iterator[tuple[tuple[str, int], SamplingPlan]]:
     """The usual solvers with as many evaluations, and Heun's method with many."""
     for count in counts:
@@ -137,7 +141,9 @@ def classical(
                 steps = count // stages
                 yield (
                     (name, count),
-                    SamplingPlan(model, steps=steps, solver=name, guidance_scale=scale),
+                    SamplingPlan(
+                        model, steps=steps, solver=name, guidance_scale=scale, time_grid=grid
+                    ),
                 )
 
 
@@ -213,10 +219,10 @@ def transfer(
     fitted: dict[int, FittedSolver],
     known: Tensor,
     unseen: Tensor,
-    seed: int,
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Errors where the solver was not fitted."""
-    generator = torch.Generator().manual_seed(seed + 3)
+    generator = torch.Generator().manual_seed(args.seed + 3)
     noise = torch.randn(unseen.shape, generator=generator).to(unseen)
     channels = known.flatten(0, 1)
     no_image = channels.mean(0) + channels.std(0) * noise
@@ -231,7 +237,8 @@ def transfer(
         if weight != 1.0 and not model.config.condition_dropout:
             continue
         plans = {n: plan(model, solver) for n, solver in solvers.items()}
-        errors = solver_errors(plans, default_reference(model, weight), eva, generator)
+        reference = default_reference(model, weight, args.time_grid)
+        errors = solver_errors(plans, reference, eva, generator)
         rows.append({"case": name, "errors": errors})
     return rows
 

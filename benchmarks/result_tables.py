@@ -212,6 +212,8 @@ def errors_of_solvers(model: dict[str, Any]) -> str:
         for count, found in sorted(by_count.items())
     ]
     guided = "" if model["guidance_scale"] == 1 else f", guidance {model['guidance_scale']:g}"
+    if model.get("time_grid"):
+        guided += f", times of {model['time_grid']}"
     head = (
         f"**{model['conventions'].capitalize()} conventions{guided}.** Relative error of the final "
         f"state; the reference has {model['reference']}, the fit took {time(model['fit_seconds'])}."

@@ -39,7 +39,7 @@ from blip3o_fast.sampling.cache import weights_digest
 from blip3o_fast.sampling.inputs import starting_noise
 from blip3o_fast.sampling.plan import SamplingPlan
 
-WARPS = (1.0, 1.5, 2.0, 3.0, 4.0)
+WARPS = (2 / 3, 1.0, 1.5, 2.0, 3.0, 4.0)
 DAMPINGS = (1e-8, 1e-6, 1e-4)
 REFERENCE_STEPS = 128
 FEWEST_CONDITIONS = 4
