@@ -31,7 +31,7 @@ from blip3o_fast.data import (
     merge_parts,
     read_ahead,
 )
-from blip3o_fast.data.reader import verify_shards
+from blip3o_fast.data.verified import verify_once
 from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import NonFiniteSamples, OptionError
 from blip3o_fast.flow import FittedSolver
@@ -246,7 +246,7 @@ def translate_share(
         merge=False,
     ) as writer:
         missing = untranslated(data, writer.done)
-        verify_shards(data.folder, data.manifest.shards[world.rank :: world.size])
+        verify_once(data.folder, data.manifest.shards, Path(options.output_dir), world)
         world.barrier()  # nobody writes before everybody has seen what is missing
         mine = missing[world.rank :: world.size].copy()
         del missing

@@ -14,7 +14,7 @@ from blip3o_fast.atomic import (
     write_json,
 )
 from blip3o_fast.checked import read_json
-from blip3o_fast.data.reader import verify_shards
+from blip3o_fast.data.verified import verify_once
 from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.processes import World, join_world
@@ -88,7 +88,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         with claimed(plan) if world.is_main else nullcontext():
             world.barrier()
             shards = plan.train.manifest.shards[: options.max_shards]
-            verify_shards(plan.train.folder, shards[world.rank :: world.size])
+            verify_once(plan.train.folder, shards, Path(options.output_dir), world)
             trainer = Trainer(plan, world, on_step)
             try:
                 trainer.run()
