@@ -216,7 +216,7 @@ def errors_of_solvers(model: dict[str, Any]) -> str:
         guided += f", times of {model['time_grid']}"
     head = (
         f"**{model['conventions'].capitalize()} conventions{guided}.** Relative error of the final "
-        f"state; the reference has {model['reference']}, the fit took {time(model['fit_seconds'])}."
+        f"state; the reference has {model['reference']}."
     )
     return f"{head}\n\n{table(('evaluations', *names), rows)}"
 
