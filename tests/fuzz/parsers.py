@@ -35,7 +35,7 @@ from blip3o_fast.data.conversion_plan import open_sources, plan_conversion
 from blip3o_fast.extraction.eva import EVAVisionConfig, EVAVisionTower
 from blip3o_fast.extraction.image_sources import coco_images, folder_images, webdataset_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels
-from blip3o_fast.flow import load_solvers
+from blip3o_fast.flow import FittedSolver, load_solvers
 from blip3o_fast.pretrained import load_trained_model
 from blip3o_fast.training import TrainingOptions
 from blip3o_fast.training.checkpoints import complete_checkpoints
@@ -134,14 +134,12 @@ def read_data_set(folder: Path) -> None:
 def model(name: str) -> Callable[[Path], Path]:
     def seed(folder: Path) -> Path:
         small_model().save_pretrained(folder)
-        solver = {
-            **{"labels": [0.0], "lengths": [1.0], "states": [1.0], "slopes": [[1.0]]},
+        FittedSolver(
+            **{"labels": (0.0,), "lengths": (1.0,), "states": (1.0,), "slopes": ((1.0,),)},
             **{"clamp": None, "guidance_scale": 1.0, "conventions": "consistent", "weights": "a"},
-            **{"dtype": "fp32", "reference": "heun", "conditions": [1, 1]},
+            **{"dtype": "fp32", "reference": "heun", "conditions": (1, 1)},
             **{"error": 0.1, "fitted_error": 0.1},
-        }
-        text = json.dumps({"format_version": 1, "solvers": [solver]})
-        (folder / "solver.json").write_text(text)
+        ).save(folder)
         return folder / name
 
     return seed
