@@ -14,7 +14,7 @@ from blip3o_fast.data.reader import verify_shards
 from blip3o_fast.processes import World
 from blip3o_fast.untrusted import reading
 
-VERIFIED_NAME = ".verified.json"
+VERIFIED_NAME = "verified.json"
 
 
 def verify_once(folder: Path, entries: Sequence[ShardEntry], run: Path, world: World) -> None:
