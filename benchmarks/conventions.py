@@ -112,6 +112,7 @@ def trained(
 ) -> BLIP3oDiT:
     """Train, or go on; the weight average after the last step."""
     values: dict[str, Any] = {**MODEL, **TRAINING, "eval_every_n_steps": args.validate_every}
+    values["zero_time_fraction"] = 0.0  # as published
     options = TrainingOptions(
         chunked_embeddings_dir=args.shards,
         output_dir=str(folder),

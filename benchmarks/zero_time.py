@@ -55,11 +55,10 @@ def main() -> None:
                 chunked_embeddings_dir=args.shards,
                 output_dir=str(run),
                 max_steps=args.steps,
-                zero_time_fraction=fraction,
                 seed=seed,
                 precision="bf16" if cpu_has_bf16() else "fp32",
                 eval_every_n_steps=args.steps,
-                **(MODEL | TRAINING),
+                **(MODEL | TRAINING | {"zero_time_fraction": fraction}),
             )
             train(options)
             model = load_trained_model(run)

@@ -15,7 +15,6 @@ cross-attention positions   the same rotary embedding    none
 too few learned positions   refused                      left out for all tokens
 input stream                state + aligned EVA tokens   state
 epsilon of AdaLN's norm     rms_norm_eps                 1e-6, whatever rms_norm_eps says
-share of training at t = 0  half                         none
 timestep input              1000 t                       t
 state that enters           clean_coefficient(t) x_t     x_t
 velocity                    network's + c(t) x_t         network's
@@ -74,9 +73,6 @@ class Conventions:
         noise_in_feature_dtype: draw noise in the dtype of the features, not in fp32.
         loss: the form of the loss, see ``reference.flow_loss``: ``published`` has the opposite sign
             in its clean estimate, and clamps and caps.
-        zero_time_fraction: share of the training samples at t = 0 unless told otherwise. Half of
-            them there costs samples nothing that was measured, and translates better
-            (``docs/solvers.md``).
         loss_masks: whether two terms of the loss count only samples with t > 0.5.
     """
 
@@ -92,7 +88,6 @@ class Conventions:
     time_grid: GridName
     noise_in_feature_dtype: bool
     loss: Literal["consistent", "published"]
-    zero_time_fraction: float
     loss_masks: bool
 
 
@@ -110,7 +105,6 @@ CONVENTIONS: dict[str, Conventions] = {
         time_grid="ascending",
         noise_in_feature_dtype=False,
         loss="consistent",
-        zero_time_fraction=0.5,
         loss_masks=False,
     ),
     "published": Conventions(
@@ -126,7 +120,6 @@ CONVENTIONS: dict[str, Conventions] = {
         time_grid="published",
         noise_in_feature_dtype=True,
         loss="published",
-        zero_time_fraction=0.0,
         loss_masks=True,
     ),
 }

@@ -52,6 +52,7 @@ TRAINING = {
     "adam_beta2": 0.99,
     "ema_decay": 0.99,
     "simple_scale_factor": "auto",
+    "zero_time_fraction": 0.5,
     "eval_num_samples": 32,
     "eval_inference_steps": 1,
     "use_heun_inference": False,

@@ -41,9 +41,6 @@ FREE = frozenset(
 )
 """Options that may change on resume: they do not alter what is trained."""
 
-BEFORE = {"zero_time_fraction": 0.0}
-"""What a run did before these options existed, where that is not their default."""
-
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -91,7 +88,7 @@ class TrainingOptions:
         time_distribution: distribution of training times; beta is Beta(1/2, 1/2).
         zero_time_fraction: share of the samples that are at t = 0 instead, where the velocity leads
             to the conditional mean; 1: plain regression, whose model translates in one evaluation
-            and cannot sample; None: half, or none with published conventions.
+            and cannot sample.
         condition_dropout: probability of replacing the condition by zeros; guidance needs more than
             0.
         batch_size: samples per optimizer step, over all processes and micro-batches.
@@ -184,7 +181,7 @@ class TrainingOptions:
     consistency_weight: Amount = 0.3
     use_timestep_weighting: bool | None = None
     time_distribution: Literal["beta", "uniform", "logit_normal"] = "beta"
-    zero_time_fraction: Fraction | None = None
+    zero_time_fraction: Fraction = 0.0
     condition_dropout: Share = 0.0
 
     # Optimisation
@@ -276,11 +273,11 @@ class TrainingOptions:
     def changes(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Options that would alter a run saved with ``saved``: name to (saved, mine).
 
-        An option that the saved run did not know had its default, or that of ``BEFORE``.
+        An option that the saved run did not know yet had the default.
         """
         mine = self.to_dict()
-        known = {f.name: f.default for f in dataclasses.fields(self)} | BEFORE | dict(saved)
-        before = {name: known[name] for name in mine if name not in FREE}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        before = {name: saved.get(name, defaults[name]) for name in mine if name not in FREE}
         return {name: (old, mine[name]) for name, old in before.items() if old != mine[name]}
 
 

@@ -79,12 +79,6 @@ class TrainingPlan:
         )
 
     @property
-    def zero_time_fraction(self) -> float:
-        """Share of the samples at t = 0."""
-        asked = self.options.zero_time_fraction
-        return self.config.rules.zero_time_fraction if asked is None else asked
-
-    @property
     def compile_mode(self) -> str | None:
         """Of ``torch.compile``, None for eager."""
         return self.options.compile_mode if self.options.compile else None
@@ -99,7 +93,6 @@ class TrainingPlan:
             "steps": self.total_steps,
             "steps_per_epoch": self.steps_per_epoch,
             "warmup_steps": self.schedule.warmup,
-            "zero_time_fraction": self.zero_time_fraction,
             "device": str(self.device),
             "precision": self.precision.name,
             "optimizer": self.optimizer,

@@ -71,7 +71,7 @@ class OptimizerStep:
             options.batch_size,
             (config.num_tokens, config.clip_embedding_size),
             distribution=options.time_distribution,
-            zero_time_fraction=self.plan.zero_time_fraction,
+            zero_time_fraction=options.zero_time_fraction,
             condition_dropout=options.condition_dropout,
             device=self.plan.device,
         )

@@ -111,8 +111,8 @@ def test_only_what_alters_the_run_counts_as_a_change(options):
     free = {"keep_last": 9, "num_workers": 1, "gradient_accumulation_steps": 2, "compile": True}
     assert options(**free, output_dir="elsewhere").changes(saved) == {}
     old = {name: value for name, value in saved.items() if name != "zero_time_fraction"}
-    assert options(zero_time_fraction=0.0).changes(old) == {}, "an older run goes on as it began"
-    assert options().changes(old) == {"zero_time_fraction": (0.0, None)}
+    assert options().changes(old) == {}, "a run from before an option was added goes on"
+    assert options(zero_time_fraction=0.5).changes(old) == {"zero_time_fraction": (0.0, 0.5)}
     changed = options(learning_rate=0.5, grid=(1, 2, 3)).changes(saved)
     assert changed == {"learning_rate": (1e-2, 0.5), "grid": (None, [1, 2, 3])}
 

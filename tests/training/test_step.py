@@ -159,19 +159,3 @@ def test_compiling_happens_once_and_changes_rounding_only(options, tmp_path, mon
             if i == 1:
                 fast.validator.run(fast.model, 1)
     assert first >= 1 and len(graphs) == first
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, 0.5),
-        ({"conventions": "published"}, 0.0),
-        ({"zero_time_fraction": 1.0}, 1.0),
-        ({"conventions": "published", "zero_time_fraction": 0.25}, 0.25),
-    ],
-)
-def test_the_share_at_zero_follows_the_conventions_unless_told(options, changes, expected):
-    mine = trainer(options, batch_size=16, **changes)
-    assert mine.plan.zero_time_fraction == expected
-    times = torch.cat([mine.step.draw(step).t for step in range(40)])
-    assert float((times == 0).float().mean()) == pytest.approx(expected, abs=0.07)
