@@ -27,7 +27,7 @@ from result_tables import show
 from torch import Tensor
 
 from blip3o_fast import BLIP3oDiT, FittedSolver, SamplingPlan, load_trained_model
-from blip3o_fast.atomic import json_text, write_json
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.conventions import GridName
 from blip3o_fast.data import Batch, EmbeddingDataset
@@ -77,7 +77,7 @@ def main() -> None:
         "models": models,
     }
     write_json(Path(args.json), facts)
-    print(show(json.loads(json_text(facts))))
+    print(show(facts))
 
 
 def measured(

@@ -1,5 +1,6 @@
 """Results as Markdown: each figure beside its limit and its peers, under where it was measured."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from os.path import relpath
@@ -10,6 +11,7 @@ import fp8_quality
 from read_results import Kind, Result, as_result
 from tables import duration, number, table, three_digits
 
+from blip3o_fast.atomic import json_text
 from blip3o_fast.benchmarking.record import Measurement, Record
 
 HEADLINES = ("evaluation", "generate", "training")
@@ -18,7 +20,7 @@ HEADLINES = ("evaluation", "generate", "training")
 
 def show(content: dict[str, Any]) -> str:
     """A result for a terminal, by the program that has just measured it."""
-    result = as_result(Path("this result"), content)
+    result = as_result(Path("this result"), json.loads(json_text(content)))  # as a file holds it
     return "\n\n".join(SECTIONS[result.kind](result))
 
 

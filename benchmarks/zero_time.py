@@ -17,7 +17,7 @@ import torch
 from result_tables import show
 
 from blip3o_fast import load_trained_model
-from blip3o_fast.atomic import json_text, write_json
+from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.demo.pipeline import MODEL, TRAINING, cpu_has_bf16
@@ -78,7 +78,7 @@ def main() -> None:
         "rows": rows,
     }
     write_json(Path(args.json), facts)
-    print(show(json.loads(json_text(facts))))
+    print(show(facts))
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:

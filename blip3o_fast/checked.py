@@ -72,9 +72,14 @@ def check_names(
     known = [field.name for field in dataclasses.fields(cls)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise error(f"unknown {what} {name!r}; {hint}")
+            hint = question(name, known) or f"; known: {', '.join(known)}"
+            raise error(f"unknown {what} {name!r}{hint}")
+
+
+def question(word: str, known: Iterable[str]) -> str:
+    """``; did you mean`` and the nearest known word; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def from_json(

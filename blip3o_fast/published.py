@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from blip3o_fast.atomic import write_atomically
+from blip3o_fast.checked import read_json
 from blip3o_fast.checkpoint import CONFIG_NAME, check_tensors, published_names
 from blip3o_fast.config import DiTConfig, Size, TrainingMode
 from blip3o_fast.pretrained import BLIP3oDiT
@@ -45,13 +47,12 @@ class BLIP3oCLIPDiTConfig(DiTConfig):
         """Write ``config.json`` into ``folder``, which is made if need be."""
         path = Path(folder) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json_string(), encoding="utf-8")
+        write_atomically(path, self.to_json_string().encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "BLIP3oCLIPDiTConfig":
         """Read the ``config.json`` in ``folder``."""
-        text = (Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(read_json(Path(folder) / CONFIG_NAME))
 
 
 class BLIP3oCLIPDiTModel(BLIP3oDiT):

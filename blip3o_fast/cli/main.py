@@ -8,12 +8,12 @@ Exit status: 0 done, 1 failed with one line that says why, 2 bad arguments, 130 
 """
 
 import argparse
-import difflib
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from blip3o_fast import __version__
+from blip3o_fast.checked import question
 from blip3o_fast.errors import OptionError
 from blip3o_fast.untrusted import one_line
 
@@ -55,20 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             run = module.run
     if chosen is not None and chosen not in COMMANDS:
-        parser.error(f"unknown command {chosen!r}{nearest(chosen, COMMANDS)}")
+        parser.error(f"unknown command {chosen!r}{question(chosen, COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
     assert run is not None
     if unknown:
         flags = parsers[args.command]._option_string_actions  # pyright: ignore[reportPrivateUsage]
-        hint = next((h for word in unknown if (h := nearest(word.partition("=")[0], flags))), "")
+        hint = next((h for word in unknown if (h := question(word.partition("=")[0], flags))), "")
         parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return guarded(lambda: run(args), f"blip3o-fast {args.command}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question that names the nearest known word; empty if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def guarded(body, name: str) -> int:  # noqa: ANN001

@@ -64,18 +64,23 @@ def test_translates_every_sample(given, tmp_path, capsys):
     assert "3 heun steps" in manifest.clip_encoder.layer and manifest.eva_encoder is None
 
 
+def fail_after_12(monkeypatch):
+    """The machine goes away once 12 samples have their noise."""
+    calls = []
+
+    def failing(key, seed):
+        calls.append(key)
+        if len(calls) > 12:
+            raise OSError("the machine went away")
+        return sample_seed(key, seed)
+
+    monkeypatch.setattr("blip3o_fast.translation.sample_seed", failing)
+
+
 def test_goes_on_where_it_stopped(given, tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*given, "--output_dir", str(whole)]) == 0
-    calls = []
-
-    def failing(records, seed):
-        calls.append(records)
-        if len(calls) > 12:
-            raise OSError("the machine went away")
-        return sample_seed(records, seed)
-
-    monkeypatch.setattr("blip3o_fast.translation.sample_seed", failing)
+    fail_after_12(monkeypatch)
     assert main([*given, "--output_dir", str(cut)]) == 1
     assert not (cut / "manifest.json").exists()
     monkeypatch.undo()
@@ -232,15 +237,7 @@ def test_what_was_replaced_is_named(
 ):
     command = [*given, "--output_dir", str(tmp_path / "clip")]
     if not finished:
-        calls = []
-
-        def failing(key, seed):
-            calls.append(key)
-            if len(calls) > 12:
-                raise OSError("the machine went away")
-            return sample_seed(key, seed)
-
-        monkeypatch.setattr("blip3o_fast.translation.sample_seed", failing)
+        fail_after_12(monkeypatch)
     assert main(command) == (0 if finished else 1)
     monkeypatch.undo()
     before = {path.name: path.read_bytes() for path in (tmp_path / "clip").iterdir()}
