@@ -22,8 +22,9 @@ Memory: count + 2 states a condition, and twice that in fp64 for one batch.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -161,6 +162,7 @@ def fit_solvers(
     fit = _Fit(model, target, dtype, impl)
 
     def best(count: int) -> FittedSolver:
+        @cache
         def error(warp: float, damping: float) -> float:
             return fit(fitting, choosing, nodes[count, warp], damping).error
 
@@ -306,25 +308,37 @@ class _Fit:
                 trajectory.x.copy_(x.clamp(-bound, bound))
             states.append(float(weights[0]))
             slopes.append(tuple(map(float, weights[1:])))
-        fitted = replace(solver, states=tuple(states), slopes=tuple(slopes))
-        return replace(
-            fitted,
+        reached = ((trajectory.x, batch.nodes[nodes[-1]]) for batch, trajectory, _ in runs)
+        fitted = replace(
+            solver,
+            states=tuple(states),
+            slopes=tuple(slopes),
             conditions=(len(known.eva), len(unseen.eva)),
-            error=_error(self.plan(fitted), unseen, nodes[-1]),
-            fitted_error=_error(self.plan(fitted), known, nodes[-1]),
+            fitted_error=_relative_error(reached),
         )
+        return replace(fitted, error=_error(self.plan(fitted), unseen, nodes[-1]))
 
 
 @torch.no_grad()
 def _error(plan: SamplingPlan, samples: Samples, last: int) -> float:
     """Relative error of the final states at step ``last`` of the reference."""
+
+    def reached() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in samples.batches():
+            trajectory = plan.start(batch.eva, batch.nodes[0].clone())
+            for _ in plan.solver.evaluations(plan.grid):
+                trajectory.advance()
+            yield trajectory.x, batch.nodes[last]
+
+    return _relative_error(reached())
+
+
+def _relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The distance of all states from their targets over the targets' norm; inf if not finite."""
     wrong = right = 0.0
-    for batch in samples.batches():
-        trajectory = plan.start(batch.eva, batch.nodes[0].clone())
-        for _ in plan.solver.evaluations(plan.grid):
-            trajectory.advance()
-        wrong += (trajectory.x - batch.nodes[last]).double().square().sum().item()
-        right += batch.nodes[last].double().square().sum().item()
+    for state, target in pairs:
+        wrong += (state - target).double().square().sum().item()
+        right += target.double().square().sum().item()
     error = (wrong / right) ** 0.5
     return error if math.isfinite(error) else math.inf
 
