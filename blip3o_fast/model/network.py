@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blip3o_fast import ops
 from blip3o_fast.ops import ImplTable, Modulation, Quantised
+from blip3o_fast.ops.sandwich_join import ABSENT, SANDWICH_JOIN
 
 Rows = Tensor | Quantised
 """The input of a projection. In FP8 the op before it returns rows in e4m3."""
@@ -168,9 +169,7 @@ def join(how: Joining, x: Tensor, branch: Branch | None, pre: Modulation) -> tup
         return ops.sandwich_join_quantised(
             x, y, scale, post, pre, eps=eps, impl=impls.sandwich_join
         )
-    x, h = ops.sandwich_join(x, y, scale, post, pre, eps=eps, impl=impls.sandwich_join)
-    assert h is not None
-    return x, h
+    return SANDWICH_JOIN(x, y, scale, *(post or ABSENT), *pre, eps, impl=impls.sandwich_join)
 
 
 def attend(p: AttentionParts, h: Rows, rotary: Rotary, kept: KeysValues | None = None) -> Tensor:

@@ -5,6 +5,8 @@ The file of an op ends in ``register(Op(...))``. Code that needs every op iterat
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +79,43 @@ class Fused(NamedTuple):
     """The operators of one fused implementation.
 
     Attributes:
-        operators: by launcher.
+        operators: by launcher, as torch dispatches them.
+        kernels: the module of ``blip3o_kernels`` that they call, or None if they are C++.
         recorded: ``forward`` as a function that autograd records; None without a backward pass.
     """
 
     operators: Mapping[str, Callable[..., Any]]
-    recorded: Callable[..., Any] | None
+    kernels: str | None
+    recorded: Callable[..., Any] | None = None
+
+    def find(self, launcher: str, arguments: Arguments) -> Callable[..., Any]:
+        """The operator, or the Python function that it would call in the end.
+
+        The function saves two passes through torch's dispatcher. It is not for tracing, profiling
+        or tensors of another kind, which see operators only.
+        """
+        if self.kernels is None or _watched(arguments):
+            return self.operators[launcher]
+        return find_launcher(self.kernels, launcher)
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+
+
+def _watched(arguments: Arguments) -> bool:
+    """Whether anything would miss an operator that did not pass through torch's dispatcher."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+        or not _PLAIN.issuperset(map(type, arguments))
+    )
+
+
+@cache
+def find_launcher(kernels: str, launcher: str) -> Callable[..., Any]:
+    """A function of a kernel module, which is imported (with Triton) at the first call."""
+    return getattr(import_module(f"blip3o_kernels.{kernels}"), launcher)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +201,7 @@ class Op:
             results = recorded(*arguments)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                results = self.fused[impl].operators["forward"](*arguments)
+                results = self.fused[impl].find("forward", arguments)(*arguments)
         return arguments[-1] if results is None else results
 
     def function(self, impl: Impl | None) -> Callable[..., Arguments]:

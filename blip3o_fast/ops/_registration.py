@@ -6,7 +6,6 @@ itself, which saves one pass through torch's dispatcher.
 
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from torch.autograd.function import once_differentiable as _once_differentiable
 
 from blip3o_fast.ops import _cuda
 from blip3o_fast.ops._dispatch import Impl, choose
-from blip3o_fast.ops._record import Backward, Fused, Op, as_tuple
+from blip3o_fast.ops._record import Backward, Fused, Op, as_tuple, find_launcher
 
 # torch's stubs forbid a ``backward`` that names its gradients.
 once_differentiable = cast(Callable[[Callable[..., Any]], Any], _once_differentiable)
@@ -33,15 +32,18 @@ def register(op: Op) -> Op:
             launch = _launcher(op.name, operator.launcher)
             for key in ("CPU", "CUDA"):
                 library.impl(operator.name, launch, key)
-        op.fused[Impl.TRITON] = bind(op, "blip3o_fast")
+        op.fused[Impl.TRITON] = bind(op, "blip3o_fast", op.name)
     if op.cuda is not None and _cuda.cuda_build().loaded:
         op.fused[Impl.CUDA] = bind(op, "blip3o_fast_cuda")
     OPS[op.name] = op
     return op
 
 
-def bind(op: Op, namespace: str) -> Fused:
-    """Add fakes and gradients to the operators of ``op`` that a namespace holds."""
+def bind(op: Op, namespace: str, kernels: str | None = None) -> Fused:
+    """Add fakes and gradients to the operators of ``op`` that a namespace holds.
+
+    ``kernels`` is the module of ``blip3o_kernels`` that they call, None if they are C++.
+    """
     library, registered = _library(namespace), getattr(torch.ops, namespace)
     operators: dict[str, Callable[..., Any]] = {}
     for operator in op.operators:
@@ -49,11 +51,12 @@ def bind(op: Op, namespace: str) -> Fused:
             qualified = f"{namespace}::{operator.name}"
             torch.library.register_fake(qualified, operator.fake, lib=library)
             operators[operator.launcher] = getattr(registered, operator.name).default
+    fused = Fused(operators, kernels)
     if op.backward is None:
-        return Fused(operators, None)
-    recorded = _differentiable(op, op.backward, operators["forward"], operators["backward"])
+        return fused
+    recorded = _differentiable(op, op.backward, fused)
     library.impl(op.name, recorded, "Autograd")
-    return Fused(operators, recorded)
+    return fused._replace(recorded=recorded)
 
 
 def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
@@ -70,17 +73,15 @@ def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
     return choose(OPS[op], impl, x)
 
 
-def _differentiable(
-    op: Op, rule: Backward, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    """``forward`` as a function that autograd records; ``rule`` says how to call ``backward``."""
+def _differentiable(op: Op, rule: Backward, fused: Fused) -> Callable[..., Any]:
+    """The op as a function that autograd records; ``rule`` says how to call its backward."""
     tensors = rule.schema.partition(" -> ")[0].count("Tensor") - rule.results
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                results = forward(*arguments)
+                results = fused.find("forward", arguments)(*arguments)
             saved = rule.saved(arguments, results)
             ctx.save_for_backward(*saved[:tensors])
             ctx.others = saved[tensors:]
@@ -96,7 +97,8 @@ def _differentiable(
             if all(g is None for g in gradients):
                 return (None,) * len(needed)
             flag = (any(needed[op.rows :]),) if rule.chooses else ()
-            found = as_tuple(backward(*gradients, *ctx.saved_tensors, *ctx.others, *flag))
+            given = (*gradients, *ctx.saved_tensors, *ctx.others, *flag)
+            found = as_tuple(fused.find("backward", given)(*given))
             wanted = [g if n else None for g, n in zip(found, needed, strict=False)]
             return *wanted, *(None,) * (len(needed) - len(found))
 
@@ -104,13 +106,8 @@ def _differentiable(
 
 
 def _launcher(module: str, function: str) -> Callable[..., Any]:
-    """A function of a kernel module, which is imported (with Triton) at the first call."""
-
-    @cache
-    def launcher() -> Callable[..., Any]:
-        return getattr(import_module(f"blip3o_kernels.{module}"), function)
-
-    return lambda *arguments: launcher()(*arguments)
+    """A function of a kernel module as an operator: the module is imported at the first call."""
+    return lambda *arguments: find_launcher(module, function)(*arguments)
 
 
 @cache

@@ -135,7 +135,7 @@ def _quantised(op: Op, impl: Impl | None, *arguments: Any) -> tuple[Tensor, ...]
             return *others, *quantise_rows(h)
     if x.is_cuda and (reason := e4m3_refusal(x.device)):
         raise ValueError(f"{name}: {reason}; {_REMEDY}")
-    return op.fused[impl].operators["forward_quantised"](*arguments)
+    return op.fused[impl].find("forward_quantised", arguments)(*arguments)
 
 
 def _check_quantised(name: str, x: Quantised) -> None:

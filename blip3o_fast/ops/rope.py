@@ -52,7 +52,8 @@ def rope(
     if impl is Impl.ATEN:
         with outside_autocast(qkv):
             return _aten.rope(qkv, cos, sin, turned, inplace=True)
-    ROPE.fused[impl].operators["forward_"](qkv, cos, sin, turned)
+    arguments = (qkv, cos, sin, turned)
+    ROPE.fused[impl].find("forward_", arguments)(*arguments)
     return qkv
 
 
