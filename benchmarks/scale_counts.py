@@ -192,9 +192,9 @@ def sampling_weights(config: DiTConfig) -> int:
 
 
 def micro_batch(config: DiTConfig) -> int:
-    """How many samples the plan evaluates together on ``H100``."""
-    fits = int(H100.cache // batches.evaluation_bytes(config, torch.bfloat16))
-    return min(batches.LARGEST_MICRO_BATCH, max(batches.SMALLEST_ON_CUDA, fits))
+    """How many samples the plan evaluates together on a GPU."""
+    device = torch.device("cuda")
+    return batches.micro_batch(config, torch.bfloat16, device, guided=False, working_memory=None)
 
 
 def sampling_sample(config: DiTConfig) -> int:

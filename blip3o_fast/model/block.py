@@ -5,7 +5,14 @@ from torch import Tensor, nn
 
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.model import network
-from blip3o_fast.model.layers import AdaLN, CrossAttention, RMSNorm, SelfAttention, SwiGLU
+from blip3o_fast.model.layers import (
+    AdaLN,
+    CrossAttention,
+    RMSNorm,
+    SelfAttention,
+    SwiGLU,
+    modulations,
+)
 from blip3o_fast.model.network import Branch, Joining, Rotary, Sites
 from blip3o_fast.ops import ImplTable, Modulation
 
@@ -46,8 +53,8 @@ class DiTBlock(nn.Module):
         """Per-channel scales of the three branches, or None."""
         return self.layer_scale_1, self.layer_scale_2, self.layer_scale_3
 
-    def pre_sites(self) -> list[tuple[RMSNorm, AdaLN]]:
-        """The norm and AdaLN that open each of the three branches."""
+    def norm_sites(self) -> list[tuple[RMSNorm, AdaLN]]:
+        """The norm and AdaLN that open the three branches, then those that close them, if any."""
         if not self.sandwich:
             return [
                 (self.norm1, self.ada_ln1),
@@ -58,23 +65,10 @@ class DiTBlock(nn.Module):
             (self.self_attn_pre_norm, self.self_attn_ada_ln_pre),
             (self.cross_attn_pre_norm, self.cross_attn_ada_ln_pre),
             (self.mlp_pre_norm, self.mlp_ada_ln_pre),
-        ]
-
-    def post_sites(self) -> list[tuple[RMSNorm, AdaLN]]:
-        """The norm and AdaLN that close each branch; empty without sandwich norm."""
-        if not self.sandwich:
-            return []
-        return [
             (self.self_attn_post_norm, self.self_attn_ada_ln_post),
             (self.cross_attn_post_norm, self.cross_attn_ada_ln_post),
             (self.mlp_post_norm, self.mlp_ada_ln_post),
         ]
-
-    def sites(self, activated: Tensor) -> Sites:
-        """The modulations at a time. ``activated`` ``[B, D]`` is SiLU of the time's embedding."""
-        pre = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.pre_sites()]
-        post = [ada_ln.modulation(norm, activated) for norm, ada_ln in self.post_sites()]
-        return Sites(tuple(pre), tuple(post) or (None, None, None))
 
     def forward(
         self,
@@ -96,7 +90,8 @@ class DiTBlock(nn.Module):
             stays: the parameters stay in memory after this call. FSDP frees them, and may have
                 wrapped the block or a module around it. The branch then needs copies.
         """
-        x, last = network.block(self, x, branch, context, rotary, self.sites(activated))
+        sites = Sites.of(modulations(self.norm_sites(), activated))
+        x, last = network.block(self, x, branch, context, rotary, sites)
         return x, last if stays else _owned(last)
 
 

@@ -12,10 +12,26 @@ from blip3o_fast.axes import check_shape
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.model.adapter import EVAAdapter
 from blip3o_fast.model.block import DiTBlock
-from blip3o_fast.model.layers import AdaLN, RMSNorm, TimestepEmbedder, is_plain
-from blip3o_fast.model.network import BlockCall, Joining, LinearGuess, Rotary, network
+from blip3o_fast.model.layers import (
+    AdaLN,
+    CrossAttention,
+    RMSNorm,
+    TimestepEmbedder,
+    is_plain,
+    keys_values,
+    modulations,
+)
+from blip3o_fast.model.network import (
+    BlockCall,
+    Joining,
+    LinearGuess,
+    Rotary,
+    Sites,
+    block,
+    network,
+)
 from blip3o_fast.model.positions import RotaryTables
-from blip3o_fast.ops import Impl, ImplTable
+from blip3o_fast.ops import Impl, ImplTable, Modulation
 
 
 class DiT(nn.Module):
@@ -82,6 +98,11 @@ class DiT(nn.Module):
             return self.output_pre_norm, self.output_adaln_pre
         return self.output_norm, self.output_adaln
 
+    def norm_sites(self) -> list[tuple[RMSNorm, AdaLN]]:
+        """Every norm with its AdaLN: those of each block, then the one before the output."""
+        blocks = [site for part in self.layers() for site in part.norm_sites()]
+        return [*blocks, self.output_site()]
+
     def stream(self, context: Tensor) -> Tensor | None:
         """What is added to the projected state at the start: ``[B, N, D]``, or None.
 
@@ -130,25 +151,47 @@ class DiT(nn.Module):
         activated = nn.functional.silu(self.timestep_embedder(timestep))
         context = self.eva_adapter(encoder_hidden_states)
         rotary = Rotary(self.rotary.cos, self.rotary.sin)
-        norm, ada_ln = self.output_site()
-
-        def call(block: nn.Module) -> BlockCall:
-            run = block
-            if self.gradient_checkpointing and self.training:
-                run = partial(checkpoint, block, use_reentrant=False)
-            stays = is_plain(block, DiTBlock)
-            return partial(run, context=context, activated=activated, rotary=rotary, stays=stays)
-
+        blocks, output = self._calls(context, activated, rotary)
         velocity, h = network(
             self,
             hidden_states,
             hidden_states.dtype,
             self.stream(context),
             self.linear_guess(timestep, hidden_states.dtype),
-            [call(block) for block in self.blocks],
-            ada_ln.modulation(norm, activated),
+            blocks,
+            output,
         )
         return {"velocity_prediction": velocity, "hidden_states": h} if return_dict else velocity
+
+    def _calls(
+        self, context: Tensor, activated: Tensor, rotary: Rotary
+    ) -> tuple[list[BlockCall], Modulation]:
+        """The blocks as functions of stream and open branch, and the output's modulation.
+
+        Where nobody wrapped a block, one product gives all modulations, and one the keys and values
+        of all layers. A block that is wrapped or checkpointed computes its own when it is called.
+        """
+        blocks = self.layers()
+        recomputed = self.gradient_checkpointing and self.training
+        crosses = [part.cross_attn for part in blocks]
+        plain = [is_plain(part, DiTBlock) for part in blocks]
+        if not recomputed and all(plain) and all(is_plain(c, CrossAttention) for c in crosses):
+            found = modulations(self.norm_sites(), activated)
+            each = len(found) // len(blocks)
+            kept = keys_values(crosses, context, rotary)
+            sites = [Sites.of(found[i : i + each]) for i in range(0, len(found) - 1, each)]
+            calls = [
+                partial(block, part, condition=condition, rotary=rotary, sites=site)
+                for part, condition, site in zip(blocks, kept, sites, strict=True)
+            ]
+            return calls, found[-1]
+
+        def call(part: nn.Module, stays: bool) -> BlockCall:
+            run = partial(checkpoint, part, use_reentrant=False) if recomputed else part
+            return partial(run, context=context, activated=activated, rotary=rotary, stays=stays)
+
+        (output,) = modulations([self.output_site()], activated)
+        return list(map(call, blocks, plain)), output
 
     def layers(self) -> list[DiTBlock]:
         """The blocks in order."""

@@ -8,15 +8,17 @@ computation of the parts is in ``model.network``.
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_fast import ops
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.model import network
-from blip3o_fast.model.network import Rotary
+from blip3o_fast.model.network import KeysValues, Rotary
 from blip3o_fast.ops import ImplTable, Modulation
 
 FREQUENCY_EMBEDDING_SIZE = 256
@@ -24,7 +26,7 @@ MAX_PERIOD = 10000.0
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is exactly a ``kind`` and has no hooks.
+    """Whether ``module`` is exactly a ``kind``, not compiled by itself and without hooks.
 
     If so, its parameters may be used without calling it. Adapters, parametrisations and FSDP change
     the class. Pruning, ``weight_norm`` and tensor parallelism add hooks.
@@ -35,13 +37,17 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not any(hooks) and module._compiled_call_impl is None
 
 
 def project(x: Tensor, *layers: nn.Module) -> Tensor:
-    """The outputs of bias-free linear layers of the same ``x``, side by side."""
+    """The outputs of linear layers of the same ``x``, side by side."""
     if len(layers) > 1 and all(is_plain(layer, nn.Linear) for layer in layers):
-        return F.linear(x, torch.cat([cast(Tensor, layer.weight) for layer in layers]))
+        linears = cast("tuple[nn.Linear, ...]", layers)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        if len(biases) in (0, len(linears)):
+            weight = torch.cat([linear.weight for linear in linears])
+            return F.linear(x, weight, torch.cat(biases) if biases else None)
     outputs = [layer(x) for layer in layers]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
@@ -53,6 +59,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gain = gain
         self.weight = nn.Parameter(torch.ones(width))
+
+    def scaled_weight(self) -> Tensor:
+        """``gain * weight`` ``[D]``."""
+        return self.weight if self.gain == 1.0 else self.gain * self.weight
 
 
 class AdaLN(nn.Module):
@@ -66,11 +76,20 @@ class AdaLN(nn.Module):
         nn.init.zeros_(linear.bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear)
 
-    def modulation(self, outer: RMSNorm, activated: Tensor) -> Modulation:
-        """Both norm weights, shift and scale. ``activated`` ``[B, D]`` is SiLU of the embedding."""
-        shift, scale = self.adaLN_modulation[1](activated).chunk(2, dim=-1)
-        first = outer.weight if outer.gain == 1.0 else outer.gain * outer.weight
-        return Modulation(first, self.norm.weight, shift, scale)
+
+def modulations(sites: Sequence[tuple[RMSNorm, AdaLN]], activated: Tensor) -> list[Modulation]:
+    """Both norm weights, shift and scale of every site, from one product where that is possible.
+
+    ``activated`` ``[B, D]`` is SiLU of the time's embedding.
+    """
+    if not sites:
+        return []
+    maps = [ada_ln.adaLN_modulation[1] for _, ada_ln in sites]
+    rows = project(activated, *maps).unflatten(-1, (2 * len(sites), -1)).unbind(1)
+    return [
+        Modulation(outer.scaled_weight(), ada_ln.norm.weight, shift, scale)
+        for (outer, ada_ln), shift, scale in zip(sites, rows[::2], rows[1::2], strict=True)
+    ]
 
 
 def sinusoids(t: Tensor, scale: float) -> Tensor:
@@ -157,12 +176,25 @@ class CrossAttention(Attention):
         """Queries."""
         return self.q_proj(h)
 
-    def forward(self, h: Tensor, rotary: Rotary, context: Tensor) -> Tensor:
-        """``[B, N, D]`` and adapted EVA tokens ``[B, M, D]`` to ``[B, N, D]``."""
-        kv = project(context, self.k_proj, self.v_proj)
-        turning = rotary if self.rotates else None
-        kept = network.split_keys_values(kv, self.kv_heads, turning, self.impls)
-        return network.attend(self, h, rotary, kept)
+    def forward(self, h: Tensor, rotary: Rotary, condition: Tensor | KeysValues) -> Tensor:
+        """``[B, N, D]`` and adapted EVA tokens ``[B, M, D]``, or their keys and values."""
+        if isinstance(condition, Tensor):
+            (condition,) = keys_values([self], condition, rotary)
+        return network.attend(self, h, rotary, condition)
+
+
+def keys_values(
+    layers: Sequence[CrossAttention], context: Tensor, rotary: Rotary
+) -> list[KeysValues]:
+    """Keys and values of every layer for adapted EVA tokens ``[B, M, D]``, from one product."""
+    projections = [*(layer.k_proj for layer in layers), *(layer.v_proj for layer in layers)]
+    kv, K = project(context, *projections), layers[0].kv_heads
+    if layers[0].rotates:
+        heads = len(layers) * K
+        impl = layers[0].impls.rope
+        kv = ops.rope(kv, *rotary, num_heads=0, num_kv_heads=heads, impl=impl)
+    split = kv.unflatten(-1, (2 * len(layers), K, -1)).unbind(2)
+    return [KeysValues(*both) for both in zip(split, split[len(layers) :], strict=False)]
 
 
 class SwiGLU(nn.Module):

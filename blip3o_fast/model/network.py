@@ -11,7 +11,7 @@ parts are the modules of ``DiT``. In sampling they are the packed weights of ``s
 Both run these lines.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -52,6 +52,11 @@ class Sites(NamedTuple):
 
     pre: tuple[Modulation, ...]
     post: tuple[Modulation | None, ...]
+
+    @classmethod
+    def of(cls, found: Sequence[Modulation]) -> "Sites":
+        """The three that open, then the three that close or none."""
+        return cls(tuple(found[:3]), tuple(found[3:]) or (None, None, None))
 
 
 class LinearGuess(NamedTuple):
@@ -191,15 +196,6 @@ def attend(p: AttentionParts, h: Rows, rotary: Rotary, kept: KeysValues | None =
         inplace=p.packed,
     )
     return p.out(attended)
-
-
-def split_keys_values(
-    kv: Tensor, kv_heads: int, rotary: Rotary | None, impls: ImplTable
-) -> KeysValues:
-    """Projected EVA tokens ``[B, M, 2 K d]``, keys first, to rotated keys and values."""
-    if rotary is not None:
-        kv = ops.rope(kv, *rotary, num_heads=0, num_kv_heads=kv_heads, impl=impls.rope)
-    return KeysValues(*kv.unflatten(-1, (2, kv_heads, -1)).unbind(-3))
 
 
 def swiglu(p: SwiGLUParts, h: Rows) -> Tensor:

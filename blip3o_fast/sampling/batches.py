@@ -1,13 +1,15 @@
 """Micro-batches: how many samples the sampler computes together, and the walk over all samples.
 
-A micro-batch is so small that its activations fit in a working memory. On a CPU that is 1 GiB. On
-CUDA it is the L2 cache, so that a row kernel finds in cache what the GEMM before it wrote. The
-functions below give upper bounds for one sample, from the widths that are alive at once and the
-dtype of activations. For FP8 that is bf16, although some rows are narrower. Where FP8 is emulated
-it is fp32; then one weight at a time is also copied to fp32.
+A micro-batch is so small that all it holds fits in a working memory: 1 GiB on a CPU, 4 GiB on CUDA,
+or what the caller says. With ``"L2"`` its activations fit in the L2 cache of the GPU instead, so
+that a row kernel could find in cache what the GEMM before it wrote. Nobody has measured yet whether
+that pays. The functions below give upper bounds for one sample, from the widths that are alive at
+once and the dtype of activations. For FP8 that is bf16, although some rows are narrower. Where FP8
+is emulated it is fp32; then one weight at a time is also copied to fp32.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +21,12 @@ from blip3o_fast.pieces import even_slices
 from blip3o_fast.sampling.graph import GraphRun
 
 CPU_WORKING_MEMORY = 1 << 30
+CUDA_WORKING_MEMORY = 4 << 30
 LARGEST_MICRO_BATCH = 128
-SMALLEST_ON_CUDA = 8
+SMALLEST_IN_CACHE = 8
 """A micro-batch reads every weight once. 8 samples (2,048 rows) do enough work for each byte."""
+
+WorkingMemory = int | Literal["L2"]
 
 
 def micro_batch(
@@ -30,14 +35,21 @@ def micro_batch(
     device: torch.device,
     *,
     guided: bool,
-    working_memory: int | None,
+    working_memory: WorkingMemory | None,
 ) -> int:
-    """How many samples fit in the working memory, from 1 to 128."""
+    """How many samples fit in the working memory, from 1 to 128.
+
+    Raises:
+        ValueError: for less than a byte, or for ``"L2"`` without a GPU.
+    """
     evaluation = evaluation_bytes(config, dtype) * (2 if guided else 1)
-    if device.type == "cuda" and working_memory is None:
+    if working_memory == "L2":
+        if device.type != "cuda":
+            raise ValueError(f'working_memory: "L2" needs a CUDA device, got {device}')
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        return min(LARGEST_MICRO_BATCH, max(SMALLEST_ON_CUDA, cache // evaluation))
-    budget = CPU_WORKING_MEMORY if working_memory is None else working_memory
+        return min(LARGEST_MICRO_BATCH, max(SMALLEST_IN_CACHE, cache // evaluation))
+    usual = CUDA_WORKING_MEMORY if device.type == "cuda" else CPU_WORKING_MEMORY
+    budget = usual if working_memory is None else working_memory
     needed = (
         max(evaluation, conditioning_bytes(config, dtype))
         + state_bytes(config)

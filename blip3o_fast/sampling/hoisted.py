@@ -28,7 +28,7 @@ from blip3o_fast.model import DiT
 from blip3o_fast.model.layers import sinusoids
 from blip3o_fast.model.network import KeysValues, LinearGuess, Sites, block
 from blip3o_fast.ops import Modulation
-from blip3o_fast.sampling.packed import PackedNetwork, norm_sites, whole
+from blip3o_fast.sampling.packed import PackedNetwork, whole
 
 
 class Context(NamedTuple):
@@ -117,7 +117,7 @@ def time_table(
 
 def modulation_table(model: DiT, times: Sequence[float], dtype: torch.dtype) -> Tensor:
     """``w2 * (1 + scale)`` and ``shift`` of every site, ``[T, sites, 2, D]``, all in ``dtype``."""
-    sites = norm_sites(model)
+    sites = model.norm_sites()
 
     def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
         weights = torch.cat([whole(layer.weight).to(dtype) for layer in layers])
@@ -142,15 +142,12 @@ def read_modulations(
     The scale is already folded into w2, so the ops get a scale of zero.
     """
     zero = row.new_zeros(1, row.shape[-1]).expand(batch, -1)
-    sites = [
+    *sites, output = (
         Modulation(w1, folded, shift.expand(batch, -1), zero)
         for w1, (folded, shift) in zip(norms, row, strict=True)
-    ]
-    pre, output, post = sites[: 3 * blocks], sites[3 * blocks], sites[3 * blocks + 1 :]
-    parts = range(0, 3 * blocks, 3)
-    closing = [tuple(post[i : i + 3]) or (None, None, None) for i in parts]
-    opening = [tuple(pre[i : i + 3]) for i in parts]
-    return list(map(Sites, opening, closing)), output
+    )
+    each = len(sites) // blocks
+    return [Sites.of(sites[i : i + each]) for i in range(0, len(sites), each)], output
 
 
 class HoistedVelocity:

@@ -197,18 +197,6 @@ class PackedNetwork:
         return sum(tensor.nbytes for tensor in self.projections())
 
 
-def norm_sites(model: DiT) -> list[tuple[RMSNorm, AdaLN]]:
-    """Every norm with its AdaLN.
-
-    First the three that open branches in each block, then the one before the output, then the three
-    that close branches in each block (none without sandwich norm).
-    """
-    blocks = model.layers()
-    openings = [site for block in blocks for site in block.pre_sites()]
-    closings = [site for block in blocks for site in block.post_sites()]
-    return [*openings, model.output_site(), *closings]
-
-
 def pack(model: DiT, dtype: torch.dtype, impls: ImplTable) -> PackedNetwork:
     """Pack the present weights of ``model`` in ``dtype``, which may be ``E4M3``."""
     packed, dtype = dtype, activation_dtype(dtype)
@@ -229,7 +217,7 @@ def pack(model: DiT, dtype: torch.dtype, impls: ImplTable) -> PackedNetwork:
         input_proj=affine(model.input_proj),
         positions=None if positions is None else positions[:, : config.num_tokens],
         output_proj=affine(model.output_proj),
-        norms=tuple(norm.gain * whole(norm.weight).to(wide) for norm, _ in norm_sites(model)),
+        norms=tuple(norm.gain * whole(norm.weight).to(wide) for norm, _ in model.norm_sites()),
         rotary=Rotary(model.rotary.cos.to(wide), model.rotary.sin.to(wide)),
         adapter=(
             _pack_adapter(adapter, affine, impls)

@@ -22,7 +22,7 @@ from blip3o_fast.flow import Callback, FittedSolver, Trajectory, choose_fitted, 
 from blip3o_fast.flow import time_grid as make_grid
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl, e4m3_refusal
-from blip3o_fast.sampling.batches import Run, micro_batch, walk
+from blip3o_fast.sampling.batches import Run, WorkingMemory, micro_batch, walk
 from blip3o_fast.sampling.cache import (
     Engine,
     emulates,
@@ -46,7 +46,7 @@ class PlanOptions(TypedDict, total=False):
     impl: Impl | None
     graph: bool | None
     compile: bool
-    working_memory: int | None
+    working_memory: WorkingMemory | None
 
 
 def outside_graph(plan: "SamplingPlan", *arguments: object) -> Tensor:
@@ -84,8 +84,9 @@ class SamplingPlan:
         impl: of every fused op; None follows ``model.set_impl``.
         graph: replay each evaluation as a CUDA graph. None: on CUDA, unless ``compile``.
         compile: compile the network with ``torch.compile`` at the first call of each batch size.
-        working_memory: bytes that the activations of a micro-batch may take. None is 1 GiB on a CPU
-            and the size of the L2 cache on CUDA. A micro-batch has at least one sample.
+        working_memory: bytes that a micro-batch may take, of at least one and at most 128 samples.
+            None is 1 GiB on a CPU and 4 GiB on CUDA. ``"L2"`` keeps the activations of a
+            micro-batch in the GPU's L2 cache.
 
     Raises:
         ValueError: on an unknown or impossible choice.
@@ -103,7 +104,7 @@ class SamplingPlan:
         impl: Impl | None = None,
         graph: bool | None = None,
         compile: bool = False,
-        working_memory: int | None = None,
+        working_memory: WorkingMemory | None = None,
     ) -> None:
         self.model, self.dtype, self.impl = model, dtype, impl
         self.graph, self.compile, self.working_memory = graph, compile, working_memory
@@ -128,8 +129,12 @@ class SamplingPlan:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
         if graph and compile:
             raise ValueError("graph: expected graph or compile, got both")
-        if working_memory is not None and working_memory < 1:
-            raise ValueError(f"working_memory: expected at least 1 byte, got {working_memory}")
+        if working_memory not in (None, "L2") and not (
+            isinstance(working_memory, int) and working_memory >= 1
+        ):
+            raise ValueError(
+                f'working_memory: expected at least 1 byte, or "L2", got {working_memory!r}'
+            )
 
     def __call__(
         self,

@@ -79,7 +79,7 @@ class OptimizerStep:
     def gradients(self, batch: Batch, draws: Draws) -> Tensor:
         """Accumulate the scaled loss's gradients over micro-batches; returns loss terms ``[5]``."""
         x_1 = batch.clip.float() * self.plan.config.simple_scale_factor
-        eva = batch.eva.float()
+        eva = self.plan.precision.features(batch.eva)
 
         def work(piece: slice, last: bool) -> Tensor:
             share = (piece.stop - piece.start) / self.rows

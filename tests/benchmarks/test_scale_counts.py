@@ -12,7 +12,7 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
-from blip3o_fast.sampling import SamplingPlan, batches
+from blip3o_fast.sampling import SamplingPlan
 
 CPU = torch.device("cpu")
 
@@ -82,17 +82,6 @@ def test_flops_are_what_torch_counts():
     shape = SimpleNamespace(config=config, batch=1)
     counted = counts.work.training_step(shape, 0, 2).flops
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.02)
-
-
-def test_micro_batch_is_that_of_the_plan(monkeypatch):
-    properties = SimpleNamespace(L2_cache_size=counts.H100.cache)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    for size in ("tiny", "base"):
-        config = Shape(size).config
-        expected = batches.micro_batch(
-            config, torch.bfloat16, torch.device("cuda"), guided=False, working_memory=None
-        )
-        assert counts.micro_batch(config) == expected
 
 
 def test_sampling_weights_are_those_that_the_plan_packs():

@@ -9,7 +9,7 @@ from blip3o_fast import DiTConfig, ops
 from blip3o_fast.conventions import clean_coefficient, skip_coefficient
 from blip3o_fast.model import DiT
 from blip3o_fast.model.adapter import padded
-from blip3o_fast.model.layers import AdaLN, RMSNorm
+from blip3o_fast.model.layers import AdaLN, RMSNorm, modulations
 from blip3o_fast.ops import Impl
 
 B, N, C, E, D = 2, 12, 6, 10, 32
@@ -220,7 +220,7 @@ def test_two_epsilons_are_one_and_a_gain():
         torch.nn.init.normal_(p, generator=generator)
     x = torch.randn(2, 3, 16, generator=generator, dtype=torch.float64)
     activated = torch.randn(2, 16, generator=generator, dtype=torch.float64)
-    w1, w2, shift, scale = ada_ln.modulation(outer, activated)
+    ((w1, w2, shift, scale),) = modulations([(outer, ada_ln)], activated)
 
     def rms(x, weight, eps):
         return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -1,5 +1,7 @@
 """Seeds, micro-batches, running out of memory, progress and callbacks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from golden_data import relative_error
@@ -216,3 +218,20 @@ def test_callback_cannot_disturb_the_run(model, draw):
     plan = SamplingPlan(model, steps=3)
     expected = plan(eva, noise)
     assert torch.equal(plan(eva, noise, callback=lambda step, x: x.zero_()), expected)
+
+
+def test_a_batch_is_one_pass_unless_the_cache_is_to_hold_it(monkeypatch):
+    """On CUDA: 4 GiB hold 128 samples of base, the 50 MiB of an H100's L2 cache the fewest."""
+    base, cuda = DiTConfig.preset("base"), torch.device("cuda")
+    properties = SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    def samples(working_memory, device=cuda):
+        return micro_batch(
+            base, torch.bfloat16, device, guided=False, working_memory=working_memory
+        )
+
+    assert samples(None) == batches.LARGEST_MICRO_BATCH
+    assert samples("L2") == batches.SMALLEST_IN_CACHE
+    with pytest.raises(ValueError, match='"L2" needs a CUDA device, got cpu'):
+        samples("L2", torch.device("cpu"))

@@ -16,7 +16,7 @@ from blip3o_fast.ops import Impl, ImplTable
 from blip3o_fast.sampling import cache, forget
 from blip3o_fast.sampling.batches import context_bytes
 from blip3o_fast.sampling.hoisted import condition, modulation_table
-from blip3o_fast.sampling.packed import norm_sites, pack
+from blip3o_fast.sampling.packed import pack
 
 
 def attention_flags():
@@ -109,7 +109,7 @@ def test_stated_sizes_of_base():
         keys_values, stream = (x.nbytes for x in context)
         assert keys_values + stream == 3 * context_bytes(config, torch.bfloat16)
         assert round(keys_values / 3e6, 1) == 3.1 and round(stream / 3e6, 1) == 0.4
-        assert len(norm_sites(model)) == 73
+        assert len(model.norm_sites()) == 73
         table = modulation_table(model, [i / 50 for i in range(51)], torch.float32)
         assert round(table.nbytes / 51e3) == 449 and round(table.nbytes / 1e6, 1) == 22.9
 
