@@ -142,8 +142,11 @@ def block_activations(config: DiTConfig) -> int:
 
 
 def checkpointed_activations(config: DiTConfig) -> int:
-    """Bytes that a block keeps for each token with ``--gradient_checkpointing``."""
-    return STORED * 2 * config.hidden_size
+    """Bytes that a block keeps for each token with ``--gradient_checkpointing``.
+
+    They are stream and branch, and keys and values of the condition, which are not recomputed.
+    """
+    return STORED * 2 * (config.hidden_size + config.num_key_value_heads * config.head_dim)
 
 
 def other_activations(config: DiTConfig, *, multiple: int = 64, mask: int = 1) -> int:

@@ -17,6 +17,8 @@ from blip3o_fast import ops
 REASONS = {
     ops.Impl.REFERENCE: "the specification in PyTorch",
     ops.Impl.ATEN: "few passes of PyTorch's kernels; the reference while a gradient is recorded",
+    ops.Impl.CUDA: "in eager calls, which cost the host less; graphs and compiled regions run "
+    "triton until cuda was measured to be faster; BLIP3O_FAST_EAGER=triton changes it",
 }
 OPTIONAL = {
     "triton": ("triton", "fused kernels on a GPU"),

@@ -1,6 +1,6 @@
 """The network as a module, from state, time and condition to velocity."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -168,30 +168,31 @@ class DiT(nn.Module):
     ) -> tuple[list[BlockCall], Modulation]:
         """The blocks as functions of stream and open branch, and the output's modulation.
 
-        Where nobody wrapped a block, one product gives all modulations, and one the keys and values
-        of all layers. A block that is wrapped or checkpointed computes its own when it is called.
+        One product gives all modulations, and one the keys and values of all layers. A block that
+        somebody wrapped computes its own when it is called.
         """
         blocks = self.layers()
-        recomputed = self.gradient_checkpointing and self.training
         crosses = [part.cross_attn for part in blocks]
         plain = [is_plain(part, DiTBlock) for part in blocks]
-        if not recomputed and all(plain) and all(is_plain(c, CrossAttention) for c in crosses):
-            found = modulations(self.norm_sites(), activated)
+        calls: list[Callable[..., Any]]
+        if all(plain) and all(is_plain(cross, CrossAttention) for cross in crosses):
+            *found, output = modulations(self.norm_sites(), activated)
             each = len(found) // len(blocks)
             kept = keys_values(crosses, context, rotary)
-            sites = [Sites.of(found[i : i + each]) for i in range(0, len(found) - 1, each)]
+            sites = [Sites.of(found[i : i + each]) for i in range(0, len(found), each)]
             calls = [
                 partial(block, part, condition=condition, rotary=rotary, sites=site)
                 for part, condition, site in zip(blocks, kept, sites, strict=True)
             ]
-            return calls, found[-1]
-
-        def call(part: nn.Module, stays: bool) -> BlockCall:
-            run = partial(checkpoint, part, use_reentrant=False) if recomputed else part
-            return partial(run, context=context, activated=activated, rotary=rotary, stays=stays)
-
-        (output,) = modulations([self.output_site()], activated)
-        return list(map(call, blocks, plain)), output
+        else:
+            (output,) = modulations([self.output_site()], activated)
+            calls = [
+                partial(part, context=context, activated=activated, rotary=rotary, stays=stays)
+                for part, stays in zip(self.blocks, plain, strict=True)
+            ]
+        if self.gradient_checkpointing and self.training:
+            calls = [partial(checkpoint, call, use_reentrant=False) for call in calls]
+        return calls, output
 
     def layers(self) -> list[DiTBlock]:
         """The blocks in order."""

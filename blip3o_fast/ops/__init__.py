@@ -2,7 +2,7 @@
 
 from blip3o_fast.ops._attention_backends import AttentionBackend
 from blip3o_fast.ops._cuda import CudaBuild, cuda_build
-from blip3o_fast.ops._dispatch import Impl
+from blip3o_fast.ops._dispatch import Impl, prefer_eager
 from blip3o_fast.ops._record import Op
 from blip3o_fast.ops._registration import OPS, resolve_impl
 from blip3o_fast.ops._specimens import Sizes
@@ -30,6 +30,7 @@ __all__ = [
     "Impl",
     "ImplTable",
     "resolve_impl",
+    "prefer_eager",
     "CudaBuild",
     "cuda_build",
     "Op",

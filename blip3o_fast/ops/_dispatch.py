@@ -28,6 +28,8 @@ class Impl(Enum):
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that an op takes."""
 
+EAGER_VARIABLE = "BLIP3O_FAST_EAGER"
+
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Asked once: torch.compile of torch 2.11 cannot trace the question.
@@ -39,6 +41,32 @@ _AUTOCASTING = tuple(
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU in Triton's interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def prefer_eager(impl: Impl) -> None:
+    """Choose the kernels of eager calls on a GPU where both CUDA C++ and Triton can run.
+
+    The default is ``Impl.CUDA``, whose call costs the host less, or what the environment variable
+    ``BLIP3O_FAST_EAGER`` (``cuda`` or ``triton``) said when Python started. CUDA graphs and
+    compiled regions do not pay that cost: they run what was measured to be faster.
+
+    Raises:
+        ValueError: for any other implementation.
+    """
+    global _eager
+    if impl not in (Impl.CUDA, Impl.TRITON):
+        raise ValueError(f"expected Impl.CUDA or Impl.TRITON, got {impl!r}")
+    _eager = impl
+
+
+def _eager_by_environment() -> Impl:
+    word = os.environ.get(EAGER_VARIABLE, Impl.CUDA.value)
+    if word not in (Impl.CUDA.value, Impl.TRITON.value):
+        raise ValueError(f"{EAGER_VARIABLE}: expected cuda or triton, got {word!r}")
+    return Impl(word)
+
+
+_eager = _eager_by_environment()
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -73,7 +101,8 @@ def choose(op: "Op", impl: Impl | None, x: Tensor) -> Impl:
             return Impl.REFERENCE
         installed = _TRITON_INSTALLED and op.triton
         if refusal(op, Impl.CUDA, x) is None and (
-            (op.triton and not installed) or _cuda.is_measured(op.name, x)
+            (op.triton and not (installed and (_eager is Impl.TRITON or _recorded_once())))
+            or _cuda.is_measured(op.name, x)
         ):
             return Impl.CUDA
         return Impl.TRITON if installed else Impl.REFERENCE
@@ -100,6 +129,11 @@ def refusal(op: "Op", impl: Impl, x: Tensor) -> str | None:
     if impl is Impl.TRITON:
         return _triton_refusal(op, x)
     return _cuda_refusal(op, x)
+
+
+def _recorded_once() -> bool:
+    """Whether the host makes this call once for many runs: in a CUDA graph or a compiled region."""
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 def _transformed() -> bool:

@@ -195,9 +195,9 @@ class Op:
             assert plain is not None
             with outside_autocast(x):
                 results = plain(*arguments)
-        elif (recorded := self.fused[impl].recorded) is None or torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling():
             results = self.fused[impl].operators["forward"](*arguments)
-        elif recording:
+        elif recording and (recorded := self.fused[impl].recorded) is not None:
             results = recorded(*arguments)
         else:
             with torch._C._AutoDispatchBelowAutograd():

@@ -62,8 +62,9 @@ def bind(op: Op, namespace: str, kernels: str | None = None) -> Fused:
 def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
     """The implementation that ``op`` runs on ``x``.
 
-    None chooses. For a CUDA tensor that is the CUDA kernel where it was measured to be faster or
-    Triton is not installed, and Triton otherwise. On a CPU it is ATen's few passes if the op has
+    None chooses. For a CUDA tensor that is the CUDA C++ kernel, if it was built, in eager calls
+    (``prefer_eager`` changes that), where it was measured to be faster, and where Triton is not
+    installed; and Triton otherwise. On a CPU it is ATen's few passes if the op has
     them and no gradient is recorded, and the reference otherwise. A named implementation is never
     replaced by another.
 

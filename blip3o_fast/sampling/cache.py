@@ -26,7 +26,7 @@ from blip3o_fast.model.network import network
 from blip3o_fast.ops import Impl, ImplTable
 from blip3o_fast.sampling.graph import GraphStore
 from blip3o_fast.sampling.hoisted import TimeTable, time_table
-from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack, whole
+from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack, walk_modules, whole
 
 ENGINES = 2
 TABLES = 4
@@ -121,8 +121,8 @@ class Fingerprint(NamedTuple):
 
 def _local_tensors(model: nn.Module) -> list[Tensor]:
     """Every parameter, or this process's shard of it."""
-    parameters = [p for module in model.modules() for p in module._parameters.values()]
-    return [getattr(p, "_local_tensor", p).detach() for p in parameters if p is not None]
+    parameters = [p for module in walk_modules(model) for p in module._parameters.values()]
+    return [getattr(p, "_local_tensor", p) for p in parameters if p is not None]
 
 
 def _facts(x: Tensor) -> object:
@@ -131,12 +131,12 @@ def _facts(x: Tensor) -> object:
 
 
 def _middle(x: Tensor) -> Tensor:
-    return x[tuple(size // 2 for size in x.shape)]
+    return x.detach()[tuple(size // 2 for size in x.shape)]
 
 
 def _values(tensors: list[Tensor], probes: tuple[Tensor, ...]) -> Tensor:
     """One element of each parameter, then norms of those without a version counter."""
-    return torch.stack([*probes, *(x.norm() for x in tensors if x.is_inference())])
+    return torch.stack([*probes, *(x.detach().norm() for x in tensors if x.is_inference())])
 
 
 class _ModelEngines:
@@ -174,14 +174,16 @@ def emulates(impls: ImplTable) -> bool:
     return impls.sandwich_join is Impl.REFERENCE and impls.swiglu is Impl.REFERENCE
 
 
-def weights_digest(model: DiT) -> str:
+def weights_digest(model: DiT, *, seen: bool = False) -> str:
     """SHA-256 of the parameters in bf16, so that a model and its copy in bf16 agree.
 
-    It is kept until the parameters change.
+    It is kept until the parameters change. ``seen``: ``find_engine`` has just looked whether they
+    have, which is not done again.
     """
     own = _own_engines(model)
     with own.lock:
-        own.refresh(model)
+        if not seen:
+            own.refresh(model)
         if own.digest is None:
             sha = hashlib.sha256()
             for name, parameter in sorted(model.named_parameters()):

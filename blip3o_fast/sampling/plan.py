@@ -173,15 +173,15 @@ class SamplingPlan:
         graph = self._uses_graph(device)
         warn_of_guidance(model, self.guidance_scale, stacklevel=2)
         x = starting_noise(model, eva, noise, generator, seeds)
-        if isinstance(self.solver, FittedSolver):
-            self.solver.check(
-                conventions=model.config.conventions,
-                guidance_scale=self.guidance_scale,
-                weights=weights_digest(model),
-            )
         dtype = self._dtype(device)
         with torch.no_grad(), _on(device), torch.autocast(device.type, enabled=False):
             engine = find_engine(model, dtype, self.impl, compiled=self.compile)
+            if isinstance(self.solver, FittedSolver):
+                self.solver.check(
+                    conventions=model.config.conventions,
+                    guidance_scale=self.guidance_scale,
+                    weights=weights_digest(model, seen=True),
+                )
             table = engine.table(model, self.grid, self.solver, x.dtype)
             limit = micro_batch(
                 model.config,

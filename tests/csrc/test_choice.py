@@ -21,13 +21,38 @@ def x() -> torch.Tensor:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build is there; the call is being captured in a graph."""
     monkeypatch.setattr(_cuda, "_BUILD", CudaBuild(True, "loaded"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
-def test_triton_is_chosen_until_something_was_measured(loaded: None, x: torch.Tensor) -> None:
+def test_a_graph_runs_triton_until_something_was_measured(loaded: None, x: torch.Tensor) -> None:
     assert _cuda.read_choices() == ()
     assert ops.resolve_impl(None, x, op="swiglu") is ops.Impl.TRITON
+
+
+def test_eager_calls_run_the_build(
+    loaded: None, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(_dispatch, "_eager", ops.Impl.CUDA)
+    assert ops.resolve_impl(None, x, op="swiglu") is ops.Impl.CUDA
+    assert ops.resolve_impl(None, x.double(), op="swiglu") is ops.Impl.TRITON
+    assert ops.resolve_impl(None, x, op="adapter_norm") is ops.Impl.TRITON
+    assert ops.resolve_impl(None, x, op="rope_attention") is ops.Impl.REFERENCE
+    ops.prefer_eager(ops.Impl.TRITON)
+    assert ops.resolve_impl(None, x, op="swiglu") is ops.Impl.TRITON
+    with pytest.raises(ValueError, match="expected Impl.CUDA or Impl.TRITON, got"):
+        ops.prefer_eager(ops.Impl.ATEN)
+
+
+def test_the_environment_chooses_for_eager_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP3O_FAST_EAGER", "triton")
+    assert _dispatch._eager_by_environment() is ops.Impl.TRITON
+    monkeypatch.setenv("BLIP3O_FAST_EAGER", "reference")
+    with pytest.raises(ValueError, match="BLIP3O_FAST_EAGER: expected cuda or triton, got 'ref"):
+        _dispatch._eager_by_environment()
 
 
 def test_a_measurement_chooses_its_own_case_alone(

@@ -9,7 +9,7 @@ from blip3o_fast import DiTConfig, ops
 from blip3o_fast.conventions import clean_coefficient, skip_coefficient
 from blip3o_fast.model import DiT
 from blip3o_fast.model.adapter import padded
-from blip3o_fast.model.layers import AdaLN, RMSNorm, modulations
+from blip3o_fast.model.layers import AdaLN, RMSNorm, modulations, project
 from blip3o_fast.ops import Impl
 
 B, N, C, E, D = 2, 12, 6, 10, 32
@@ -81,6 +81,29 @@ def test_checkpointing_changes_nothing_but_memory():
     for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("fields", [{}, {"conventions": "published"}, {"use_sandwich_norm": False}])
+def test_a_wrapped_block_computes_what_one_product_for_all_blocks_gives(fields):
+    """A hook on one block is enough to have every block compute its own modulations and keys."""
+    together, apart = build(**fields), build(**fields)
+    seen = []
+    apart.blocks[1].register_forward_pre_hook(lambda block, args: seen.append(block))
+    for model in (together, apart):
+        model(*inputs(), return_dict=False).square().sum().backward()
+    assert seen
+    for (name, a), b in zip(together.named_parameters(), apart.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_linears_with_and_without_bias_are_not_one_product():
+    """Somebody may have put a biased layer in the place of one without."""
+    layers = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4, bias=False)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(project(x, *layers), torch.cat([u(x) for u in layers], -1))
+    biased = torch.nn.Linear(8, 4), torch.nn.Linear(8, 2)
+    torch.testing.assert_close(project(x, *biased), torch.cat([u(x) for u in biased], -1))
 
 
 def test_samples_do_not_see_each_other():

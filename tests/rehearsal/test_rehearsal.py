@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 LAUNCHES = {"plan, CUDA graph": 180, "plan, CUDA graph, rope in attention": 154}
 """At most, of a step of one evaluation."""
-STEP_OPS = 1_684
+STEP_OPS = 860
 """At most, of a training step of base."""
 
 
