@@ -50,28 +50,22 @@ BASE = Sizes(
 )
 
 
-class StubDriver:
-    """A GPU driver of Triton that loads and launches nothing."""
+def nothing(*arguments: object) -> None:
+    """Stands for a launch."""
+    del arguments
 
-    def __init__(self) -> None:
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 232448},
-            load_binary=lambda *binary: (object(), 0, 0, 0, 1024),
-        )
 
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        del device
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
-        del source, metadata
-        return lambda *arguments: None
+STUB_DRIVER = SimpleNamespace(
+    get_current_device=lambda: 0,
+    get_current_stream=lambda _device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    launcher_cls=lambda _source, _metadata: nothing,
+    utils=SimpleNamespace(
+        get_device_properties=lambda _device: {"max_shared_mem": 232448},
+        load_binary=lambda *_: (object(), 0, 0, 0, 1024),
+    ),
+)
+"""A driver of Triton that loads and launches nothing."""
 
 
 def main() -> None:
@@ -88,7 +82,7 @@ def main() -> None:
         "ops": [],
         "warm_call": warm_call(),
     }
-    driver.set_active(StubDriver())
+    driver.set_active(STUB_DRIVER)
     _dispatch.interpreting = lambda: True  # accept CPU tensors; nothing is interpreted
     for op in OPS.values():
         if op.triton:
@@ -112,7 +106,7 @@ def warm_call() -> dict[str, float]:
     )
     model = BLIP3oDiT(config).eval()
     eva, noise = torch.randn(1, 4, 64), torch.randn(1, 4, 32)
-    advance, Trajectory.advance = Trajectory.advance, lambda self: None
+    advance, Trajectory.advance = Trajectory.advance, nothing
     try:
         return times(
             {

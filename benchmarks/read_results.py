@@ -18,6 +18,7 @@ Kind = Literal[
     "fitted",
     "zero_time",
     "fp8",
+    "host",
     "demo",
 ]
 KINDS: dict[str, Kind] = {
@@ -31,6 +32,7 @@ KINDS: dict[str, Kind] = {
     "fitted_solvers": "fitted",
     "zero_time": "zero_time",
     "fp8_quality": "fp8",
+    "host_cost": "host",
 }
 """The name of a kind in a file, under ``kind`` or ``benchmark``."""
 FORMAT = 1
@@ -48,6 +50,7 @@ NEEDED: dict[Kind, frozenset[str]] = {
     "conventions": frozenset(("environment", "data", "steps", "rows")),
     "fitted": frozenset(("environment", "conditions", "samples", "sources", "models")),
     "zero_time": frozenset(("environment", "data", "steps", "sampling", "ridge", "rows")),
+    "host": frozenset(("environment", "ops", "warm_call")),
     "demo": frozenset(("title", "verdict", "mean_predictor", "ridge", "dit", "facts")),
     "fp8": frozenset(("environment", "fp8", "parameters", "samples", "sources", "rows")),
 }
@@ -133,7 +136,8 @@ def find_kind(path: Path, content: object) -> Kind:
     raise ValueError(
         f"{path}: expected a result of blip3o-fast bench, gpu_check.sh, profile_launches.py, "
         "long_training.py, published_cpu.py, published_sampling.py, conventions.py, "
-        "fitted_solvers.py, zero_time.py or fp8_quality.py, or a report of blip3o-fast demo"
+        "fitted_solvers.py, zero_time.py, fp8_quality.py or host_cost.py, or a report of "
+        "blip3o-fast demo"
     )
 
 

@@ -400,6 +400,26 @@ def demo(result: Result) -> Iterator[str]:
     yield f"{content['verdict']['sentence']} Crops: {facts['crops']}; model: {facts['model']}."
 
 
+def host(result: Result) -> Iterator[str]:
+    """What the host pays for a call of each op, beside torch's own."""
+    content = result.content
+    names = ("forward", "torch_forward", "both", "torch_both")
+    yield table(
+        ("op", "forward", "rms_norm of torch", "forward and backward", "rms_norm of torch"),
+        [(row["op"], *(microseconds(row[name]) for name in names)) for row in content["ops"]],
+    )
+    warm = content["warm_call"]
+    yield (
+        f"`generate` on a warm plan, without its evaluations: {microseconds(warm['generate'])}, "
+        f"of which {microseconds(warm['find_engine'])} look whether weights have changed."
+    )
+
+
+def microseconds(value: float | None) -> str:
+    """A time of the host, empty if there is none."""
+    return "" if value is None else f"{value:.0f} us"
+
+
 def details(summary: str, text: str) -> str:
     """Text behind a line to click on."""
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
@@ -421,5 +441,6 @@ SECTIONS: dict[Kind, Callable[[Result], Iterator[str]]] = {
     "fitted": fitted,
     "zero_time": zero_time,
     "fp8": fp8,
+    "host": host,
     "demo": demo,
 }

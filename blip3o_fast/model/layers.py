@@ -78,18 +78,28 @@ class AdaLN(nn.Module):
 
 
 def modulations(sites: Sequence[tuple[RMSNorm, AdaLN]], activated: Tensor) -> list[Modulation]:
-    """Both norm weights, shift and scale of every site, from one product where that is possible.
+    """Both norm weights, shift and scale of every site.
 
     ``activated`` ``[B, D]`` is SiLU of the time's embedding.
     """
-    if not sites:
-        return []
     maps = [ada_ln.adaLN_modulation[1] for _, ada_ln in sites]
-    rows = project(activated, *maps).unflatten(-1, (2 * len(sites), -1)).unbind(1)
+    if is_one_product(activated):
+        rows = project(activated, *maps).unflatten(-1, (2 * len(sites), -1)).unbind(1)
+    else:
+        rows = [row for linear in maps for row in linear(activated).chunk(2, dim=-1)]
     return [
         Modulation(outer.scaled_weight(), ada_ln.norm.weight, shift, scale)
         for (outer, ada_ln), shift, scale in zip(sites, rows[::2], rows[1::2], strict=True)
     ]
+
+
+def is_one_product(activated: Tensor) -> bool:
+    """Whether one product gives all modulations.
+
+    On a GPU that saves some 650 launches of a training step of base. On a CPU it costs more to copy
+    86 million weights together.
+    """
+    return activated.is_cuda
 
 
 def sinusoids(t: Tensor, scale: float) -> Tensor:

@@ -43,7 +43,7 @@ def test_eager_calls_run_the_build(
     assert ops.resolve_impl(None, x, op="rope_attention") is ops.Impl.REFERENCE
     ops.prefer_eager(ops.Impl.TRITON)
     assert ops.resolve_impl(None, x, op="swiglu") is ops.Impl.TRITON
-    with pytest.raises(ValueError, match="expected Impl.CUDA or Impl.TRITON, got"):
+    with pytest.raises(ValueError, match=r"expected Impl\.CUDA or Impl\.TRITON, got"):
         ops.prefer_eager(ops.Impl.ATEN)
 
 

@@ -1,7 +1,8 @@
 """Prepares and calls all that ``bench`` would on a GPU, on one that is not there.
 
 ``python -m tests.rehearsal.walk`` prints a line of JSON for each thing that was walked; see
-``gpu.start``. To take seconds all batches are ``BATCH``, and translations take ``STEPS`` steps: nothing but sizes and repetitions depends on either.
+``gpu.start``. To take seconds all batches are ``BATCH``, and translations take ``STEPS`` steps:
+nothing but sizes and repetitions depends on either.
 """
 
 import importlib
