@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.extraction.published_weights import find_weights
+from blip3o_fast.extraction.published_weights import CONFIG, find_weights, require_supported
+from blip3o_fast.untrusted import reading
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
+
+_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps"),
+)
+"""What transformers' CLIP reads of its configuration, beside what only training needs."""
 
 
 class CLIPVisionTower(nn.Module):
@@ -67,7 +74,8 @@ class CLIPVisionTower(nn.Module):
         Raises:
             ImportError: without transformers, naming the extra.
             FileNotFoundError: when the folder or its files are missing.
-            ValueError: when the checkpoint lacks weights of the vision tower.
+            ValueError: when the checkpoint lacks weights of the vision tower, or its configuration
+                sets a field that transformers' CLIP does not read and that may change the result.
         """
         try:
             from transformers import CLIPVisionModel
@@ -77,6 +85,9 @@ class CLIPVisionTower(nn.Module):
                 "the CLIP tower needs transformers: pip install 'blip3o-fast[extract]'"
             ) from None
         folder = find_weights(path_or_hub_id, revision)
+        with reading(folder.path / CONFIG, "the configuration of these weights"):
+            fields = folder.config.get("vision_config", folder.config)
+            require_supported(fields, _FIELDS)
         verbosity = logging.get_verbosity()
         # It would list every weight of the text part, which is left out on purpose.
         logging.set_verbosity_error()

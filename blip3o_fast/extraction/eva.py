@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.extraction.published_weights import CONFIG, find_weights, read_shards
+from blip3o_fast.extraction.published_weights import (
+    CONFIG,
+    find_weights,
+    read_shards,
+    require_supported,
+)
 from blip3o_fast.untrusted import reading
 
 PREFIX = "vision_model."
@@ -90,9 +95,11 @@ class EVAVisionConfig:
             use_rms_norm: what holds when the field of that name is absent.
 
         Raises:
-            ValueError: when a dimension is missing.
+            ValueError: when a dimension is missing, or a field is set that may change the result
+                and is not implemented, such as ``use_rope``.
         """
         names = [field.name for field in fields(cls)]
+        require_supported(vision_config, names)
         known = {n: vision_config[n] for n in names if vision_config.get(n) is not None}
         known.setdefault("use_rms_norm", use_rms_norm)
         for name in names[:4]:

@@ -11,8 +11,9 @@ A ``.bin`` is a pickle: it is read with ``weights_only=True``, which refuses eve
 """
 
 import hashlib
+import reprlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,36 @@ from blip3o_fast.untrusted import reading
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
+
+HARMLESS = frozenset(
+    (
+        # names, and what concerns other parts of the model
+        *("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version"),
+        *("projection_dim", "id2label", "label2id", "problem_type", "finetuning_task"),
+        *("task_specific_params", "tokenizer_class", "prefix", "tie_word_embeddings"),
+        *("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"),
+        *("cross_attention_hidden_size", "bos_token_id", "eos_token_id", "pad_token_id"),
+        *("sep_token_id", "decoder_start_token_id"),
+        # training
+        *("dropout", "attention_dropout", "drop_path_rate", "patch_dropout"),
+        *("initializer_factor", "initializer_range", "gradient_checkpointing"),
+        # how the same numbers are computed and returned
+        *("dtype", "torch_dtype", "torchscript", "use_bfloat16", "tf_legacy_loss"),
+        *("chunk_size_feed_forward", "attn_implementation", "_attn_implementation_autoset"),
+        *("output_attentions", "output_hidden_states", "output_scores", "return_dict"),
+        *("return_dict_in_generate", "use_cache"),
+        # generation of text, which older versions of transformers wrote into every configuration
+        *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"),
+        *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
+        *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length"),
+        *("min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams"),
+        *("num_return_sequences", "remove_invalid_values", "repetition_penalty"),
+        *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+    )
+)
+"""Fields of a vision tower's configuration that do not change its last hidden state."""
+_WITHOUT_EFFECT: Mapping[str, Any] = {"pruned_heads": {}, "use_rope": False, "rope": False}
+"""Fields that are not supported, and the value with which each does nothing."""
 
 
 class PublishedFolder(NamedTuple):
@@ -60,6 +91,23 @@ def find_weights(path_or_hub_id: str | Path, revision: str | None = None) -> Pub
         raise FileNotFoundError(f"{folder}: expected a folder of weights or a hub id hf:owner/name")
     shards = _shards(folder)
     return PublishedFolder(folder, read_json(folder / CONFIG), shards, commit or digest(folder))
+
+
+def require_supported(vision_config: Mapping[str, Any], supported: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a field that may change the result and is not implemented.
+
+    Args:
+        vision_config: as published; None counts as absent.
+        supported: fields that the tower reads.
+    """
+    known = {*supported, *HARMLESS}
+    for name, value in vision_config.items():
+        idle = name in _WITHOUT_EFFECT and value == _WITHOUT_EFFECT[name]
+        if name not in known and value is not None and not idle:
+            raise ValueError(
+                f"vision_config: {name}: expected a tower without it, which this one does not "
+                f"implement, got {reprlib.repr(value)}"
+            )
 
 
 def read_shards(folder: PublishedFolder, prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """CLIP through transformers, on a tiny model built from its configuration."""
 
+import json
 import sys
 
 import numpy as np
@@ -107,6 +108,15 @@ def test_pixels_are_those_of_clips_processor(size):
     pixels = to_pixels(image, 224)[None]
     got = CLIP_PREPROCESSING.normalise(pixels, torch.float32)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_field_that_changes_the_result_is_refused_by_name(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["use_rope"] = True
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: .*use_rope: expected a tower without it"):
+        CLIPVisionTower.from_pretrained(folder)
 
 
 def test_missing_weights_are_an_error(folder):

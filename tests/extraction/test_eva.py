@@ -89,6 +89,34 @@ def test_rms_norm_where_the_weights_have_no_norm_biases():
         EVAVisionTower.from_published(weights, {**CONFIG, "use_rms_norm": False})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_rope", True),
+        ("rope", {"theta": 10_000}),
+        ("pruned_heads", {"0": [1]}),
+        ("ls_init_value", 1e-5),
+        ("something_new", 0),
+    ],
+)
+def test_a_field_that_changes_the_result_is_refused_by_name(tmp_path, name, value):
+    config = {**CONFIG, name: value}
+    with pytest.raises(ValueError, match=f"vision_config: {name}: expected a tower without it"):
+        EVAVisionTower.from_published(random_weights(), config)
+    folder = save_folder(tmp_path / "eva", random_weights(), "safetensors", config)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{name}"):
+        EVAVisionTower.from_pretrained(folder)
+
+
+def test_fields_of_training_and_of_text_change_nothing():
+    transformers = pytest.importorskip("transformers")
+    weights, x = random_weights(), pixels(CONFIG)
+    others = {"use_rope": False, "pruned_heads": {}, "dropout": 0.1, "model_type": "a", "new": None}
+    generic = transformers.PretrainedConfig().to_dict()
+    tower = EVAVisionTower.from_published(weights, {**generic, **CONFIG, **others})
+    assert torch.equal(tower(x), EVAVisionTower.from_published(weights, CONFIG)(x))
+
+
 def test_given_tensors_are_used_uncopied():
     weights = random_weights()
     tower = EVAVisionTower.from_published(weights, CONFIG)
