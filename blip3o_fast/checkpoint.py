@@ -210,9 +210,9 @@ def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Chec
     """A ``.pt`` of the published trainer: weights in ``model_state_dict``, no configuration."""
     content = read_torch_file(file)
     tensors = content.get("model_state_dict", content) if isinstance(content, dict) else None
-    if isinstance(tensors, dict):
-        tensors = published_names({str(name): x for name, x in tensors.items()})
-    if tensors is None or not isinstance(tensors.get("input_proj.weight"), Tensor):
+    tensors = tensors if isinstance(tensors, dict) else {}
+    tensors = published_names({str(name): x for name, x in tensors.items()})
+    if not isinstance(tensors.get("input_proj.weight"), Tensor):
         raise ValueError(f"{file}: expected model_state_dict of a BLIP3-o DiT, found none")
     recorded = _recorded_fields(file)
     heads = heads or recorded.get("num_attention_heads")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import safe_globals
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from blip3o_fast.untrusted import reading
 
@@ -14,21 +14,38 @@ from blip3o_fast.untrusted import reading
 def read_torch_file(file: Path) -> Any:
     """What a file holds, on the CPU, in memory of its own; numbers of numpy become Python's.
 
+    Objects of other kinds become ``Unread`` in a zip archive, which all versions since torch 1.6
+    write; older files must hold nothing else.
+
     Raises:
-        ValueError: naming the file, if it is damaged or holds anything but tensors and plain data.
+        ValueError: naming the file, if it is damaged, or holds what torch never reads, such as a
+            function of the operating system.
     """
     with reading(file, "a weights-only torch file"):
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                require_room(file, sum(entry.file_size for entry in archive.infolist()))
+        others: list[str] = []
         with safe_globals([(NumpyType, "numpy.dtype"), *_NUMPY_SCALARS]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    require_room(file, sum(entry.file_size for entry in archive.infolist()))
+                others = get_unsafe_globals_in_checkpoint(file)
+            with safe_globals([(Unread, name) for name in others]):
+                return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def require_room(file: Path, needed: int) -> None:
     """Raise ``ValueError`` if a file claims more bytes than it has."""
     if needed > (size := file.stat().st_size):
         raise ValueError(f"{file}: expected contents that fit its {size} bytes, it claims {needed}")
+
+
+class Unread:
+    """Stands for an object that was not made."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore it."""
 
 
 class NumpyType:

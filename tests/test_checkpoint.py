@@ -1,7 +1,9 @@
 """Checkpoints: round trip, published files, and what is wrong with a bad one."""
 
+import argparse
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +111,15 @@ def test_published_file_with_its_heads(tmp_path, heads, kv_heads, width):
     torch.testing.assert_close(outputs(loaded), outputs(model))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_wrappers_left(tmp_path, prefix):
+    model, path = small(conventions="published"), tmp_path / "checkpoint_step_1.pt"
+    state = {f"{prefix}{name}": x for name, x in model.state_dict().items()}
+    torch.save({"model_state_dict": state}, path)
+    got = load_trained_model(path, num_attention_heads=4, num_key_value_heads=2)
+    torch.testing.assert_close(outputs(got), outputs(model))
+
+
 def test_published_large_keeps_its_sixteen_heads(tmp_path):
     """The shapes of large, one layer deep, with the recorded experiment beside the file."""
     preset = DiTConfig.preset("large").to_dict()
@@ -171,11 +182,24 @@ class Payload:
 
 def test_a_hostile_file_is_refused_and_not_run(tmp_path):
     path = tmp_path / "checkpoint_step_1.pt"
-    save_published(path, small(), hidden=Payload())
-    with pytest.raises(ValueError, match="expected a weights-only torch file"):
+    torch.save({"model_state_dict": Payload()}, path)
+    with pytest.raises(ValueError, match="expected model_state_dict of a BLIP3-o DiT"):
         load_trained_model(path, num_attention_heads=4, num_key_value_heads=2)
     path.write_bytes(pickle.dumps({"model_state_dict": Payload()}))
     with pytest.raises(ValueError, match="expected a weights-only torch file"):
+        load_trained_model(path, num_attention_heads=4, num_key_value_heads=2)
+
+
+def test_what_nobody_needs_does_not_refuse_the_file(tmp_path):
+    """Not even a payload, which does not run."""
+    model, path = small(conventions="published"), tmp_path / "checkpoint_step_1.pt"
+    odd = {"args": argparse.Namespace(lr=0.1), "path": Path("a"), "tags": {1}, "class": Payload}
+    save_published(path, model, hidden=Payload(), config=odd)
+    got = load_trained_model(path, num_attention_heads=4, num_key_value_heads=2)
+    torch.testing.assert_close(outputs(got), outputs(model))
+    tensors = {**model.state_dict(), "pos_embed": Payload()}
+    torch.save({"model_state_dict": tensors}, path)
+    with pytest.raises(ValueError, match=r"step_1\.pt"):
         load_trained_model(path, num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -270,6 +294,9 @@ def test_numbers_of_numpy_beside_the_weights(tmp_path, legacy):
     torch.testing.assert_close(outputs(load_trained_model(path, **HEADS)), outputs(model))
     content["metrics"] = np.array(["x"], dtype=object)
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    if not legacy:
+        torch.testing.assert_close(outputs(load_trained_model(path, **HEADS)), outputs(model))
+        return
     with pytest.raises(ValueError, match=r"step_1.pt: expected a weights-only torch file") as error:
         load_trained_model(path, **HEADS)
     assert "\n" not in str(error.value)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.pickles import Builder, Extent, Global, Stretch, load_data
+from blip3o_fast.data.pickles import Builder, Extent, Global, Stretch, Unread, load_data
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES = {
@@ -94,6 +94,9 @@ class DiskArray:
         if self.dtype:
             raise ValueError("a second state for an array")
         _, shape, dtype, fortran, data = state
+        if isinstance(dtype, Unread):
+            self.dtype = "objects"
+            return
         self.place(data, dtype, shape, "F" if fortran else "C")
 
     def place(self, data: Any, dtype: Any, shape: Any, order: Any) -> None:
@@ -143,9 +146,10 @@ class DiskArray:
 def read_pickle(path: Path) -> Any:
     """The plain data of a pickle: dicts, lists, tuples, strings, numbers and ``DiskArray``.
 
+    Objects of other kinds inside of it are ``Unread``. No code in it ever runs.
+
     Raises:
-        PickleError: a ``ValueError``, if the file is truncated or malformed, or names anything but
-            the parts of tensors and arrays. No code in it ever runs.
+        PickleError: a ``ValueError``, if the file is truncated or malformed, or is no data at all.
     """
     with Stretch(path, 0, path.stat().st_size) as stretch:
         return load_data(stretch, _GLOBALS)
@@ -162,6 +166,8 @@ def _torch_storage(m: Stretch, identifier: tuple[Any, ...]) -> Storage:
     tag, kind, _, _, elements, *view = identifier
     if tag != "storage" or any(part is not None for part in view) or type(elements) is not int:
         raise m.refusal(f"the persistent object {reprlib.repr(tag)}")
+    if isinstance(kind, Unread):
+        raise m.refusal(f"a tensor of another type, {kind}")
     return Storage(0, elements, _STORAGES[kind.name])
 
 

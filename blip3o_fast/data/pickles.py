@@ -1,9 +1,11 @@
 """Pickles from outside, interpreted and never executed.
 
 A pickle is a program for a stack machine. The standard library's machine is restricted here to the
-opcodes that build plain data. It imports nothing: every name in a pickle is looked up in a table,
-where it stands for a function of this package that records where data is. Other names and other
-opcodes are refused, at any depth.
+opcodes that build data. It imports nothing: every name in a pickle is looked up in a table, where
+it stands for a function of this package that records where data is. What asks for more is not
+followed: it becomes ``Unread``, which whoever needs it refuses. So a field that nobody uses does
+not stand in the way of the others. Items of a dict whose key is no text and no usual number are
+left out.
 
 Bytes are not read: they become an ``Extent`` of the file, so a pickle of any size takes little
 memory. This is why the machine is the one written in Python, whose opcodes can be replaced; the one
@@ -23,6 +25,17 @@ class PickleError(ValueError):
     """A pickle that is truncated, malformed, or asks for more than data."""
 
 
+class RefusalError(PickleError):
+    """A pickle that asks for more than data."""
+
+    def __init__(self, what: str, file: str) -> None:
+        super().__init__(
+            f"{file}: refused: expected a pickle of tensors and plain data, got {what}; nothing of "
+            "it ran"
+        )
+        self.what = what
+
+
 class Extent(NamedTuple):
     """Bytes of a file that were not read: ``length`` of them from ``offset``."""
 
@@ -35,6 +48,25 @@ class Global(NamedTuple):
 
     module: str
     name: str
+
+
+class Unread:
+    """Stands for an object that was not made; prints as what the pickle asked for."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __repr__(self) -> str:
+        return self.what
+
+    def append(self, item: Any) -> None:
+        """Ignore it."""
+
+    def extend(self, items: Any) -> None:
+        """Ignore them."""
+
+    def set_state(self, state: Any) -> None:
+        """Ignore it."""
 
 
 class Stretch:
@@ -83,11 +115,9 @@ class Stretch:
         """An error that names the file."""
         return PickleError(f"{self.path.name}: {text}")
 
-    def refusal(self, what: str) -> PickleError:
+    def refusal(self, what: str) -> RefusalError:
         """The error for a pickle that asks for more than data."""
-        return self.error(
-            f"refused: expected a pickle of tensors and plain data, got {what}; nothing of it ran"
-        )
+        return RefusalError(what, self.path.name)
 
     def _require(self, length: int) -> None:
         left = self.end - self.position
@@ -119,14 +149,17 @@ def load_data(
         persistent: builds the value of a persistent identifier; None refuses them.
 
     Raises:
-        PickleError: naming the file.
+        PickleError: naming the file; also if the whole object is ``Unread``.
     """
     try:
-        return _DataMachine(stretch, known, persistent).load()
+        found = _DataMachine(stretch, known, persistent).load()
     except PickleError:
         raise
     except _MISFITS as error:
         raise stretch.error(f"malformed pickle: {error!r}") from error
+    if isinstance(found, Unread):
+        raise stretch.refusal(repr(found))
+    return found
 
 
 class _Opcodes(dict[int, Callable[[Any], None]]):
@@ -167,14 +200,12 @@ class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessI
         super().__init__(stretch)
         self.stretch, self.known, self.persistent = stretch, known, persistent
 
-    def find_class(self, module: str, name: str) -> Global:
-        """A name, if it is one of the known; nothing is imported."""
+    def find_class(self, module: str, name: str) -> Global | Unread:
+        """A name; nothing is imported."""
         found = Global(module, name)
         if found == Global("_codecs", "encode"):
             raise self.stretch.refusal("bytes of protocol 2, which protocol=4 would not need")
-        if found not in self.known:
-            raise self.stretch.refusal(f"the name {module}.{name}")
-        return found
+        return found if found in self.known else Unread(f"the name {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         """The value of a persistent identifier."""
@@ -189,11 +220,25 @@ class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessI
     def reduce(self) -> None:
         """Build what a known name stands for."""
         arguments, function = self.stack.pop(), self.stack.pop()
+        if isinstance(function, Unread):
+            self.append(function)
+            return
         builder = self.known[function] if isinstance(function, Global) else None
         if builder is None or not isinstance(arguments, tuple):
             called = ".".join(function) if isinstance(function, Global) else reprlib.repr(function)
             raise self.stretch.refusal(f"a call of {called}")
-        self.append(builder(self.stretch, arguments))
+        try:
+            self.append(builder(self.stretch, arguments))
+        except RefusalError as refusal:
+            self.append(Unread(refusal.what))
+
+    def make(self, parts: int) -> None:
+        """An object of a class, from so many parts on the stack: the class and its arguments."""
+        maker = self.stack[-parts]
+        del self.stack[-parts:]
+        if not isinstance(maker, Unread):
+            raise self.stretch.refusal(f"an object of {reprlib.repr(maker)}")
+        self.append(maker)
 
     def build(self) -> None:
         """Give an array or a dtype its state."""
@@ -204,15 +249,16 @@ class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessI
 
     def set_items(self, pairs: list[Any]) -> None:
         """Put alternating keys and values into the dict on top of the stack."""
+        if isinstance(self.stack[-1], Unread):
+            return
         if not isinstance(self.stack[-1], dict):
             raise self.stretch.refusal(f"items for {type(self.stack[-1]).__name__}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             # Hashing a tuple of tuples with shared parts can take exponential time, and large
             # integers can be chosen so that all have one hash.
             large = isinstance(key, int) and abs(key) > _LARGEST_KEY
-            if large or not isinstance(key, (str, int, float, NoneType)):
-                raise self.stretch.refusal(f"a {type(key).__name__} as a key of a dict")
-            self.stack[-1][key] = value
+            if not large and isinstance(key, (str, int, float, NoneType)):
+                self.stack[-1][key] = value
 
     dispatch = _Opcodes(
         {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PLAIN}  # pyright: ignore[reportAttributeAccessIssue]
@@ -222,6 +268,11 @@ class _DataMachine(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessI
             pickle.BUILD[0]: build,
             pickle.SETITEM[0]: lambda m: m.set_items([m.stack.pop(-2), m.stack.pop()]),
             pickle.SETITEMS[0]: lambda m: m.set_items(m.pop_mark()),
+            pickle.NEWOBJ[0]: lambda m: m.make(2),
+            pickle.NEWOBJ_EX[0]: lambda m: m.make(3),
+            pickle.EMPTY_SET[0]: lambda m: m.append(Unread("a set")),
+            pickle.ADDITEMS[0]: lambda m: m.pop_mark(),
+            pickle.FROZENSET[0]: lambda m: (m.pop_mark(), m.append(Unread("a frozenset"))),
         }
         | {
             code[0]: lambda m, layout=layout: m.append(m.stretch.skip(m.stretch.number(layout)))
