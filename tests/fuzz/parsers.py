@@ -2,13 +2,17 @@
 
 published_shard, coco_pickle    convert: pickles of the published implementation
 array_tar, npy, npy_records     convert: tars and folders of arrays
-manifest, shard, sidecar        folders of shards
-config, weights, solver         a model's folder; marker: of a training checkpoint
+manifest, shard, sidecar        folders of shards; done_rows: a sidecar of a writer that goes on;
+                                verified: what a run remembers of them
+config, weights, solver         a model's folder; marker: of a training checkpoint; pointer: to one;
+                                drop_in_config: of the published class; saved_run: a run's options
 published_pt, legacy_pt         published checkpoints; experiment: what stands beside them
 options_json, options_toml      train --config; metrics: records of a run that goes on
 webdataset, captions, image_*   extract: tars, texts, images; coco: annotations
 tower_config, tower_weights, tower_bin, tower_index: published encoders
 bench_record                    what bench wrote elsewhere
+
+``coverage.py`` lists which functions of the library each of them runs.
 """
 
 import io
@@ -29,17 +33,21 @@ from small_data import small_model, write_shards
 from blip3o_fast.atomic import file_sha256
 from blip3o_fast.benchmarking.record import read_record
 from blip3o_fast.checkpoint import MARKER, load_checkpoint, require_intact
-from blip3o_fast.data import EmbeddingDataset, Wishes
+from blip3o_fast.data import EmbeddingDataset, Manifest, ShardWriter, Wishes
 from blip3o_fast.data.conversion import read_rows
 from blip3o_fast.data.conversion_plan import open_sources, plan_conversion
+from blip3o_fast.data.verified import VERIFIED_NAME, verify_once
 from blip3o_fast.extraction.eva import EVAVisionConfig, EVAVisionTower
 from blip3o_fast.extraction.image_sources import coco_images, folder_images, webdataset_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels
 from blip3o_fast.flow import FittedSolver, load_solvers
 from blip3o_fast.pretrained import load_trained_model
+from blip3o_fast.processes import World
+from blip3o_fast.published import BLIP3oCLIPDiTConfig
 from blip3o_fast.training import TrainingOptions
 from blip3o_fast.training.checkpoints import complete_checkpoints
 from blip3o_fast.training.options import read_options_file
+from blip3o_fast.training.run import _read_saved
 from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.summary import summarise
 from blip3o_fast.training.tracking import MetricsFile, read_metrics
@@ -125,6 +133,21 @@ def data_set(name: str) -> Callable[[Path], Path]:
     return seed
 
 
+def verified(folder: Path) -> Path:
+    write_shards(folder / "shards", samples=12)
+    verify(folder)
+    return folder / VERIFIED_NAME
+
+
+def verify(folder: Path) -> None:
+    entries = Manifest.load(folder / "shards").shards
+    verify_once(folder / "shards", entries, folder, World())
+
+
+def go_on_with_shards(folder: Path) -> None:
+    ShardWriter(folder, facts=Manifest.load(folder), resume=True, part=None, merge=False)
+
+
 def read_data_set(folder: Path) -> None:
     data = EmbeddingDataset(folder)
     data.read(range(len(data)))
@@ -157,6 +180,23 @@ def marker(folder: Path) -> Path:
     }
     (step / MARKER).write_text(json.dumps(content))
     return step / MARKER
+
+
+def pointer(folder: Path) -> Path:
+    model("config.json")(folder / "step_3")
+    (folder / "latest").write_text("step_3\n")
+    return folder / "latest"
+
+
+def drop_in_config(folder: Path) -> Path:
+    BLIP3oCLIPDiTConfig().save_pretrained(folder)
+    return folder / "config.json"
+
+
+def saved_run(folder: Path) -> Path:
+    path = folder / "run.json"
+    path.write_text(json.dumps({"options": {"batch_size": 4}, "data": "a"}))
+    return path
 
 
 def read_marked(folder: Path) -> None:
@@ -318,10 +358,19 @@ PARSERS = {
     "manifest": Parser(data_set("manifest.json"), mutate.damage_json, read_data_set),
     "shard": Parser(data_set("shard_00000.safetensors"), mutate.damage_safetensors, read_data_set),
     "sidecar": Parser(data_set("shard_00000.jsonl"), mutate.damage_lines, read_data_set),
+    "done_rows": Parser(data_set("shard_00000.jsonl"), mutate.damage_lines, go_on_with_shards),
+    "verified": Parser(verified, mutate.damage_json, verify),
     "config": Parser(model("config.json"), mutate.damage_json, load_trained_model),
     "weights": Parser(model("model.safetensors"), mutate.damage_safetensors, load_trained_model),
     "solver": Parser(model("solver.json"), mutate.damage_json, load_solvers),
     "marker": Parser(marker, mutate.damage_json, read_marked),
+    "pointer": Parser(pointer, mutate.damage, load_trained_model),
+    "drop_in_config": Parser(
+        drop_in_config, mutate.damage_json, BLIP3oCLIPDiTConfig.from_pretrained
+    ),
+    "saved_run": Parser(
+        saved_run, mutate.damage_json, lambda folder: _read_saved(folder / "run.json")
+    ),
     "published_pt": Parser(published_pt(), mutate.damage_zip, load_trained_model),
     "legacy_pt": Parser(published_pt(legacy=True), mutate.damage, load_checkpoint),
     "experiment": Parser(experiment, mutate.damage_json, load_checkpoint),
