@@ -1,9 +1,11 @@
 import errno
+import math
 import os
 
 import pytest
 
-from blip3o_fast.atomic import PendingFile, remove_leftovers, write_atomically
+from blip3o_fast.atomic import PendingFile, remove_leftovers, write_atomically, write_json
+from blip3o_fast.checked import parse_json
 
 
 def test_the_name_appears_on_commit_only(tmp_path):
@@ -45,3 +47,9 @@ def test_leftovers_of_a_killed_writer_are_removed_and_others_kept(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     remove_leftovers(tmp_path, "shard_[0-9]*")
     assert [path.name for path in tmp_path.iterdir()] == [".shard_rank1_00001.safetensors.78.tmp"]
+
+
+def test_what_json_cannot_say_is_null(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"loss": math.nan, "all": [math.inf, 1.5], "inner": {"x": -math.inf}})
+    assert parse_json(path.read_bytes()) == {"loss": None, "all": [None, 1.5], "inner": {"x": None}}
