@@ -13,6 +13,7 @@ import torch
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig, Size
+from blip3o_fast.extraction.eva import EVAVisionConfig
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.sampling import batches
 
@@ -24,6 +25,10 @@ FP32 = 4
 ADAM_MOMENTS = 2
 PREFETCHED = 4
 """Batches that ``--prefetch`` keeps in device memory."""
+EVA_TOWER = EVAVisionConfig(4096, 20480, 32, 32)
+"""EVA-CLIP-8B, whose layers and tokens are those of any pre-norm vision transformer."""
+CLIP_TOWER = EVAVisionConfig(1024, 4096, 24, 16)
+"""CLIP ViT-L/14, in the same terms."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,21 @@ def translating_flops(size: Size, tokens: int, steps: int, solver: str) -> float
     """The flops to translate one sample, its condition included."""
     assert solver in ("euler", "heun")
     return work.generation(Shape(size, 1, tokens), steps, solver, STORED).flops
+
+
+def tower_flops(tower: EVAVisionConfig) -> float:
+    """The flops of an encoder for one image: its products, its attention and its patches."""
+    N, D, inner = tower.num_positions, tower.hidden_size, tower.intermediate_size
+    products = 2.0 * N * (4 * D * D + 2 * D * inner)
+    attention = 4.0 * N * N * D
+    patches = 2.0 * (N - 1) * tower.num_channels * tower.patch_size**2 * D
+    return tower.num_hidden_layers * (products + attention) + patches
+
+
+def tower_weights(tower: EVAVisionConfig) -> int:
+    """The parameters of an encoder's products, which are nearly all."""
+    D, inner = tower.hidden_size, tower.intermediate_size
+    return tower.num_hidden_layers * (4 * D * D + 2 * D * inner)
 
 
 def training_flops(size: Size, tokens: int) -> float:

@@ -53,6 +53,7 @@ def sentences() -> dict[str, str]:
     whole = eva + clip
     trained = H100.flops * HALF / counts.training_flops("base", TOKENS) * whole
     pinned = (options.num_workers + 1) * SAMPLES_A_GPU * whole
+    encoding = counts.tower_flops(counts.EVA_TOWER) + counts.tower_flops(counts.CLIP_TOWER)
     within, between = counts.all_reduce_seconds(base, GPUS[-1])
     _, alone = counts.all_reduce_seconds(base, GPUS[-1], adapters=1)
     backward = step_seconds(1) * BACKWARD
@@ -60,6 +61,11 @@ def sentences() -> dict[str, str]:
         "samples": f"{SAMPLES / 1e6:g} million",
         "intensity": f"{H100.flops / H100.bandwidth:.0f}",
         "sample_size": number(whole, "B"),
+        "encoding_flops": number(encoding, "FLOP"),
+        "encoding_rate": f"{H100.flops * HALF / encoding:.0f}",
+        "encoding_hours": duration(SAMPLES * encoding / (H100.flops * HALF)),
+        "encoding_hours_all": duration(SAMPLES * encoding / (H100.flops * HALF * GPUS[-1])),
+        "encoding_to_training": f"{encoding / counts.training_flops('base', TOKENS):.0f}",
         "set": number(whole * SAMPLES, "B"),
         "one_read": read_rate(1, "euler"),
         "many_read": read_rate(50, "heun"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import scale_counts as counts
-from scale_counts import H100, SAMPLES, TOKENS
+from scale_counts import H100, SAMPLES, STORED, TOKENS
 from tables import duration, number, table, three_digits
 
 from blip3o_fast.benchmarking.shapes import Shape
@@ -119,6 +119,38 @@ def translation_table() -> str:
             )
     head = ("steps", "GPUs", *(f"at {share:.0%}" for share in FRACTIONS))
     return table((*head, "read at 50%", "write at 50%"), rows)
+
+
+def towers_table() -> str:
+    """Sizes of the two encoders, and their flops for one image."""
+    towers = (("EVA-CLIP-8B", counts.EVA_TOWER), ("CLIP ViT-L/14", counts.CLIP_TOWER))
+    rows = [
+        (
+            name,
+            str(tower.num_hidden_layers),
+            str(tower.hidden_size),
+            str(tower.intermediate_size),
+            f"{tower.image_size} px",
+            number(counts.tower_weights(tower) * STORED, "B"),
+            number(counts.tower_flops(tower), "FLOP"),
+        )
+        for name, tower in towers
+    ]
+    return table(("encoder", "layers", "width", "MLP", "image", "weights", "an image"), rows)
+
+
+def extraction_table() -> str:
+    """Time to encode all images, and the rates of images and bytes at half of the peak."""
+    flops = counts.tower_flops(counts.EVA_TOWER) + counts.tower_flops(counts.CLIP_TOWER)
+    size = sum(counts.sample_bytes(config("base")))
+    rows: list[Sequence[str]] = []
+    for gpus in GPUS:
+        times = [SAMPLES * flops / (H100.flops * share * gpus) for share in FRACTIONS]
+        rate = H100.flops * HALF * gpus / flops
+        rates = (three_digits(rate), number(rate * size, "B/s"))
+        rows.append((str(gpus), *map(duration, times), *rates))
+    head = ("GPUs", *(f"at {share:.0%}" for share in FRACTIONS), "images a second at 50%")
+    return table((*head, "written at 50%"), rows)
 
 
 def training_table() -> str:

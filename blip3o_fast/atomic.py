@@ -140,11 +140,15 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of a folder that is written to; the system releases it when the process ends.
 
     The folder is made if need be, and removed again if nothing was written. Without effect on
     Windows and on file systems without locks, such as some network ones.
+
+    Args:
+        folder: that is written to.
+        shared: let others in that share it as well.
 
     Raises:
         OptionError: if another process holds it, as after a job was queued twice.
@@ -152,7 +156,7 @@ def locked(folder: Path) -> Iterator[None]:
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _flocked(folder):
+        with _flocked(folder, shared):
             yield
     finally:
         if made:
@@ -161,7 +165,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _flocked(folder: Path) -> Iterator[None]:
+def _flocked(folder: Path, shared: bool) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:
@@ -170,7 +174,7 @@ def _flocked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OptionError(
                 f"{folder}: expected a folder that nobody else writes to, and another process "

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,31 @@ class World:
             dist.barrier(group=self.control)
 
 
+class Place(NamedTuple):
+    """The place of this process among those that were started together."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def find_place() -> Place | None:
+    """What torchrun says in the environment; None for a process that was started alone.
+
+    Raises:
+        OptionError: naming the variable that holds no number.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    numbers = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = os.environ.get(name, "0")
+        if not (text.isascii() and text.isdecimal()):
+            raise OptionError(f"{name}: expected a number in the environment, got {text!r}")
+        numbers.append(int(text))
+    return Place(*numbers)
+
+
 @contextmanager
 def join_world(
     parallel: str, device: torch.device, patience: timedelta = PATIENCE
@@ -87,13 +112,13 @@ def join_world(
         OptionError: if ``parallel`` asks for a group and there is none.
     """
     prepared = dist.is_initialized()
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not prepared and not launched:
+    place = find_place()
+    if not prepared and place is None:
         if parallel != "auto":
             raise OptionError(f"parallel: {parallel} expects torchrun, got a single process")
         yield World()
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = 0 if place is None else place.local_rank
     if device.type == "cuda":
         torch.cuda.set_device(local_rank)
     if not prepared:

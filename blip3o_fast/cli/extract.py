@@ -1,13 +1,16 @@
 """``blip3o-fast extract``: images to shards of paired embeddings.
 
+    torchrun --nproc_per_node 8 -m blip3o_fast extract --webdataset 'photos/*.tar' --output_dir out
+
 Run again with the same options, it continues where it stopped. Images that cannot be read are
-listed in ``skipped.jsonl`` beside the shards.
+listed in ``skipped.jsonl`` beside the shards. Under torchrun processes share the images, one GPU
+each; their number may change from run to run. Without torchrun, ``RANK`` and ``WORLD_SIZE`` in the
+environment do the same for processes on several machines that see one file system with locks.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,15 +33,13 @@ from blip3o_fast.extraction.extract import (
     ExtractionSettings,
     Stopped,
     extract,
+    extract_share,
 )
-from blip3o_fast.extraction.image_sources import (
-    ImageRef,
-    coco_images,
-    folder_images,
-    webdataset_images,
-)
+from blip3o_fast.extraction.image_sources import coco_images, folder_images, webdataset_tars
+from blip3o_fast.extraction.lots import Images
 from blip3o_fast.flags import Flag, add_flags, given
 from blip3o_fast.hub import typed
+from blip3o_fast.processes import Place, find_place
 from blip3o_fast.signals import STOPPED, StopSignals
 from blip3o_fast.untrusted import one_line
 
@@ -60,14 +61,15 @@ class ExtractOptions:
         clip_path: folder of CLIP, or hf:owner/name on the hub (clip+eva).
         eva_revision: commit, tag or branch of eva_path; None: a pinned commit.
         clip_revision: commit, tag or branch of clip_path; None: a pinned commit.
-        device: device of both towers: auto, cpu, cuda or cuda:N.
+        device: device of both towers: auto, cpu, cuda or cuda:N; under torchrun, auto and cuda are
+            a GPU for each process.
         clip_device: device of the CLIP tower; None: as device.
         dtype: element type that the towers compute in; auto: float16 on a GPU for clip+eva, else
             float32.
         include_cls: keep token 0, the CLS token: 257 tokens.
         store_dtype: element type of the shards.
-        samples_per_shard: rows of a full shard.
-        max_samples: stop when the folder holds so many samples; None: all.
+        samples_per_shard: rows of a full shard; a shard holds images of one tar only.
+        max_samples: stop when the folder holds so many samples; None: all. A single process only.
         crops: random square crops per image; 0: the whole image.
         mirror: take each random crop mirrored as well.
         seed: decides the random crops.
@@ -133,7 +135,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Extract; 0 when done, 143 when stopped by SIGTERM after finishing the shard in progress.
+    """Extract; 0 when done, 143 when stopped by SIGTERM.
+
+    The shard in progress is finished then; one process of several drops it instead, so that the
+    data set does not depend on when that was.
 
     Raises:
         OptionError: on a number out of range, or a device that is absent.
@@ -142,31 +147,51 @@ def run(args: argparse.Namespace) -> int:
         ValueError: when weights do not fit, or the folder holds other shards.
     """
     options = ExtractOptions(**given(ExtractOptions, args))
+    place = find_place() or Place(rank=0, size=1, local_rank=0)
+    if place.size > 1:
+        _check_shared(options)
     images = _images(options)
-    towers = _towers(options)
+    towers = _towers(options, place)
+    folder, settings = options.output_dir, options.settings()
+    progress = options.progress and place.rank == 0
     try:
         with StopSignals("SIGTERM") as signals:
-            report = extract(
-                images,
-                towers,
-                options.output_dir,
-                options.settings(),
-                resume=options.resume,
-                progress=options.progress,
-                stop=signals.asked,
-            )
+            if place.size > 1:
+                stop = signals.asked
+                report = extract_share(
+                    images, towers, folder, settings, progress=progress, stop=stop
+                )
+            else:
+                report = extract(
+                    images,
+                    towers,
+                    folder,
+                    settings,
+                    resume=options.resume,
+                    progress=progress,
+                    stop=signals.asked,
+                )
     except Stopped as stopped:
         print(f"blip3o-fast extract: {stopped}; run again to go on", file=sys.stderr)
         return STOPPED
-    _tell(report, Path(options.output_dir))
+    if report is not None:
+        _tell(report, Path(options.output_dir))
     # A signal during the last batch still tells the caller to stop.
     return STOPPED if signals.asked() else 0
 
 
-def _images(options: ExtractOptions) -> Iterable[ImageRef]:
+def _check_shared(options: ExtractOptions) -> None:
+    """What several processes cannot do, refused before towers are loaded."""
+    if options.max_samples is not None:
+        raise OptionError("max_samples: expected a single process, got several")
+    if not options.resume:
+        raise OptionError("no_resume: expected a single process, got several")
+
+
+def _images(options: ExtractOptions) -> Images:
     if options.webdataset is not None:
-        refs = webdataset_images(options.webdataset)
-        return (ref._replace(crops=options.crops) for ref in refs) if options.crops else refs
+        tars = webdataset_tars(options.webdataset)
+        return [replace(tar, crops=options.crops) for tar in tars]
     if options.coco is not None:
         listed = coco_images(options.coco, options.coco_split)
     else:
@@ -175,17 +200,25 @@ def _images(options: ExtractOptions) -> Iterable[ImageRef]:
     return [ref._replace(crops=options.crops) for ref in listed]
 
 
-def _towers(options: ExtractOptions) -> TowerPair:
+def _towers(options: ExtractOptions, place: Place) -> TowerPair:
     return load_towers(
         options.towers,
         eva_path=typed(options.eva_path),
         clip_path=typed(options.clip_path),
         eva_revision=options.eva_revision,
         clip_revision=options.clip_revision,
-        device=find_device(options.device),
-        clip_device=find_device(options.clip_device or options.device, "clip_device"),
+        device=_own_device(options.device, "device", place),
+        clip_device=_own_device(options.clip_device or options.device, "clip_device", place),
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
     )
+
+
+def _own_device(name: str, option: str, place: Place) -> torch.device:
+    """The device of that name; of several GPUs, the one of this process."""
+    device = find_device(name, option)
+    if device.type == "cuda" and device.index is None and place.size > 1:
+        return find_device(f"cuda:{place.local_rank}", option)
+    return device
 
 
 def _tell(report: Extracted, folder: Path) -> None:

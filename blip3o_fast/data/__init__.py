@@ -14,8 +14,9 @@ from blip3o_fast.data.dataset import Batch, EmbeddingDataset
 from blip3o_fast.data.loader import Loader
 from blip3o_fast.data.manifest import Encoder, Manifest, ShardEntry, Split
 from blip3o_fast.data.order import Position, epoch_order
+from blip3o_fast.data.parts import merge_parts
 from blip3o_fast.data.readahead import BatchReader, read_ahead
-from blip3o_fast.data.shards import SampleRecord, Shard, ShardWriter, merge_parts
+from blip3o_fast.data.shards import SampleRecord, Shard, ShardWriter
 
 __all__ = [
     "Encoder",

@@ -8,7 +8,7 @@ manifest itself, which makes the folder a data set, is written last.
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from blip3o_fast.atomic import file_sha256, locked, remove_leftovers, write_atomically
 from blip3o_fast.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, entry_path
+from blip3o_fast.data.parts import merge_parts, part_path, read_parts
 from blip3o_fast.data.reader import TOWERS, Shard
 from blip3o_fast.data.sidecar import RecordFile, SampleRecord, check_record, encode_records
 from blip3o_fast.data.tensorfile import RowWriter, bits, is_finite
 from blip3o_fast.devices import DTYPES
 
-__all__ = ["SampleRecord", "Shard", "ShardWriter", "merge_parts"]
+__all__ = ["SampleRecord", "Shard", "ShardWriter"]
+
+
+_NUMBERED = re.compile(r"(shard_(?:[A-Za-z][A-Za-z0-9]*_)?)(\d+)\.safetensors")
 
 
 class ShardWriter:
@@ -37,7 +41,8 @@ class ShardWriter:
         samples_per_shard: rows of a full shard.
         resume: go on in a folder that holds shards of the same facts; their keys are in ``done``.
         part: a name of letters and digits that begins with a letter. Processes that write one
-            folder together need different ones; a single process needs none.
+            folder together need different ones; a single process needs none. None: ``begin`` names
+            one part after another, and whoever holds the folder removes what killed writers left.
         merge: write the manifest at the end, and keep other writers out of the folder until then.
             With several parts it is off: whoever starts them holds ``locked(folder)``, and calls
             ``merge_parts`` once all are finished.
@@ -60,12 +65,12 @@ class ShardWriter:
         facts: Manifest,
         samples_per_shard: int = 256,
         resume: bool = False,
-        part: str = "",
+        part: str | None = "",
         merge: bool = True,
     ) -> None:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
-        if not re.fullmatch("([A-Za-z][A-Za-z0-9]*)?", part):
+        if not re.fullmatch("([A-Za-z][A-Za-z0-9]*)?", part or ""):
             raise ValueError(f"part: expected a letter, then letters and digits, got {part!r}")
         self.folder = Path(folder)
         self.facts = facts.replace(shards=())
@@ -75,22 +80,44 @@ class ShardWriter:
         self.entries: list[ShardEntry] = []
         self.notes: dict[str, Any] = {}
         self._merge = merge
-        self._prefix = f"shard_{part}_" if part else "shard_"
-        self._part_path = self.folder / f"manifest.part-{part or 0}.json"
+        self._name(part or "")
         self._part = self.facts
+        self._numbers: dict[str, int] = {}  # of the next shard by prefix
         self._writer: RowWriter | None = None
         self._records: list[SampleRecord] = []
         self._lock = contextlib.ExitStack()
         if merge:
             self._lock.enter_context(locked(self.folder))
         try:
-            self._index = self._take_over(resume)
+            self._take_over(resume)
         except BaseException:
             self._lock.close()
             raise
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder, f"{self._prefix}[0-9]*")
-        remove_leftovers(self.folder, self._part_path.name)
+        if part is not None:
+            remove_leftovers(self.folder, f"{self._prefix}[0-9]*")
+            remove_leftovers(self.folder, self._part_path.name)
+
+    def listed(self, part: str) -> Manifest:
+        """What a part lists so far."""
+        path = part_path(self.folder, part)
+        return Manifest.read(path) if path.is_file() else self.facts
+
+    def take_over(self, part: str) -> None:
+        """Read what a part holds, which its writer left since this one was made."""
+        self._learn(part_path(self.folder, part), self.listed(part))
+
+    def begin(self, part: str) -> None:
+        """Add to another part from here on; the last one has ended."""
+        assert self._writer is None
+        self._name(part)
+        self._part = self.listed(part)
+
+    def end(self, notes: Mapping[str, Any]) -> None:
+        """Finish the last shard of this part, and leave notes in what it lists."""
+        self.flush()
+        self._part = self._part.replace(notes=dict(notes))
+        self._part.write(self._part_path)
 
     def add(self, eva: Tensor | None, clip: Tensor | None, records: Sequence[SampleRecord]) -> None:
         """Append b samples: ``eva [b, T, E]``, ``clip [b, T, C]``, None for an absent tower.
@@ -138,7 +165,7 @@ class ShardWriter:
         written = ShardEntry(name, len(self._records), size, digest, file_sha256(sidecar))
         self._part = self._part.replace(shards=(*self._part.shards, written))
         self._writer, self._records = None, []
-        self._index += 1
+        self._numbers[self._prefix] = self._number + 1
         # If this fails, the list on disk is the old or the new one; both are consistent.
         self._part.write(self._part_path)
 
@@ -155,9 +182,7 @@ class ShardWriter:
         Raises:
             ValueError: if the folder would hold no samples at all.
         """
-        self.flush()
-        self._part = self._part.replace(notes={**self._part.notes, **self.notes})
-        self._part.write(self._part_path)
+        self.end({**self._part.notes, **self.notes})
         if self._merge:
             merge_parts(self.folder)
             self._lock.close()
@@ -173,9 +198,13 @@ class ShardWriter:
             self.discard()
             self._lock.close()
 
-    def _take_over(self, resume: bool) -> int:
-        """Read what the folder holds; returns the number of the next shard."""
-        found = _manifests(self.folder)
+    def _name(self, part: str) -> None:
+        self._prefix = f"shard_{part}_" if part else "shard_"
+        self._part_path = part_path(self.folder, part or "0")
+
+    def _take_over(self, resume: bool) -> None:
+        """Read what the folder holds."""
+        found = read_parts(self.folder)
         # Parts of other names may belong to other processes that write at the same time.
         own = found if self._prefix == "shard_" else {self.folder / MANIFEST_NAME, self._part_path}
         blocking = [manifest for path, manifest in found.items() if path in own]
@@ -184,23 +213,33 @@ class ShardWriter:
                 f"{self.folder}: already holds {sum(m.samples for m in blocking)} samples; "
                 "resume, or choose an empty folder"
             )
-        index = 0
         for path, manifest in found.items():
-            self.facts.require_facts(manifest, f"{path}: another data set:")
-            for entry in manifest.shards:
-                sidecar = entry_path(self.folder, entry).with_suffix(".jsonl")
-                file = RecordFile(sidecar, entry.samples)
-                records = [file[row] for row in range(len(file))]
-                self.done.update(record.key for record in records)
-                self.entries.append(entry)
-                self.digests.update((r.key, r.digest) for r in records if r.digest)
-                match = re.fullmatch(rf"{self._prefix}(\d+)\.safetensors", entry.file)
-                index = max(index, int(match[1]) + 1) if match else index
+            self._learn(path, manifest)
         self._part = found.get(self._part_path, self.facts)
-        return index
+
+    def _learn(self, path: Path, manifest: Manifest) -> None:
+        self.facts.require_facts(manifest, f"{path}: another data set:")
+        for entry in manifest.shards:
+            sidecar = entry_path(self.folder, entry).with_suffix(".jsonl")
+            file = RecordFile(sidecar, entry.samples)
+            records = [file[row] for row in range(len(file))]
+            self.done.update(record.key for record in records)
+            self.entries.append(entry)
+            self.digests.update((r.key, r.digest) for r in records if r.digest)
+            match = re.fullmatch(
+                r"(shard_(?:[A-Za-z][A-Za-z0-9]*_)?)(\d+)\.safetensors", entry.file
+            )
+            if match:
+                beyond = int(match[2]) + 1
+                self._numbers[match[1]] = max(self._numbers.get(match[1], 0), beyond)
+
+    @property
+    def _number(self) -> int:
+        """Of the shard in progress."""
+        return self._numbers.get(self._prefix, 0)
 
     def _shard_name(self) -> str:
-        return f"{self._prefix}{self._index:05d}.safetensors"
+        return f"{self._prefix}{self._number:05d}.safetensors"
 
     def _open_shard(self) -> RowWriter:
         widths = {"eva": self.facts.eva_width, "clip": self.facts.clip_width}
@@ -245,55 +284,7 @@ class ShardWriter:
             if not is_finite(row, DTYPES[self.facts.dtype]):
                 position = len(self._records) + i
                 raise ValueError(
-                    f"{self._prefix}{self._index + position // self.samples_per_shard:05d}: row "
+                    f"{self._prefix}{self._number + position // self.samples_per_shard:05d}: row "
                     f"{position % self.samples_per_shard} (key {record.key!r}): {name} holds NaN, "
                     f"Inf or a value beyond the range of {self.facts.dtype}"
                 )
-
-
-def merge_parts(folder: str | Path) -> Manifest:
-    """Make one data set of the parts that several writers left in ``folder``.
-
-    Raises:
-        ValueError: if the parts disagree about facts, share a key, or hold no samples at all.
-    """
-    folder = Path(folder)
-    found = _manifests(folder)
-    parts = [path for path in found if path.name != MANIFEST_NAME]
-    if not any(manifest.shards for manifest in found.values()):
-        for path in parts:
-            path.unlink()
-        raise ValueError(f"{folder}: no samples were written")
-    first = next(iter(found.values()))
-    shards: dict[str, ShardEntry] = {}
-    notes: dict[str, Any] = {}
-    for path, manifest in found.items():
-        first.require_facts(manifest, f"{path}:")
-        notes.update(manifest.notes)
-        for entry in manifest.shards:
-            if shards.setdefault(entry.file, entry) != entry:
-                raise ValueError(f"{path}: {entry.file} differs from another part's")
-    if len(parts) > 1:
-        _require_distinct_keys(folder, shards.values())
-    remove_leftovers(folder, MANIFEST_NAME)
-    merged = first.replace(shards=tuple(shards.values()), notes=notes)
-    merged.save(folder)
-    for path in parts:
-        path.unlink()
-    return merged
-
-
-def _manifests(folder: Path) -> dict[Path, Manifest]:
-    """The manifest, if there is one, and then those of the parts."""
-    paths = [folder / MANIFEST_NAME, *sorted(folder.glob("manifest.part-*.json"))]
-    return {path: Manifest.read(path) for path in paths if path.is_file()}
-
-
-def _require_distinct_keys(folder: Path, entries: Iterable[ShardEntry]) -> None:
-    owners: dict[str, str] = {}
-    for entry in entries:
-        records = RecordFile(entry_path(folder, entry).with_suffix(".jsonl"), entry.samples)
-        for row in range(len(records)):
-            key = records[row].key
-            if owners.setdefault(key, entry.file) != entry.file:
-                raise ValueError(f"key {key!r} is in {owners[key]} and in {entry.file}")

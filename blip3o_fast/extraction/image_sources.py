@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -83,12 +84,31 @@ def folder_images(folder: str | Path) -> list[ImageRef]:
     return refs
 
 
-def webdataset_images(pattern: str) -> Iterator[ImageRef]:
-    """Images of webdataset tars, with the caption that follows or precedes each.
+@dataclass(frozen=True)
+class TarImages:
+    """Images of one webdataset tar, with the caption that follows or precedes each.
 
     Members that share a name up to their type belong to one sample; the sample's key is the tar's
-    name and that name. A truncated tar yields the samples before the break and then a reference
+    label and that name. A truncated tar yields the samples before the break and then a reference
     that holds the reason.
+    """
+
+    path: Path
+    label: str
+    crops: int = 0
+
+    def __iter__(self) -> Iterator[ImageRef]:
+        for ref in _tar_images(self.path, self.label):
+            yield ref._replace(crops=self.crops)
+
+
+def webdataset_images(pattern: str) -> Iterator[ImageRef]:
+    """Images of webdataset tars, one tar after another; see ``webdataset_tars``."""
+    return itertools.chain.from_iterable(webdataset_tars(pattern))
+
+
+def webdataset_tars(pattern: str) -> list[TarImages]:
+    """Webdataset tars, in order. A tar's label is its path below the folder that all share.
 
     Args:
         pattern: a path, a glob (``shards/*.tar``) or a brace range (``{00000..00031}.tar``). What
@@ -96,12 +116,20 @@ def webdataset_images(pattern: str) -> Iterator[ImageRef]:
 
     Raises:
         FileNotFoundError: when a named tar is missing or the glob matches none.
-        ValueError: when a brace range is reversed or too long.
+        ValueError: when a brace range is reversed or too long, or when samples of two tars could
+            have the same key.
     """
-    tars = _expand(pattern)
-    common = Path(os.path.commonpath([path.parent for path in tars]))
-    labels = [path.relative_to(common).with_suffix("").as_posix() for path in tars]
-    return itertools.chain.from_iterable(map(_tar_images, tars, labels))
+    paths = _expand(pattern)
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    tars = [TarImages(path, path.relative_to(common).with_suffix("").as_posix()) for path in paths]
+    by_label = sorted(tars, key=lambda tar: f"{tar.label}/")
+    for tar, other in itertools.pairwise(by_label):
+        if f"{other.label}/".startswith(f"{tar.label}/"):
+            raise ValueError(
+                f"{other.path}: its samples could have the same keys as those of {tar.path}; "
+                "expected tars whose names differ, and not a folder named like a tar beside it"
+            )
+    return tars
 
 
 def coco_images(root: str | Path, split: str = "val2017") -> list[ImageRef]:

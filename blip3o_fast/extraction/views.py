@@ -31,7 +31,7 @@ class ExtractionSettings:
     Attributes:
         include_cls: keep the towers' CLS token.
         dtype: of the shards: ``fp16``, ``bf16`` or ``fp32``.
-        samples_per_shard: rows of a full shard.
+        samples_per_shard: rows of a full shard; a shard holds images of one tar only.
         batch_size: images a forward pass.
         workers: threads that decode images.
         max_samples: stop when the folder holds so many; None takes all.
@@ -55,6 +55,11 @@ class ExtractionSettings:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def count_views(ref: ImageRef, settings: ExtractionSettings) -> int:
+    """How many samples an image gives."""
+    return ref.crops * (1 + settings.mirror) if ref.crops else 1
 
 
 def view_keys(ref: ImageRef, settings: ExtractionSettings) -> list[str]:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.shapes import Shape
+from blip3o_fast.extraction.eva import EVAVisionConfig, EVAVisionTower
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.ops import Impl
 from blip3o_fast.pretrained import BLIP3oDiT
@@ -46,6 +47,17 @@ def kept_for_backward(layers, tokens):
         terms = loss(velocity, x, x + 1, x + 2, t)
     assert terms.total.requires_grad
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+
+
+def test_flops_of_an_encoder_are_those_that_torch_counts():
+    config = EVAVisionConfig(64, 160, 3, 4, image_size=56)
+    with torch.device("meta"):
+        tower, image = EVAVisionTower(config), torch.empty(1, 3, 56, 56)
+    with FlopCounterMode(display=False) as counter:
+        tower(image)
+    assert counts.tower_flops(config) == counter.get_total_flops()
+    products = [x for x in tower.encoder.parameters() if x.dim() == 2]
+    assert counts.tower_weights(config) == sum(x.numel() for x in products)
 
 
 def test_fusions_of_base():

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from blip3o_fast.cli import extract as command
 from blip3o_fast.cli.main import main
 from blip3o_fast.data import EmbeddingDataset, Manifest
 from blip3o_fast.extraction.encoders import Preprocessing, Tower, TowerPair
+
+ROOT = Path(__file__).parents[2]
 
 
 def patch_means(pixels):
@@ -241,6 +245,63 @@ def test_sigterm_after_the_last_batch_is_not_forgotten(images, tmp_path, monkeyp
     assert len(EmbeddingDataset(out)) == 4
 
 
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """The environment that torchrun gives the second of two processes."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_process_whose_others_do_not_come_does_it_all(
+    images, tmp_path, asked, monkeypatch, capsys, second_of_two
+):
+    words = ("--images", images, "--crops", 2, "--samples_per_shard", 3)
+    assert run(*words, "--output_dir", tmp_path / "shared") == 0
+    assert "8 samples in" in capsys.readouterr().out
+    monkeypatch.delenv("RANK")
+    assert run(*words, "--output_dir", tmp_path / "alone") == 0
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "clip_device"),
+    [
+        ((), "cuda:1", "cuda:1"),
+        (("--device", "cuda"), "cuda:1", "cuda:1"),
+        (("--device", "cuda:0"), "cuda:0", "cuda:0"),
+        (("--clip_device", "cpu"), "cuda:1", "cpu"),
+    ],
+)
+def test_each_process_has_its_gpu(
+    images, tmp_path, asked, monkeypatch, second_of_two, options, device, clip_device
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run("--images", images, "--output_dir", tmp_path / "out", *options) == 0
+    assert (str(asked[0]["device"]), str(asked[0]["clip_device"])) == (device, clip_device)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (("--max_samples", 3), {}, "max_samples: expected a single process, got several"),
+        (("--no_resume",), {}, "no_resume: expected a single process, got several"),
+        ((), {"LOCAL_RANK": "x"}, "LOCAL_RANK: expected a number in the environment, got 'x'"),
+    ],
+)
+def test_what_several_processes_cannot_do(
+    images, tmp_path, asked, monkeypatch, capsys, second_of_two, options, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run("--images", images, "--output_dir", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not asked and not (tmp_path / "out").exists()
+
+
 def test_every_option_is_explained():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -264,3 +325,26 @@ def test_lite_towers_end_to_end(images, tmp_path):
             tokens[row["0.png"]], tokens[row["again.png"]], atol=1e-4, rtol=0
         )
         assert (tokens[row["0.png"]] - tokens[row["1.png"]]).abs().max() > 1
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_two_processes_of_torchrun_write_what_one_writes(images, tmp_path):
+    for n in range(5, 25):
+        image(n).save(images / f"{n}.png")
+    words = ["extract", "--images", images, "--towers", "lite", "--device", "cpu", "--no_progress"]
+    words += ["--samples_per_shard", "3", "--batch_size", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for start, name in (([sys.executable], "one"), (command, "two")):
+        done = subprocess.run(
+            [*start, "-m", "blip3o_fast", *map(str, words), "--output_dir", tmp_path / name],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "two") == files(tmp_path / "one")

@@ -10,7 +10,8 @@ import torch
 from blip3o_fast import atomic
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.manifest import Manifest
-from blip3o_fast.data.shards import SampleRecord, Shard, ShardWriter, merge_parts
+from blip3o_fast.data.parts import merge_parts
+from blip3o_fast.data.shards import SampleRecord, Shard, ShardWriter
 from blip3o_fast.data.tensorfile import read_header
 
 
