@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format clean
+.PHONY: help demo test test-slow test-gpu check docs wheel wheel-cuda format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,9 +44,18 @@ check: $(VENV)/dev ## lint, format, types, layering, documents
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/python benchmarks/render.py --check
 
+docs: $(VENV)/dev ## the documents as a site in ./site, links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/dev ## a wheel for every platform and the sdist, in ./dist
+	BLIP3O_FAST_CUDA=0 $(BIN)/python -m build
+
+wheel-cuda: $(VENV)/dev ## a wheel with the CUDA kernels, in ./dist; needs nvcc
+	BLIP3O_FAST_CUDA=1 $(BIN)/python -m build --wheel
+
 format: $(VENV)/dev ## mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis demo
