@@ -18,7 +18,7 @@ OUTSIDE = (
     *("benchmarks/README.md", "benchmarks/SCALING.md", "kernels/README.md"),
     "kernels/csrc/README.md",
 )
-"""Pages that are not under ``docs``; pictures of results come with them."""
+"""Pages that are not under ``docs``; pictures of results and the notebook come with them."""
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -33,8 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in list(files):
         if file.src_dir == config.docs_dir:
             files.remove(file)
-    pictures = [path.relative_to(ROOT) for path in sorted((ROOT / "benchmarks").rglob("*.png"))]
-    for path in (*pages(), *pictures):
+    others = [*(ROOT / "benchmarks").rglob("*.png"), *(ROOT / "examples").glob("*.ipynb")]
+    for path in (*pages(), *(path.relative_to(ROOT) for path in sorted(others))):
         files.append(File(str(path), str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
