@@ -51,7 +51,7 @@ wheel: $(VENV)/dev ## a wheel for every platform and the sdist, in ./dist
 	BLIP3O_FAST_CUDA=0 $(BIN)/python -m build
 
 wheel-cuda: $(VENV)/dev ## a wheel with the CUDA kernels, in ./dist; needs nvcc
-	BLIP3O_FAST_CUDA=1 $(BIN)/python -m build --wheel
+	BLIP3O_FAST_CUDA=1 $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 format: $(VENV)/dev ## mend what can be mended
 	$(BIN)/ruff check --fix .

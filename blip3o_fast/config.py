@@ -141,8 +141,9 @@ class DiTConfig:
     def preset(cls, size: Size, **overrides: Any) -> Self:
         """A published size, with some fields replaced.
 
-        >>> DiTConfig.preset("base").num_hidden_layers
-        12
+        Examples:
+            >>> DiTConfig.preset("base").num_hidden_layers
+            12
         """
         if size not in PRESETS:
             raise ValueError(f"size: expected one of {', '.join(PRESETS)}, got {size!r}")

@@ -17,6 +17,7 @@ from blip3o_fast.checkpoint import (
 )
 from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
 from blip3o_fast.model import DiT
+from blip3o_fast.model_card import write_card
 from blip3o_fast.sampling import PlanOptions, SamplingPlan
 from blip3o_fast.untrusted import reading
 
@@ -24,8 +25,9 @@ from blip3o_fast.untrusted import reading
 class BLIP3oDiT(DiT):
     """BLIP3-o DiT: EVA-CLIP tokens ``[B, N, E]`` to CLIP tokens ``[B, N, C]``.
 
-    >>> model = BLIP3oDiT(DiTConfig.preset("base"))
-    >>> clip = model.generate(eva_features=eva, num_inference_steps=50)
+    Examples:
+        >>> model = BLIP3oDiT(DiTConfig.preset("base"))
+        >>> clip = model.generate(eva_features=eva, num_inference_steps=50)
     """
 
     def generate(
@@ -85,11 +87,32 @@ class BLIP3oDiT(DiT):
             eva_features = eva_features[:, int(extra) :]
         return plan(eva_features, noise, generator, seeds, progress, callback)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` under the published parameter names."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        shards: str | Path | None = None,
+        report: str | Path | None = None,
+    ) -> None:
+        """Write ``config.json``, ``model.safetensors`` under the published parameter names, the
+        fitted solvers, and a model card, ``README.md``. A card of your own is kept.
+
+        Args:
+            folder: is made if need be.
+            shards: folder of the embeddings that the model was trained on; the card then names the
+                encoders and the data.
+            report: ``report.json`` of ``blip3o-fast evaluate``; the card then has its results,
+                beside those of the baselines.
+
+        Raises:
+            FileNotFoundError: if shards or report are not there.
+            ValueError: if they are damaged.
+        """
         save_checkpoint(folder, self.config, self.state_dict())
         if self.fitted:
             save_solvers(folder, self.fitted)
+        count = self.get_num_parameters()
+        write_card(folder, self.config, count, self.fitted, shards=shards, report=report)
 
     @classmethod
     def from_pretrained(
@@ -134,8 +157,24 @@ class BLIP3oDiT(DiT):
             model.fitted = load_solvers(checkpoint.folder)
         return model.to(device=device, dtype=dtype).eval()
 
-    def push_to_hub(self, repository: str, *, private: bool = True) -> str:
-        """Upload ``config.json`` and ``model.safetensors``; returns the address of the commit."""
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = True,
+        shards: str | Path | None = None,
+        report: str | Path | None = None,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes; returns the address of the commit.
+
+        Args:
+            repository: ``owner/name``, made if need be. Its card is replaced.
+            private: whether a new repository is.
+            shards, report: of ``save_pretrained``.
+
+        Raises:
+            ImportError: without huggingface_hub.
+        """
         try:
             from huggingface_hub import HfApi
         except ImportError:
@@ -147,7 +186,7 @@ class BLIP3oDiT(DiT):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, shards=shards, report=report)
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
 
 

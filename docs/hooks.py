@@ -52,4 +52,4 @@ def on_page_content(content: str, **_: object) -> str:
 def _mathml(match: re.Match[str]) -> str:
     display = "block" if match[1] == "div" else "inline"
     formula = convert(html.unescape(match[2]), display=display)
-    return f"<{match[1]}>{formula}</{match[1]}>"
+    return f'<{match[1]} class="formula">{formula}</{match[1]}>'

@@ -1,4 +1,4 @@
-"""Small shards of a learnable translation, and a model of their size."""
+"""Small shards of a learnable translation, a model of their size, and a report in short."""
 
 import torch
 
@@ -50,3 +50,18 @@ def small_config(**changes):
 def small_model(*, seed=0, **changes):
     torch.manual_seed(seed)
     return BLIP3oDiT(small_config(**changes)).eval()
+
+
+def small_report():
+    """``report.json`` with what a model card reads."""
+
+    def metrics(cosine):
+        interval = {"value": cosine, "low": cosine - 0.1, "high": cosine + 0.1}
+        names = dict.fromkeys(("token_cosine", "image_cosine", "r2"), interval)
+        return {**names, "samples": 7, "recall_generated_to_target": {"1": interval}}
+
+    return {
+        **{"format_version": 1, "mean_predictor": metrics(0.25), "ridge": metrics(0.5)},
+        "dit": [{"evaluations": 1, **metrics(0.75)}],
+        "fitted": [{"evaluations": 5, "solver_error": 0.01, **metrics(0.625)}],
+    }

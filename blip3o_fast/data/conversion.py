@@ -48,7 +48,8 @@ def convert(
 ) -> Outcome:
     """Convert and verify in one call; see ``open_sources`` for what ``source`` may be.
 
-    >>> convert(Path("coco_embeddings_consolidated.pkl"), Path("coco"))
+    Examples:
+        >>> convert(Path("coco_embeddings_consolidated.pkl"), Path("coco"))
     """
     plan = plan_conversion(open_sources(source), wishes or Wishes())
     outcome = write_planned(plan, folder, samples_per_shard=samples_per_shard)

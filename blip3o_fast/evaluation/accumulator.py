@@ -41,11 +41,12 @@ from blip3o_fast.evaluation.similarity import (
 class MetricAccumulator:
     """Collects batches of generated and target tokens, then summarises them.
 
-    >>> accumulator = MetricAccumulator(train_mean=torch.zeros(4, 8))
-    >>> x = torch.randn(3, 4, 8)
-    >>> accumulator.add(x, x, keys=["a", "b", "c"])
-    >>> round(accumulator.finish(bootstrap=0).token_cosine.value, 6)
-    1.0
+    Examples:
+        >>> accumulator = MetricAccumulator(train_mean=torch.zeros(4, 8))
+        >>> x = torch.randn(3, 4, 8)
+        >>> accumulator.add(x, x, keys=["a", "b", "c"])
+        >>> round(accumulator.finish(bootstrap=0).token_cosine.value, 6)
+        1.0
 
     Args:
         train_mean: mean of the training targets, ``[C]`` or ``[N, C]``, the CLS row included where

@@ -53,12 +53,12 @@ PYTHON = [
     if page not in FOLLOWED and any(block.language == "python" for block in blocks(page))
 ]
 COMMANDS = [
-    pytest.param(line.partition("  #")[0].strip(), id=f"{page}:{block.line + number}")
+    pytest.param(command.partition("  #")[0], id=f"{page}:{block.line}-{number}")
     for page in PAGES
     for block in blocks(page)
     if block.language == "bash"
-    for number, line in enumerate(block.text.splitlines())
-    if line.strip()
+    for number, command in enumerate(block.text.replace("\\\n", " ").splitlines(), 1)
+    if command.strip()
 ]
 
 

@@ -28,7 +28,7 @@ import torch
 from PIL import Image, features
 from published_files import coco_content, shard_content
 from safetensors.torch import save_file
-from small_data import small_model, write_shards
+from small_data import small_config, small_model, small_report, write_shards
 
 from blip3o_fast.atomic import file_sha256
 from blip3o_fast.benchmarking.record import read_record
@@ -41,6 +41,7 @@ from blip3o_fast.extraction.eva import EVAVisionConfig, EVAVisionTower
 from blip3o_fast.extraction.image_sources import coco_images, folder_images, webdataset_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels
 from blip3o_fast.flow import FittedSolver, load_solvers
+from blip3o_fast.model_card import write_card
 from blip3o_fast.pretrained import load_trained_model
 from blip3o_fast.processes import World
 from blip3o_fast.published import BLIP3oCLIPDiTConfig
@@ -348,6 +349,16 @@ def bench_record(folder: Path) -> Path:
     return folder / "bench.json"
 
 
+def card_results(folder: Path) -> Path:
+    path = folder / "report.json"
+    path.write_text(json.dumps(small_report()))
+    return path
+
+
+def write_card_of(folder: Path) -> None:
+    write_card(folder, small_config(), 1, {}, report=folder / "report.json")
+
+
 PARSERS = {
     "published_shard": Parser(published_shard, mutate.damage, convert),
     "coco_pickle": Parser(coco_pickle, mutate.damage, convert),
@@ -362,6 +373,7 @@ PARSERS = {
     "verified": Parser(verified, mutate.damage_json, verify),
     "config": Parser(model("config.json"), mutate.damage_json, load_trained_model),
     "weights": Parser(model("model.safetensors"), mutate.damage_safetensors, load_trained_model),
+    "card_results": Parser(card_results, mutate.damage_json, write_card_of),
     "solver": Parser(model("solver.json"), mutate.damage_json, load_solvers),
     "marker": Parser(marker, mutate.damage_json, read_marked),
     "pointer": Parser(pointer, mutate.damage, load_trained_model),
