@@ -33,7 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in list(files):
         if file.src_dir == config.docs_dir:
             files.remove(file)
-    others = [*(ROOT / "benchmarks").rglob("*.png"), *(ROOT / "examples").glob("*.ipynb")]
+    kinds = ("benchmarks/**/*.png", "examples/*.ipynb", "docs/*.css")
+    others = [path for kind in kinds for path in ROOT.glob(kind)]
     for path in (*pages(), *(path.relative_to(ROOT) for path in sorted(others))):
         files.append(File(str(path), str(ROOT), config.site_dir, config.use_directory_urls))
     return files

@@ -97,6 +97,14 @@ def test_pages_have_blocks():
         assert {block.language for block in blocks(page)} <= {"python", "bash", ""}, page
 
 
+def test_readme_is_short_and_names_every_extra():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = set(re.findall(r"`([\w-]+)`", text.partition("| extra")[2].partition("\n\n")[0]))
+    assert project["optional-dependencies"].keys() - {"images", "test", "dev"} == named
+
+
 @pytest.mark.parametrize("page", PYTHON)
 def test_python_runs(page, given, monkeypatch):
     features = importlib.import_module("blip3o_fast.extraction.features")

@@ -25,7 +25,8 @@ def site(tmp_path_factory):
 def test_pages_lie_where_their_sources_do(site):
     for page in ("index", "CONTRIBUTING", "docs/guides/translate", "benchmarks/index"):
         assert (site / f"{page}.html").is_file(), page
-    assert (site / "benchmarks/results/demo.png").is_file()
+    for file in ("benchmarks/results/demo.png", "docs/site.css", "examples/translate.ipynb"):
+        assert (site / file).is_file(), file
 
 
 def test_no_page_needs_a_network(site):
