@@ -101,7 +101,7 @@ def test_readme_is_short_and_names_every_extra():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = set(re.findall(r"`([\w-]+)`", text.partition("| extra")[2].partition("\n\n")[0]))
+    named = set(re.findall(r"`(\w[\w-]*)`", text.partition("| extra")[2].partition("\n\n")[0]))
     assert project["optional-dependencies"].keys() - {"images", "test", "dev"} == named
 
 
