@@ -194,10 +194,9 @@ class Layer(nn.Module):
 class EVAVisionTower(nn.Module):
     """EVA-CLIP's vision tower, without ``post_layernorm`` and projection.
 
-    Examples:
-        >>> tower = EVAVisionTower.from_pretrained("EVA-CLIP-8B", dtype=torch.float16, device="cuda")
-        >>> tower(pixel_values).shape
-        torch.Size([8, 257, 4096])
+    >>> tower = EVAVisionTower.from_pretrained("EVA-CLIP-8B", dtype=torch.float16, device="cuda")
+    >>> tower(pixel_values).shape
+    torch.Size([8, 257, 4096])
     """
 
     def __init__(self, config: EVAVisionConfig) -> None:
