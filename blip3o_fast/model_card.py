@@ -33,19 +33,17 @@ clip = model.generate(eva, num_inference_steps=1, use_heun=False)  # {eva} -> {c
 _UNKNOWN = "not recorded"
 
 
-def write_card(
-    folder: str | Path,
+def make_card(
     config: DiTConfig,
     parameters: int,
     solvers: Mapping[int, FittedSolver],
     *,
     shards: str | Path | None = None,
     report: str | Path | None = None,
-) -> None:
-    """Write the card, unless somebody else's is there.
+) -> str:
+    """The text of a card.
 
     Args:
-        folder: of the model.
         config: of the model.
         parameters: how many it has.
         solvers: fitted to it, by number of evaluations.
@@ -56,9 +54,6 @@ def write_card(
         FileNotFoundError: if there is no manifest, or no report.
         ValueError: if one of them is not what its name says.
     """
-    path = Path(folder) / CARD_NAME
-    if path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        return
     manifest = None if shards is None else Manifest.load(shards)
     results = None if report is None else _read_results(Path(report))
     parts = [
@@ -76,7 +71,14 @@ def write_card(
         "## Fitted solvers",
         _solvers(solvers),
     ]
-    write_atomically(path, ("\n\n".join(parts) + "\n").encode())
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(folder: str | Path, card: str) -> None:
+    """Write the card beside a model, unless somebody else's is there."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file() or _MARK in path.read_text(encoding="utf-8", errors="replace"):
+        write_atomically(path, card.encode())
 
 
 def _facts(

@@ -17,7 +17,7 @@ from blip3o_fast.checkpoint import (
 )
 from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
 from blip3o_fast.model import DiT
-from blip3o_fast.model_card import write_card
+from blip3o_fast.model_card import make_card, write_card
 from blip3o_fast.sampling import PlanOptions, SamplingPlan
 from blip3o_fast.untrusted import reading
 
@@ -106,13 +106,14 @@ class BLIP3oDiT(DiT):
 
         Raises:
             FileNotFoundError: if shards or report are not there.
-            ValueError: if they are damaged.
+            ValueError: if they are damaged. Nothing is written then.
         """
+        count = self.get_num_parameters()
+        card = make_card(self.config, count, self.fitted, shards=shards, report=report)
         save_checkpoint(folder, self.config, self.state_dict())
         if self.fitted:
             save_solvers(folder, self.fitted)
-        count = self.get_num_parameters()
-        write_card(folder, self.config, count, self.fitted, shards=shards, report=report)
+        write_card(folder, card)
 
     @classmethod
     def from_pretrained(

@@ -27,6 +27,9 @@ SMALL = {
 }
 
 
+SAVED = ["README.md", "config.json", "model.safetensors"]
+
+
 def small(**fields):
     torch.manual_seed(0)
     return BLIP3oDiT(DiTConfig(**{**SMALL, **fields})).eval()
@@ -71,7 +74,7 @@ def test_round_trip(tmp_path, dtype, fields):
 
 def test_saving_leaves_nothing_else_behind(tmp_path):
     small().save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == SAVED
 
 
 def test_a_failed_save_keeps_the_previous_model(tmp_path, monkeypatch):
@@ -86,7 +89,7 @@ def test_a_failed_save_keeps_the_previous_model(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         small(initializer_range=0.1).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == SAVED
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_what_is_named_must_be_there(tmp_path):
     (tmp_path / "report.json").write_text('{"dit": []}')
     with pytest.raises(ValueError, match=r"report\.json: expected the report\.json of an eval"):
         small_model().save_pretrained(tmp_path / "c", report=tmp_path / "report.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "nothing was written"
 
 
 def test_push_to_hub_sends_the_card(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ from blip3o_fast.extraction.eva import EVAVisionConfig, EVAVisionTower
 from blip3o_fast.extraction.image_sources import coco_images, folder_images, webdataset_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels
 from blip3o_fast.flow import FittedSolver, load_solvers
-from blip3o_fast.model_card import write_card
+from blip3o_fast.model_card import make_card
 from blip3o_fast.pretrained import load_trained_model
 from blip3o_fast.processes import World
 from blip3o_fast.published import BLIP3oCLIPDiTConfig
@@ -355,8 +355,8 @@ def card_results(folder: Path) -> Path:
     return path
 
 
-def write_card_of(folder: Path) -> None:
-    write_card(folder, small_config(), 1, {}, report=folder / "report.json")
+def card_of(folder: Path) -> None:
+    make_card(small_config(), 1, {}, report=folder / "report.json")
 
 
 PARSERS = {
@@ -373,7 +373,7 @@ PARSERS = {
     "verified": Parser(verified, mutate.damage_json, verify),
     "config": Parser(model("config.json"), mutate.damage_json, load_trained_model),
     "weights": Parser(model("model.safetensors"), mutate.damage_safetensors, load_trained_model),
-    "card_results": Parser(card_results, mutate.damage_json, write_card_of),
+    "card_results": Parser(card_results, mutate.damage_json, card_of),
     "solver": Parser(model("solver.json"), mutate.damage_json, load_solvers),
     "marker": Parser(marker, mutate.damage_json, read_marked),
     "pointer": Parser(pointer, mutate.damage, load_trained_model),
