@@ -185,7 +185,7 @@ def sampling(result: Result) -> Iterator[str]:
     fit = content["fit"]
     yield (
         f"Base with {content['layers']} blocks and random weights, {content['batch']} samples, "
-        f"medians of {content['rounds']} turns; errors are relative, of the final state, to the "
+        f"medians of {content['rounds']} turn{'s' * (content['rounds'] != 1)}; errors are relative, of the final state, to the "
         f"first line. Fitting the solver to {fit['conditions']} conditions took "
         f"{time(fit['seconds'])} and {number(fit['bytes'], 'B')} more memory."
     )

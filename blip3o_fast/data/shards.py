@@ -25,7 +25,6 @@ from blip3o_fast.devices import DTYPES
 
 __all__ = ["SampleRecord", "Shard", "ShardWriter"]
 
-
 _NUMBERED = re.compile(r"(shard_(?:[A-Za-z][A-Za-z0-9]*_)?)(\d+)\.safetensors")
 
 
@@ -226,9 +225,7 @@ class ShardWriter:
             self.done.update(record.key for record in records)
             self.entries.append(entry)
             self.digests.update((r.key, r.digest) for r in records if r.digest)
-            match = re.fullmatch(
-                r"(shard_(?:[A-Za-z][A-Za-z0-9]*_)?)(\d+)\.safetensors", entry.file
-            )
+            match = _NUMBERED.fullmatch(entry.file)
             if match:
                 beyond = int(match[2]) + 1
                 self._numbers[match[1]] = max(self._numbers.get(match[1], 0), beyond)
