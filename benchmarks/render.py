@@ -25,7 +25,7 @@ SPEED, FITTED, ZERO_TIME, CONVENTIONS, EVERYTHING = (
 )
 END = "<!-- /results -->"
 BLOCKS: dict[str, dict[str, tuple[Kind, ...]]] = {
-    "README.md": {SPEED: ("bench", "published", "sampling")},
+    "README.md": {SPEED: ("bench", "sampling")},
     "docs/solvers.md": {FITTED: ("fitted",), ZERO_TIME: ("zero_time",)},
     "docs/published.md": {CONVENTIONS: ("conventions",)},
 }

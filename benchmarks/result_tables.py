@@ -48,7 +48,7 @@ def headline(result: Result, folder: Path) -> str:
         return f"{where(result)}\n\n" + "\n\n".join(
             errors_of_solvers(model) for model in result.content["models"]
         )
-    if result.kind in ("published", "sampling", "conventions", "zero_time"):
+    if result.kind in ("sampling", "conventions", "zero_time"):
         return "\n\n".join(
             (where(result), *SECTIONS[result.kind](result), pictures(result, folder))
         ).rstrip()
