@@ -1,7 +1,7 @@
 """Command lines made of dataclasses: a flag for every field.
 
 A field's name is its flag and its annotation says what the flag takes. The help is the text of the
-docstring's ``Attributes``, with the default.
+docstring's ``Attributes``, with the default, in the groups of the docstring.
 """
 
 import argparse
@@ -9,7 +9,8 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from blip3o_fast.checked import alternatives, annotations, base_type, is_required
@@ -29,15 +30,41 @@ class Flag(NamedTuple):
     one_of: str | None = None
 
 
-def help_texts(cls: type) -> dict[str, str]:
-    """What each field means, from the ``Attributes`` of the docstring, without the full stop."""
-    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-    section, _, _ = section.partition("\n\n")
-    texts: dict[str, str] = {}
-    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):
-        for name in names.split(", "):
-            texts[name] = " ".join(text.split()).removesuffix(".")
-    return texts
+class Help(argparse.HelpFormatter):
+    """Help whose usage names what is required; the rest is ``[options]``."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        """Add the usage without the options that may be left out."""
+        actions, groups = list(actions), [group for group in groups if group.required]
+        chosen = {id(action) for group in groups for action in group._group_actions}
+        kept = [a for a in actions if a.required or not a.option_strings or id(a) in chosen]
+        if len(kept) < len(actions):
+            kept.append(argparse.Action([], "options", metavar="[options]"))
+        super().add_usage(usage, kept, groups, prefix)
+
+
+def help_texts(cls: type) -> dict[str, dict[str, str]]:
+    """What each field means, by the title of its group, without the full stop.
+
+    The groups are the docstring's sections ``Attributes:``, which may have a title behind the
+    colon.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for section in inspect.cleandoc(cls.__doc__ or "").split("\n\n"):
+        head, _, body = section.partition("\n")
+        if not head.startswith("Attributes:"):
+            continue
+        texts = groups.setdefault(head.removeprefix("Attributes:").strip(), {})
+        for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {5,}.+)*)", body, re.MULTILINE):
+            for name in names.split(", "):
+                texts[name] = " ".join(text.split()).removesuffix(".")
+    return groups
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: Any, *, partial: bool = False) -> None:
@@ -46,31 +73,39 @@ def add_flags(parser: argparse.ArgumentParser, cls: Any, *, partial: bool = Fals
     Args:
         parser: where to.
         cls: its fields' names are the flags.
-        partial: no flag is required, for values that may come from elsewhere too.
+        partial: no flag is required by the parser, for values that may come from elsewhere too.
     """
-    texts = help_texts(cls)
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        flag = next((x for x in annotations(field.type) if isinstance(x, Flag)), Flag())
-        options = _reader(field.type)
-        text = texts.get(field.name, "").replace("%", "%%")
-        if not flag.positional:
-            text += " (required)" if is_required(field) else f" (default: {_shown(field)})"
-        if flag.metavar is not None:
-            options["metavar"] = flag.metavar
-        names = [f"--{field.name}"]
-        if options.get("action") is Switch:
-            names.append(f"--no_{field.name}")
-        if flag.positional:
-            names = [field.name]
-        elif is_required(field) and not partial:
-            options["required"] = True
-        target: Any = parser
-        if flag.one_of is not None:
-            if flag.one_of not in groups:
-                groups[flag.one_of] = parser.add_mutually_exclusive_group(required=True)
-            target = groups[flag.one_of]
-        target.add_argument(*names, default=argparse.SUPPRESS, help=text, **options)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    choices: dict[str, Any] = {}
+    for title, texts in help_texts(cls).items():
+        group = parser.add_argument_group(title) if title else parser
+        for name, text in texts.items():
+            _add_flag(group, fields.pop(name), text, choices, partial)
+    for field in fields.values():
+        _add_flag(parser, field, "", choices, partial)
+
+
+def _add_flag(
+    group: Any, field: "dataclasses.Field[Any]", text: str, choices: dict[str, Any], partial: bool
+) -> None:
+    flag = next((x for x in annotations(field.type) if isinstance(x, Flag)), Flag())
+    options = _reader(field)
+    if flag.metavar is not None:
+        options["metavar"] = flag.metavar
+    names = [f"--{field.name}"]
+    if options.get("action") is Switch:
+        names.append(f"--no_{field.name}")
+    if flag.positional:
+        names = [field.name]
+        options["metavar"] = flag.metavar or field.name.upper()
+    elif is_required(field) and not partial:
+        options["required"] = True
+    if flag.one_of is not None:
+        if flag.one_of not in choices:
+            choices[flag.one_of] = group.add_mutually_exclusive_group(required=True)
+        group = choices[flag.one_of]
+    text = _with_default(text, field, flag).replace("%", "%%")
+    group.add_argument(*names, default=argparse.SUPPRESS, help=text, **options)
 
 
 def given(cls: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -102,23 +137,46 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
-def _shown(field: "dataclasses.Field[Any]") -> Any:
-    """A default as the help shows it."""
-    return list(field.default) if isinstance(field.default, tuple) else field.default
+def _with_default(text: str, field: "dataclasses.Field[Any]", flag: Flag) -> str:
+    """The help of a field: what the docstring says of None is the default's meaning."""
+    if flag.positional or flag.one_of:
+        return text
+    if is_required(field):
+        return f"{text} (required)".strip()
+    if field.default is None:
+        text, _, meaning = text.partition("; None: ")
+        return f"{text} (default: {meaning})" if meaning else text
+    shown = field.default
+    if isinstance(shown, bool):
+        shown = "on" if shown else "off"
+    elif isinstance(shown, tuple):
+        shown = " ".join(map(str, shown))
+    return f"{text} (default: {shown})".strip()
 
 
-def _reader(kind: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type."""
-    members = [base_type(m) for m in alternatives(kind) if m is not types.NoneType]
+def _reader(field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    """How argparse reads a value of this field, and what stands for it in the help."""
+    members = [base_type(m) for m in alternatives(field.type) if m is not types.NoneType]
     words = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
     if bool in members:
         return {"action": Switch}
+    if words and len(members) == 1:
+        return {"choices": words}
     if words:
-        return {"choices": words} if len(members) == 1 else {"type": _number_or(words)}
-    if get_origin(members[0]) is tuple:
-        inner = get_args(members[0])
-        return {"type": base_type(inner[0]), "nargs": "+" if inner[-1] is Ellipsis else len(inner)}
-    return {"type": members[0]}
+        return {"type": _number_or(words), "metavar": "|".join([_PLACE[float], *words])}
+    kind = members[0]
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        count = "+" if inner[-1] is Ellipsis else len(inner)
+        kind = base_type(inner[0])
+        return {"type": kind, "metavar": _PLACE[kind], "nargs": count}
+    ending = field.name.rpartition("_")[2]
+    place = ending.upper() if ending in ("dir", "path", "file") else _PLACE[kind]
+    return {"type": kind, "metavar": place}
+
+
+_PLACE = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+"""What stands for a value of a type in the help."""
 
 
 def _number_or(words: Sequence[str]) -> Callable[[str], float | str]:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from blip3o_fast.installation import install
+
 PREFIX = "hf:"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _log = logging.getLogger(__name__)
@@ -51,6 +53,6 @@ def download(name: str, revision: str | None, patterns: Sequence[str], extra: st
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ImportError(
-            f"{PREFIX}{name}: the hub needs huggingface_hub: pip install 'blip3o-fast[{extra}]'"
+            f"{PREFIX}{name}: the hub needs huggingface_hub: {install(extra)}"
         ) from None
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))

@@ -16,6 +16,7 @@ from blip3o_fast.checkpoint import (
     save_checkpoint,
 )
 from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
+from blip3o_fast.installation import install
 from blip3o_fast.model import DiT
 from blip3o_fast.model_card import make_card, write_card
 from blip3o_fast.sampling import PlanOptions, SamplingPlan
@@ -179,9 +180,7 @@ class BLIP3oDiT(DiT):
         try:
             from huggingface_hub import HfApi
         except ImportError:
-            raise ImportError(
-                "push_to_hub needs huggingface_hub: pip install 'blip3o-fast[hub]'"
-            ) from None
+            raise ImportError(f"push_to_hub needs huggingface_hub: {install('hub')}") from None
         from tempfile import TemporaryDirectory
 
         api = HfApi()

@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from blip3o_fast.atomic import locked
 from blip3o_fast.checked import Count, check
@@ -39,6 +38,7 @@ from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.hub import typed
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.processes import World, join_world
+from blip3o_fast.progress import Progress
 from blip3o_fast.sampling import SamplingPlan
 from blip3o_fast.seeds import sample_seed
 from blip3o_fast.signals import StopSignals
@@ -58,22 +58,30 @@ class TranslationOptions:
         embeddings_dir: folder of shards with EVA embeddings.
         output_dir: folder for the CLIP shards; continued if unfinished.
         split: side to translate.
+
+    Attributes: Model
+        revision: commit, tag or branch of a repository of the hub.
+        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
+        dtype: element type of weights and activations; fp8: most matrix products in e4m3, less
+            exact, on GPUs that have it; None: as stored.
+
+    Attributes: Sampling
         num_inference_steps: solver steps; a single euler step gives the conditional mean.
         solver: solver of the ODE; heun and midpoint call the network twice per step.
         guidance_scale: weight of the condition over the empty condition; 1: no guidance.
         time_grid: times of the solver's steps; None: those of the model's conventions.
         seed: decides the noise of a sample together with its key.
+
+    Attributes: Execution
         batch_size: samples that a process translates at once.
-        samples_per_shard: rows of a full shard.
-        dtype: element type of weights and activations; fp8: most matrix products in e4m3, less
-            exact, on GPUs that have it; None: as stored.
-        store_dtype: element type of the shards.
-        revision: commit, tag or branch of a repository of the hub.
-        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
         device: device to run on; auto: cuda if there is a GPU.
         graph: replay steps as CUDA graphs; None: only on CUDA.
         compile: apply torch.compile to each call of the network.
         progress: show a bar with samples/s and time left.
+
+    Attributes: Output
+        store_dtype: element type of the shards.
+        samples_per_shard: rows of a full shard.
 
     Raises:
         OptionError: naming the option, what was expected and what came.
@@ -250,9 +258,9 @@ def translate_share(
         world.barrier()  # nobody writes before everybody has seen what is missing
         mine = missing[world.rank :: world.size].copy()
         del missing
-        silent = not (options.progress and world.is_main)
+        shown = options.progress and world.is_main
         with (
-            tqdm(total=len(mine), desc="generate", unit="sample", disable=silent) as bar,
+            Progress("generate", len(mine), "sample", enabled=shown) as bar,
             BatchReader(data, options.batch_size, device=device, records=True) as reader,
             BackgroundWriter(writer) as background,
         ):

@@ -18,7 +18,7 @@ from blip3o_fast.checked import (
     describe,
     from_json,
 )
-from blip3o_fast.flags import Flag, add_flags, given, help_texts
+from blip3o_fast.flags import Flag, Help, add_flags, given, help_texts
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Order:
     Attributes:
         where: a folder; 100 % of it is
             used.
+
+    Attributes: Size
         width, height: pixels.
 
     Raises:
@@ -153,9 +155,8 @@ def test_names_without_a_near_one_list_the_known():
 
 def test_help_comes_from_the_docstring():
     assert help_texts(Order) == {
-        "where": "a folder; 100 % of it is used",
-        "width": "pixels",
-        "height": "pixels",
+        "": {"where": "a folder; 100 % of it is used"},
+        "Size": {"width": "pixels", "height": "pixels"},
     }
     assert help_texts(Undocumented) == {}
 
@@ -177,7 +178,10 @@ class Flags:
 
     Attributes:
         where: a folder; 100 % of it is used.
+
+    Attributes: Speed
         rate: of something.
+        kind: of something else; None: either.
     """
 
     where: Annotated[Path, Flag(positional=True)]
@@ -214,7 +218,7 @@ def test_what_is_typed_is_given_and_nothing_else():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--name n --first 1", "required: where"),
+        ("--name n --first 1", "required: WHERE"),
         ("x --first 1", "required: --name"),
         ("x --name n", "one of the arguments --first --last is required"),
         ("x --name n --first 1 --last 2", "not allowed with argument --first"),
@@ -233,18 +237,30 @@ def test_help_shows_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     out = " ".join(capsys.readouterr().out.split())
-    assert "where a folder; 100 % of it is used" in out
-    assert "--rate RATE of something (default: 1.0)" in out
-    assert "--even, --no_even (default: True)" in out
-    assert "--grid D H W" in out and "--counts COUNTS [COUNTS ...]" in out
-    assert "(default: [1, 2])" in out and "(--first A | --last Z)" in out
+    assert "WHERE a folder; 100 % of it is used" in out
+    assert "--rate X|auto of something (default: 1.0)" in out
+    assert "--kind {a,b} of something else (default: either)" in out
+    assert "--even, --no_even (default: on)" in out
+    assert "--grid D H W" in out and "--counts N [N ...] (default: 1 2)" in out
+    assert out.index("WHERE a folder") < out.index("Speed: --rate") < out.index("--kind {a,b} of")
+
+
+def test_the_usage_names_what_is_required():
+    parser = argparse.ArgumentParser(prog="run", formatter_class=Help)
+    add_flags(parser, Flags)
+    assert parser.format_usage() == (
+        "usage: run --name TEXT (--first A | --last Z) WHERE [options]\n"
+    )
+    assert argparse.ArgumentParser(
+        prog="run", add_help=False, formatter_class=Help
+    ).format_usage() == ("usage: run\n")
 
 
 def test_a_partial_command_line_requires_nothing(capsys):
     parser = argparse.ArgumentParser()
     add_flags(parser, Inner, partial=True)
     assert given(Inner, parser.parse_args([])) == {}
-    assert "--name NAME    (required)\n" in parser.format_help()
+    assert "--name TEXT  (required)\n" in parser.format_help()
 
 
 @pytest.mark.parametrize(

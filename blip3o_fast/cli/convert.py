@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tqdm import tqdm
-
 from blip3o_fast.checked import Count, Share, check
 from blip3o_fast.data.conversion import (
     Outcome,
@@ -24,6 +22,7 @@ from blip3o_fast.data.conversion_plan import ConversionPlan, Wishes, open_source
 from blip3o_fast.devices import DtypeName
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flags import Flag, add_flags, given
+from blip3o_fast.progress import Progress
 from blip3o_fast.untrusted import one_line
 
 _GIB = 1 << 30
@@ -39,17 +38,21 @@ class ConvertOptions:
             (*.pkl), of tars (KEY.eva.npy, KEY.clip.npy, KEY.txt), or with eva.npy and clip.npy.
         dest: folder for the shards; one left unfinished is continued.
         dry_run: show what would be written, and stop.
+
+    Attributes: Source
+        training_mode: which of a folder's published shards to take; None: those that are there.
+        max_shards: take the first so many files; None: all.
+        skip_bad_rows: leave out rows with NaN or Inf, and list them.
+        eva_encoder: name of the EVA tower; None: as the source says.
+        clip_encoder: name of the CLIP tower; None: as the source says.
+
+    Attributes: Shards
         dtype: element type of the shards; None: the source's, so that nothing is lost.
         samples_per_shard: rows of a full shard.
         tokens: tokens per sample; one less than the source's drops the CLS token, one more puts the
             mean of the tokens in its place; None: as they are.
         grid: patches along each axis; None: assume a square.
-        training_mode: which of a folder's published shards to take; None: those that are there.
-        max_shards: take the first so many files; None: all.
         heldout_fraction: share of the photos, 0 to 1, that the manifest holds out of training.
-        eva_encoder: name of the EVA tower; None: as the source says.
-        clip_encoder: name of the CLIP tower; None: as the source says.
-        skip_bad_rows: leave out rows with NaN or Inf, and list them.
         verify_rows: rows compared with the source afterwards.
 
     Raises:
@@ -107,8 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if options.dry_run:
         print("dry run: nothing was written")
         return 0
-    # disable=None: no bar where there is no terminal.
-    with tqdm(total=plan.count, desc="convert", unit="sample", disable=None) as bar:
+    with Progress("convert", plan.count, "sample") as bar:
         outcome = write_planned(
             plan,
             options.dest,

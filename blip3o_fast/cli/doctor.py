@@ -13,6 +13,7 @@ import torch
 
 import blip3o_fast
 from blip3o_fast import ops
+from blip3o_fast.installation import install
 
 REASONS = {
     ops.Impl.REFERENCE: "the specification in PyTorch",
@@ -104,7 +105,7 @@ def op_choices(device: str) -> list[Choice]:
         if impl is ops.Impl.REFERENCE and not op.triton:
             runs, why = "several ops", UNMEASURED
         elif impl is ops.Impl.REFERENCE and device == "cuda":
-            why = "Triton is not installed: pip install 'blip3o-fast[triton]'"
+            why = f"Triton is not installed: {install('triton')}"
         rows.append(Choice(op.name, device, runs, why))
     q = torch.empty(1, 256, 12, 64, device=device, dtype=torch.bfloat16)
     k = torch.empty(1, 256, 4, 64, device=device, dtype=torch.bfloat16)
@@ -122,7 +123,7 @@ def find_packages() -> dict[str, str]:
         try:
             found[name] = f"{importlib.metadata.version(name)} ({purpose})"
         except importlib.metadata.PackageNotFoundError:
-            how = f"pip install 'blip3o-fast[{extra}]'" if extra else f"pip install {name}"
+            how = install(extra) if extra else f"pip install {name}"
             found[name] = f"absent: not installed; for {purpose}: {how}"
     return found
 

@@ -33,27 +33,35 @@ class EvaluateOptions:
         model_path: checkpoint folder, training run, .pt file, or hf:owner/name on the hub.
         coco_embeddings_file: published COCO pickle, converted to shards on first use.
         embeddings_dir: folder of paired shards to evaluate on.
-        chunked_embeddings_dir: training shards, which the baselines are fitted on.
-        regression_path: checkpoint of the same network trained with zero_time_fraction 1, one more
-            baseline; None: none.
         output_dir: folder for the report.
-        max_samples: evaluate at most so many samples; None: all.
-        batch_size: samples translated at once.
-        num_inference_steps: largest number of solver steps.
-        use_heun: solve with Heun's method; off: Euler's.
-        evaluations: numbers of calls of the network to measure with; None: 1 2 4 10 25 and those of
-            num_inference_steps.
-        training_mode: expected token layout; None: the model's.
-        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
-        time_grid: times of the solver's steps; None: those of the model's conventions.
-        heldout_fraction: share of photos evaluated; None: the manifest's.
-        max_training_samples: most training samples that the baselines are fitted on.
+        plots: draw the pictures (needs matplotlib).
+
+    Attributes: Model
         revision: commit, tag or branch of a repository of the hub.
         num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
-        seed: decides the noise of a sample together with its key.
+        training_mode: expected token layout; None: the model's.
         dtype: element type of the model; None: as stored.
         device: device to run on; auto: cuda if there is a GPU.
-        plots: draw the pictures (needs matplotlib).
+
+    Attributes: Baselines
+        chunked_embeddings_dir: training shards, which the baselines are fitted on.
+        max_training_samples: most training samples that the baselines are fitted on.
+        regression_path: checkpoint of the same network trained with zero_time_fraction 1, one more
+            baseline; None: none.
+
+    Attributes: Samples
+        max_samples: evaluate at most so many samples; None: all.
+        heldout_fraction: share of photos evaluated; None: the manifest's.
+        batch_size: samples translated at once.
+
+    Attributes: Sampling
+        evaluations: numbers of calls of the network to measure with; None: 1 2 4 10 25 and those of
+            num_inference_steps.
+        num_inference_steps: largest number of solver steps.
+        use_heun: solve with Heun's method; off: Euler's.
+        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
+        time_grid: times of the solver's steps; None: those of the model's conventions.
+        seed: decides the noise of a sample together with its key.
 
     Raises:
         OptionError: naming the option, what was expected and what came.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from blip3o_fast import __version__
 from blip3o_fast.checked import question
 from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import Help
 from blip3o_fast.untrusted import one_line
 
 COMMANDS = {
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
         )
         if name == chosen:
             module = importlib.import_module(f"blip3o_fast.cli.{name.replace('-', '_')}")

@@ -9,8 +9,9 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
-from blip3o_fast.flags import add_flags, given
+from blip3o_fast.flags import Flag, add_flags, given
 from blip3o_fast.processes import World
 from blip3o_fast.training import TrainingInterrupted, TrainingOptions, train
 from blip3o_fast.training.options import read_options_file
@@ -27,7 +28,7 @@ class TrainFlags:
         dry_run: check everything, print the plan, and stop.
     """
 
-    config: str | None = None
+    config: Annotated[str | None, Flag("FILE")] = None
     print_config: bool = False
     dry_run: bool = False
 

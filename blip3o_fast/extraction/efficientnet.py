@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast.atomic import file_sha256
+from blip3o_fast.installation import install
 
 BATCH_NORM_EPS = 1e-3
 STRIDE = 16
@@ -228,9 +229,7 @@ def weights_file(variant: str) -> Path:
         file = Path(folder) / "models" / VARIANTS[variant].file
         if file.is_file():
             return file
-    raise ImportError(
-        f"the {variant} encoder needs the package {package}; install blip3o-fast[demo]"
-    )
+    raise ImportError(f"the {variant} encoder needs the package {package}: {install('demo')}")
 
 
 def load_efficientnet(variant: str) -> EfficientNetLite:

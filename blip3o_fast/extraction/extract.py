@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from blip3o_fast.atomic import locked, remove_leftovers, write_atomically
 from blip3o_fast.claims import CLAIMS_FILE, Claims
 from blip3o_fast.data.manifest import Manifest
@@ -30,6 +28,7 @@ from blip3o_fast.extraction.images import pillow
 from blip3o_fast.extraction.lots import Images, Lot, Lots, Skipped
 from blip3o_fast.extraction.pipeline import Known, encode_lots
 from blip3o_fast.extraction.views import ExtractionSettings, open_view
+from blip3o_fast.progress import Progress
 
 __all__ = [
     "Extracted",
@@ -93,7 +92,7 @@ def extract(
         run = _Run(lots, towers, folder, settings, facts, None, resume=resume)
         # Nobody else is here: whoever wrote these was killed.
         remove_leftovers(folder, "*")
-        with tqdm(desc="extract", total=lots.samples, unit="sample", disable=not progress) as bar:
+        with Progress("extract", lots.samples, enabled=progress) as bar:
             run.work(bar.update, stop)
         (folder / CLAIMS_FILE).unlink(missing_ok=True)
         return run.finish()
@@ -135,7 +134,7 @@ def extract_share(
     with (
         locked(folder, shared=True),
         Claims(folder, lots.digest()) as claims,
-        tqdm(desc="extract", unit="sample", disable=not progress) as bar,
+        Progress("extract", enabled=progress) as bar,
     ):
         run = _Run(lots, towers, folder, settings, facts, claims, resume=True)
         while True:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_fast.installation import install
 from blip3o_fast.untrusted import reason
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ImportError(
-            "reading images needs Pillow: pip install 'blip3o-fast[images]'"
-        ) from None
+        raise ImportError(f"reading images needs Pillow: {install('images')}") from None
     return Image
 
 

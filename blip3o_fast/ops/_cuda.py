@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blip3o_fast.installation import install
+
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARY = _PACKAGE / "_C.so"
 _RECORD = _PACKAGE / "_build_info.json"
@@ -16,7 +18,7 @@ _CHOICES = Path(__file__).with_name("cuda_choices.json")
 WIDEST_NORM = 3072
 """The widest row of ``sandwich_norm`` and ``sandwich_join``: ``BLIP3O_MAX_WIDTH`` of blip3o.h."""
 
-_INSTALL = "BLIP3O_FAST_CUDA=1 pip install . builds it"
+_INSTALL = f"BLIP3O_FAST_CUDA=1 {install()} builds it"
 
 
 @dataclass(frozen=True)

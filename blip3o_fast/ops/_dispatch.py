@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from blip3o_fast.installation import install
 from blip3o_fast.ops import _cuda
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _triton_refusal(op: "Op", x: Tensor) -> str | None:
     if not op.triton:
         return "this op has no Triton kernel; pass impl=None"
     if not _TRITON_INSTALLED:
-        return "Triton is not installed; install blip3o-fast[triton] or pass impl=Impl.REFERENCE"
+        return f"Triton is not installed: {install('triton')}; or pass impl=Impl.REFERENCE"
     if not x.is_cuda and not interpreting():
         return (
             "Triton needs a CUDA tensor, or TRITON_INTERPRET=1 set before Python starts; pass "

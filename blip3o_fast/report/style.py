@@ -6,6 +6,8 @@ A page cannot recolour a picture when the reader's screen is dark, so there are 
 import io
 from typing import TYPE_CHECKING, NamedTuple
 
+from blip3o_fast.installation import install
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -57,8 +59,8 @@ def require_plots() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "plots: expected matplotlib, which is not installed; pip install blip3o-fast[plots], "
-            "or turn plots off"
+            f"plots: expected matplotlib, which is not installed: {install('plots')}; or turn "
+            "plots off (--no_plots)"
         ) from error
 
 

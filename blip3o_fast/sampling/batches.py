@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blip3o_fast.config import DiTConfig
 from blip3o_fast.flow import Callback, Trajectory
 from blip3o_fast.pieces import even_slices
+from blip3o_fast.progress import Progress
 from blip3o_fast.sampling.graph import GraphRun
 
 CPU_WORKING_MEMORY = 1 << 30
@@ -127,12 +127,12 @@ def walk(
     """
     done = reported = 0
     steps = sum(ends_step)
-    with tqdm(desc="sampling", unit="step", disable=not progress) as bar:
+    with Progress("sampling", unit="step", enabled=progress) as bar:
         while done < batch:
             parts = even_slices(done, batch, limit)
             group = parts if callback is not None else parts[:1]
-            bar.total = bar.n + steps * (1 if callback is not None else len(parts))
-            before = bar.n
+            bar.total = bar.done + steps * (1 if callback is not None else len(parts))
+            before = bar.done
             try:
                 runs = [start(part, len(group) > 1) for part in group]
                 step = 0
@@ -159,6 +159,6 @@ def walk(
             # Outside the handler, so that the traceback no longer holds the failed tensors.
             runs = []
             limit = (min(limit, max(p.stop - p.start for p in group)) + 1) // 2
-            bar.update(before - bar.n)
+            bar.update(before - bar.done)
             release()
     return limit

@@ -49,6 +49,8 @@ class TrainingOptions:
     Attributes:
         chunked_embeddings_dir: folder of embedding shards with a manifest.json.
         output_dir: folder of the run: checkpoints, metrics, summary.
+
+    Attributes: Data
         max_shards: use the first so many shards only; None: all.
         heldout_fraction: share of source photos kept from training for validation; None: the
             manifest's.
@@ -56,6 +58,8 @@ class TrainingOptions:
             auto: 1 / their standard deviation.
         num_workers: threads that read ahead; 0 counts as 1.
         prefetch: batches read ahead, in device memory.
+
+    Attributes: Model
         model_size: preset of sizes.
         training_mode: patch tokens alone, or a CLS token first.
         conventions: time axis, signs and rotary layout; published reproduces the published code.
@@ -79,6 +83,8 @@ class TrainingOptions:
         attention_dropout: dropout probability on attention weights.
         layer_scale_init_value: initial value of the layer scales; 0: no layer scales.
         initializer_range: standard deviation of initial weights; None: the preset's.
+
+    Attributes: Loss
         velocity_weight: weight of the velocity term.
         semantic_weight: weight of the squared error of the clean estimate.
         cosine_weight: weight of the token-wise cosine of the clean estimate.
@@ -91,6 +97,8 @@ class TrainingOptions:
             and cannot sample.
         condition_dropout: probability of replacing the condition by zeros; guidance needs more than
             0.
+
+    Attributes: Optimisation
         batch_size: samples per optimizer step, over all processes and micro-batches.
         num_epochs: passes over the training samples.
         max_steps: optimizer steps, instead of num_epochs.
@@ -110,6 +118,8 @@ class TrainingOptions:
         optimizer: AdamW: fused on CUDA and foreach on CPU (auto), or NVIDIA apex FusedAdam.
         max_nonfinite_steps: consecutive steps that may be skipped for NaN or Inf gradients.
         seed: decides initial weights, order of samples, times and noise.
+
+    Attributes: Execution
         device: device to train on; auto: cuda if there is a GPU.
         precision: dtype of autocast; auto: bf16 on CUDA, fp32 on CPU.
         fp16: same as precision=fp16, under its published name.
@@ -119,12 +129,16 @@ class TrainingOptions:
         parallel: how the processes of torchrun hold the model: replicas (auto, ddp) or sharded
             parameters (fsdp).
         deterministic: fail at operations that vary from run to run.
+
+    Attributes: Validation
         eval_every_n_steps: steps between validations.
         eval_num_samples: most held-out samples per validation.
         eval_inference_steps: sampler steps of a validation.
         use_heun_inference: validate with Heun's method; off: Euler's.
         eval_batch_size: samples per batch of a validation; None: as in training.
         best_metric: metric that decides which checkpoint is best.
+
+    Attributes: Checkpoints and records
         save_every_n_steps: steps between periodic checkpoints.
         keep_last: number of newest checkpoints to keep, beside the best.
         resume: continue from the newest checkpoint in output_dir.

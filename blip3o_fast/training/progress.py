@@ -1,9 +1,6 @@
 """What a person sees while training: a bar on a terminal, plain lines anywhere else."""
 
-import sys
-
-from tqdm import tqdm
-
+from blip3o_fast.progress import Progress
 from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.validation import Validation
 
@@ -21,23 +18,19 @@ class ProgressDisplay:
 
     def __init__(self, total: int, done: int, *, every: int, samples: int, enabled: bool) -> None:
         self.total, self.every, self.samples = total, every, samples
-        self.enabled = enabled
         self.similarity: float | None = None
-        terminal = enabled and sys.stderr.isatty()
-        self.bar = (
-            tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True)
-            if terminal
-            else None
-        )
+        self.progress = Progress("training", total, "step", done=done, enabled=enabled, lines=False)
+        self.say = self.progress.say
 
     def step(self, record: StepRecord) -> None:
         """Show a step."""
-        if self.bar is not None:
-            self.bar.set_postfix(self._values(record), refresh=False)
-            self.bar.update()
-        elif record.step % self.every == 0 or record.step == self.total:
-            values = " ".join(f"{name} {value}" for name, value in self._values(record).items())
-            self.say(f"step {record.step}/{self.total}: {values}")
+        values = self._values(record)
+        if (bar := self.progress.bar) is not None:
+            bar.set_postfix(values, refresh=False)
+        elif record.step % self.every == 0 or record.step in (1, self.total):
+            shown = " ".join(f"{name} {value}" for name, value in values.items())
+            self.say(f"step {record.step}/{self.total}: {shown}")
+        self.progress.update()
 
     def validation(self, result: Validation, *, best: bool) -> None:
         """Show a validation."""
@@ -48,16 +41,9 @@ class ProgressDisplay:
             f"held-out samples in {result.seconds:.1f} s{' (best)' if best else ''}"
         )
 
-    def say(self, line: str) -> None:
-        """Show a line, without breaking the bar."""
-        if self.enabled:
-            tqdm.write(line, file=sys.stderr)
-            sys.stderr.flush()
-
     def close(self) -> None:
         """Leave the bar as it stands."""
-        if self.bar is not None:
-            self.bar.close()
+        self.progress.close()
 
     def _values(self, record: StepRecord) -> dict[str, str]:
         values = {

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from blip3o_fast.atomic import json_text, write_atomically
 from blip3o_fast.errors import OptionError
+from blip3o_fast.installation import install
 from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.validation import Validation
@@ -137,8 +138,7 @@ def require_trackers(options: TrainingOptions) -> None:
     for name, package in (("use_tensorboard", "tensorboard"), ("use_wandb", "wandb")):
         if getattr(options, name) and importlib.util.find_spec(package) is None:
             raise OptionError(
-                f"{name}: expected {package}, which is not installed; "
-                "pip install 'blip3o-fast[logging]'"
+                f"{name}: expected {package}, which is not installed: {install('logging')}"
             )
 
 

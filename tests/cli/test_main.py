@@ -1,6 +1,8 @@
 """The command line's frame: help, exit statuses, one-line errors."""
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -20,12 +22,30 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_is_explained(command, capsys):
+def test_every_option_is_explained_in_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert COMMANDS[command].split()[1] in out
+    assert COMMANDS[command].split()[1] in out and "None" not in out
+    assert max(map(len, out.splitlines())) < 80
+    flag = re.compile(r"^  (?:-\w, )?(?:--\w+|[A-Z]+)", re.MULTILINE)
+    ends = [m.start() for m in flag.finditer(out)] + [len(out)]
+    for start, end in itertools.pairwise(ends):
+        # The help of an option begins in column 25, beside its name or below it.
+        explained = [line[24:].strip() for line in out[start:end].splitlines()]
+        assert any(explained), out[start:end]
+
+
+def test_options_of_train_are_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: blip3o-fast train [options]\n")
+    found = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+    assert found[:4] == ["options", "Data", "Model", "Loss"] and len(found) > 6
+    assert out.index("\nLoss:") < out.index("--cosine_weight") < out.index("\nOptimisation:")
 
 
 @pytest.mark.parametrize("argv", [[], ["sing"], ["doctor", "--loud"], ["evaluate"]])
@@ -64,6 +84,15 @@ def test_required_options_say_so(capsys):
         main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "checkpoints, metrics, summary (required)" in out
+
+
+def test_what_is_required_is_all_that_the_usage_names(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    words = "blip3o-fast generate --model_path PATH --embeddings_dir DIR --output_dir DIR [options]"
+    assert usage.split() == ["usage:", *words.split()]
 
 
 @pytest.mark.parametrize(

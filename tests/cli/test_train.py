@@ -158,7 +158,7 @@ def test_help_explains_every_option_with_its_default(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for field in FIELDS:
         assert f"--{field.name}" in out
-    assert "optimizer steps, instead of num_epochs (default: None)" in out
+    assert "optimizer steps, instead of num_epochs --learning_rate" in out
     assert "peak rate of AdamW (default: 0.0001)" in out
 
 

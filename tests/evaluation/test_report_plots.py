@@ -90,5 +90,5 @@ def test_maps_share_one_scale(report, make_report):
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install blip3o-fast\[plots\]"):
+    with pytest.raises(ImportError, match=r"pip install .*\[plots\]"):
         require_plots()

@@ -134,5 +134,5 @@ def test_wrong_pixels_no_folder_and_no_transformers(model, tmp_path, monkeypatch
     with pytest.raises(FileNotFoundError, match=r"expected config\.json"):
         CLIPVisionTower.from_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'blip3o-fast\[extract\]'"):
+    with pytest.raises(ImportError, match=r"pip install .*\[extract\]"):
         CLIPVisionTower.from_pretrained(tmp_path)

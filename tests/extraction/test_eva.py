@@ -319,5 +319,5 @@ def test_a_hub_repository(tmp_path, monkeypatch):
     assert [(name, revision) for name, revision, _ in asked] == [("owner/eva", "main")] * 2
     assert [("*.bin" in patterns) for *_, patterns in asked] == [False, True]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"pip install 'blip3o-fast\[extract\]'"):
+    with pytest.raises(ImportError, match=r"pip install .*\[extract\]"):
         EVAVisionTower.from_pretrained("owner/eva")
