@@ -63,7 +63,7 @@ def help_texts(cls: type) -> dict[str, dict[str, str]]:
         texts = groups.setdefault(head.removeprefix("Attributes:").strip(), {})
         for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {5,}.+)*)", body, re.MULTILINE):
             for name in names.split(", "):
-                texts[name] = " ".join(text.split()).removesuffix(".")
+                texts[name] = " ".join(text.split()).removesuffix(".").replace("``", "")
     return groups
 
 
@@ -104,6 +104,8 @@ def _add_flag(
         if flag.one_of not in choices:
             choices[flag.one_of] = group.add_mutually_exclusive_group(required=True)
         group = choices[flag.one_of]
+    if options.get("metavar") == _NAME:
+        text += f"; one of {', '.join(options['choices'])}"
     text = _with_default(text, field, flag).replace("%", "%%")
     group.add_argument(*names, default=argparse.SUPPRESS, help=text, **options)
 
@@ -161,7 +163,8 @@ def _reader(field: "dataclasses.Field[Any]") -> dict[str, Any]:
     if bool in members:
         return {"action": Switch}
     if words and len(members) == 1:
-        return {"choices": words}
+        long = len(",".join(words)) > _LONGEST
+        return {"choices": words, **({"metavar": _NAME} if long else {})}
     if words:
         return {"type": _number_or(words), "metavar": "|".join([_PLACE[float], *words])}
     kind = members[0]
@@ -177,6 +180,8 @@ def _reader(field: "dataclasses.Field[Any]") -> dict[str, Any]:
 
 _PLACE = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 """What stands for a value of a type in the help."""
+_NAME = "NAME"  # stands for one of many words
+_LONGEST = 50  # characters of words that the help shows beside their flag
 
 
 def _number_or(words: Sequence[str]) -> Callable[[str], float | str]:

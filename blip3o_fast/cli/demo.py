@@ -22,6 +22,7 @@ from blip3o_fast.demo.pipeline import (
 from blip3o_fast.devices import find_device
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
 from blip3o_fast.flags import add_flags, given
+from blip3o_fast.progress import duration
 from blip3o_fast.training import TrainingInterrupted
 
 
@@ -62,5 +63,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def say(started: float, text: str) -> None:
-    """One line of progress with the minutes so far."""
-    print(f"[{(time.monotonic() - started) / 60:4.1f} min] {text}", flush=True)
+    """One line of progress with the time so far."""
+    print(f"[{duration(time.monotonic() - started)}] {text}", flush=True)
