@@ -128,6 +128,7 @@ class MetricAccumulator:
             self._column("generated_variance"), variance, scores.sources, **settings
         )
         assert self._position_sum is not None
+        recall_at = [k for k in RECALL_AT if k < len(scores.keys)]
         return Metrics(
             samples=len(scores.keys),
             sources=len(set(scores.sources)),
@@ -143,8 +144,8 @@ class MetricAccumulator:
             energy_distance=energy_distance(
                 self._column("generated_token"), self._column("target_token")
             ),
-            recall_generated_to_target={k: means[f"forward {k}"] for k in RECALL_AT},
-            recall_target_to_generated={k: means[f"backward {k}"] for k in RECALL_AT},
+            recall_generated_to_target={k: means[f"forward {k}"] for k in recall_at},
+            recall_target_to_generated={k: means[f"backward {k}"] for k in recall_at},
             cka=linear_cka(generated, target),
             cka_debiased=linear_cka_debiased(generated, target),
             image_cosine_above={t: means[f"above {t}"] for t in THRESHOLDS},

@@ -63,12 +63,24 @@ def terminal_table(report: Report) -> str:
 def basis(report: Report) -> str:
     """What the numbers are computed from, in a few sentences."""
     metrics = report.best.metrics
-    photos = "photo" if metrics.sources == 1 else "photos"
+    samples = f"{metrics.samples} held-out sample{'' if metrics.samples == 1 else 's'}"
+    if metrics.sources == 1:
+        photos = "1 photo, from which no interval follows"
+    else:
+        photos = (
+            f"{metrics.sources} photos; brackets are {metrics.confidence:.0%} bootstrap intervals "
+            "over photos"
+        )
+    if metrics.samples == 1:
+        recall = "R@1 and CKA compare samples, and there is one."
+    else:
+        recall = (
+            f"R@1: the true image is the nearest of {metrics.samples} "
+            f"(chance {1 / metrics.samples:.3f})."
+        )
     return (
-        f"{metrics.samples} held-out samples of {metrics.sources} {photos}; brackets are "
-        f"{metrics.confidence:.0%} bootstrap intervals over photos. R@1: the true image is the "
-        f"nearest of {metrics.samples} (chance {1 / metrics.samples:.3f}). The best number of "
-        "evaluations was chosen on these samples."
+        f"{samples} of {photos}. {recall} The best number of evaluations was chosen on these "
+        "samples."
     )
 
 
@@ -104,6 +116,17 @@ def metric_cells(metrics: Metrics) -> tuple[str, ...]:
         f"{metrics.centred_cosine.value:.3f}",
         f"{metrics.mse.value:#.3g}".rstrip("."),
         f"{metrics.r2.value:.3f}",
-        f"{metrics.recall_generated_to_target[1].value:.3f}",
-        f"{metrics.cka:.3f}",
+        recall_at_1(metrics),
+        or_none(metrics.cka),
     )
+
+
+def recall_at_1(metrics: Metrics) -> str:
+    """R@1, or a word where there is nothing to search among."""
+    found = metrics.recall_generated_to_target.get(1)
+    return or_none(None if found is None else found.value)
+
+
+def or_none(value: float | None, digits: int = 3) -> str:
+    """A number, or a word where the samples give none."""
+    return "none" if value is None else f"{value:.{digits}f}"

@@ -59,9 +59,10 @@ class Metrics:
         token_cosine, image_cosine, centred_cosine, mse, r2, variance_ratio: as in the module's
             docstring.
         energy_distance: the same; None for a single sample.
-        recall_generated_to_target: k to R@k, a generated vector searching the targets.
-        recall_target_to_generated: k to R@k, a target searching the generated vectors.
-        cka: linear CKA, biased upwards when samples are not many times C.
+        recall_generated_to_target: k to R@k, a generated vector searching the targets; without the
+            k that are n or more, where every search succeeds.
+        recall_target_to_generated: the same, a target searching the generated vectors.
+        cka: linear CKA, biased upwards when samples are not many times C; None for a single sample.
         cka_debiased: its debiased form; None below four samples.
         image_cosine_above: threshold to the share of samples whose image cosine exceeds it.
         quantiles: name of a per-sample value to level to quantile.
@@ -83,7 +84,7 @@ class Metrics:
     energy_distance: float | None
     recall_generated_to_target: Mapping[int, Estimate]
     recall_target_to_generated: Mapping[int, Estimate]
-    cka: float
+    cka: float | None
     cka_debiased: float | None
     image_cosine_above: Mapping[float, Estimate]
     quantiles: Mapping[str, Mapping[float, float]]

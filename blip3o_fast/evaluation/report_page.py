@@ -9,9 +9,11 @@ from blip3o_fast.evaluation.comparison import (
     basis,
     comparison_rows,
     metric_cells,
+    or_none,
+    recall_at_1,
     with_interval,
 )
-from blip3o_fast.evaluation.metrics import QUANTILES, RECALL_AT, THRESHOLDS, Metrics
+from blip3o_fast.evaluation.metrics import QUANTILES, THRESHOLDS, Metrics
 from blip3o_fast.evaluation.report import Photo, Report
 from blip3o_fast.evaluation.report_plots import (
     encode_image,
@@ -121,17 +123,13 @@ def _samples_rows(report: Report) -> TableRows:
                 (
                     "" if error is None else f"{error:.2g}",
                     with_interval(metrics.token_cosine),
-                    f"{metrics.recall_generated_to_target[1].value:.3f}",
+                    recall_at_1(metrics),
                     f"{metrics.variance_ratio.value:.3f}",
-                    _or_none(metrics.energy_distance, 4),
+                    or_none(metrics.energy_distance, 4),
                 ),
             )
         )
     return rows
-
-
-def _or_none(value: float | None, digits: int = 3) -> str:
-    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def _further_rows(columns: Sequence[Metrics]) -> TableRows:
@@ -141,11 +139,11 @@ def _further_rows(columns: Sequence[Metrics]) -> TableRows:
     return [
         *(
             row(f"R@{k}, generated to true", [m.recall_generated_to_target[k] for m in columns])
-            for k in RECALL_AT
+            for k in columns[0].recall_generated_to_target
         ),
         *(
             row(f"R@{k}, true to generated", [m.recall_target_to_generated[k] for m in columns])
-            for k in RECALL_AT
+            for k in columns[0].recall_target_to_generated
         ),
         *(
             row(f"Image cosine above {t}", [m.image_cosine_above[t] for m in columns])
@@ -156,9 +154,9 @@ def _further_rows(columns: Sequence[Metrics]) -> TableRows:
         row("R2", [m.r2 for m in columns]),
         row("MSE", [m.mse for m in columns], 4),
         row("Variance ratio", [m.variance_ratio for m in columns]),
-        ("Energy distance", [_or_none(m.energy_distance, 4) for m in columns]),
-        ("CKA", [f"{m.cka:.3f}" for m in columns]),
-        ("CKA, debiased", [_or_none(m.cka_debiased) for m in columns]),
+        ("Energy distance", [or_none(m.energy_distance, 4) for m in columns]),
+        ("CKA", [or_none(m.cka) for m in columns]),
+        ("CKA, debiased", [or_none(m.cka_debiased) for m in columns]),
     ]
 
 

@@ -48,13 +48,15 @@ def retrieval_hits(
     return hits[0], hits[1]
 
 
-def linear_cka(x: FloatArray, y: FloatArray) -> float:
+def linear_cka(x: FloatArray, y: FloatArray) -> float | None:
     """Linear centred kernel alignment of ``[n, P]`` and ``[n, Q]``, in [0, 1] (arXiv:1905.00414).
 
     ``|Y' X|^2 / (|X' X| |Y' Y|)`` with centred columns and Frobenius norms. 1 means equal up to
     rotation, isotropic scale and shift. Biased upwards when n is not much larger than P and Q. A
-    constant ``x`` or ``y`` has nothing to align and gives 0.
+    constant ``x`` or ``y`` has nothing to align and gives 0. None for a single row.
     """
+    if len(x) < 2:
+        return None
     if _is_constant(x) or _is_constant(y):
         return 0.0
     x, y = x - x.mean(0), y - y.mean(0)

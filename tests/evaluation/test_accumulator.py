@@ -145,6 +145,16 @@ def test_a_perfect_answer_scores_one():
     assert metrics.cka == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("samples", "recall_at"), [(1, []), (2, [1]), (6, [1, 5])])
+def test_what_few_samples_cannot_say_is_left_out(samples, recall_at):
+    generated, target, mean, keys, sources = simulate()
+    few = [x[:samples] for x in (generated, target)]
+    metrics = accumulate(*few, mean, keys[:samples], sources[:samples]).finish(bootstrap=0)
+    assert list(metrics.recall_generated_to_target) == recall_at
+    assert list(metrics.recall_target_to_generated) == recall_at
+    assert (metrics.cka is None) == (metrics.energy_distance is None) == (samples == 1)
+
+
 def test_cls_is_reported_apart():
     generated, target, mean, keys, sources = simulate(tokens=N + 1)
     whole = accumulate(generated, target, mean, keys, sources, has_cls=True).finish(bootstrap=50)

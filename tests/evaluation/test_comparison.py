@@ -4,6 +4,7 @@ import pytest
 
 from blip3o_fast.evaluation import Estimate, terminal_table
 from blip3o_fast.evaluation.comparison import comparison_rows, metric_cells, with_interval
+from blip3o_fast.evaluation.report_page import render_page
 
 
 def test_rows_are_baselines_every_count_and_best(report):
@@ -48,6 +49,26 @@ def test_cells_are_the_metrics(report):
         f"{metrics.recall_generated_to_target[1].value:.3f}",
         f"{metrics.cka:.3f}",
     )
+
+
+def test_a_single_sample_is_compared_with_nothing(report):
+    def lone(result):
+        metrics = dataclasses.replace(
+            result.metrics,
+            **{"samples": 1, "sources": 1, "cka": None, "energy_distance": None},
+            **{"recall_generated_to_target": {}, "recall_target_to_generated": {}},
+        )
+        return dataclasses.replace(result, metrics=metrics)
+
+    one = dataclasses.replace(
+        report, mean=lone(report.mean), ridge=lone(report.ridge), dit=tuple(map(lone, report.dit))
+    )
+    assert metric_cells(one.ridge.metrics)[-2:] == ("none", "none")
+    said = " ".join(terminal_table(one).split())
+    assert "1 held-out sample of 1 photo, from which no interval follows." in said
+    assert "R@1 and CKA compare samples, and there is one." in said and "chance" not in said
+    page = render_page(one, {}, {})
+    assert "R@1" in page and "R@5" not in page
 
 
 @pytest.mark.parametrize(
