@@ -8,6 +8,8 @@ from typing import Self, TypeVar
 
 from tqdm import tqdm
 
+from blip3o_fast.quantities import duration
+
 LINE_EVERY = 10.0
 """Seconds between lines."""
 
@@ -113,11 +115,3 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def duration(seconds: float) -> str:
-    """``4.2 s``, ``3 min 5 s`` or ``2 h 5 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

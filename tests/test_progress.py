@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from blip3o_fast import progress
-from blip3o_fast.progress import Progress, duration
+from blip3o_fast.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -74,10 +74,3 @@ def test_a_bar_on_a_terminal(monkeypatch):
         bar.total = 6
         bar.update(6)
     assert "6/6" in terminal.getvalue() and "samples/s," not in terminal.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(4.21, "4.2 s"), (185, "3 min 5 s"), (7500, "2 h 5 min")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text

@@ -23,9 +23,9 @@ from blip3o_fast.devices import DtypeName
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flags import Flag, add_flags, given
 from blip3o_fast.progress import Progress
+from blip3o_fast.quantities import count, size
 from blip3o_fast.untrusted import one_line
 
-_GIB = 1 << 30
 _REMARKS_SHOWN = 20
 
 
@@ -126,13 +126,14 @@ def run(args: argparse.Namespace) -> int:
 def _describe(plan: ConversionPlan, samples_per_shard: int) -> None:
     facts = plan.facts
     print(
-        f"{len(plan.sources)} files, {plan.count} samples of {facts.tokens} tokens "
+        f"{count(len(plan.sources), 'file')}, {count(plan.count, 'sample')} of "
+        f"{count(facts.tokens, 'token')} "
         f"({'with' if facts.has_cls else 'without'} CLS, grid {facts.grid}), widths "
         f"{facts.eva_width} (eva) and {facts.clip_width} (clip)"
     )
     shards = -(-plan.count // samples_per_shard)
     print(
-        f"{facts.dtype}: {plan.count * facts.sample_bytes / _GIB:.2f} GiB in {shards} shards of "
+        f"{facts.dtype}: {size(plan.count * facts.sample_bytes)} in {count(shards, 'shard')} of "
         f"{samples_per_shard}"
     )
     if facts.dtype == "fp32" and fp16_is_exact(plan):

@@ -22,7 +22,7 @@ from blip3o_fast.demo.pipeline import (
 from blip3o_fast.devices import find_device
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
 from blip3o_fast.flags import add_flags, given
-from blip3o_fast.progress import duration
+from blip3o_fast.quantities import duration
 from blip3o_fast.training import TrainingInterrupted
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from blip3o_fast.flags import Flag, add_flags, given
 from blip3o_fast.processes import World
+from blip3o_fast.quantities import count
 from blip3o_fast.training import TrainingInterrupted, TrainingOptions, train
 from blip3o_fast.training.options import read_options_file
 from blip3o_fast.training.run import prepare
@@ -55,8 +56,11 @@ def run(args: argparse.Namespace) -> int:
     except TrainingInterrupted as stop:
         print(f"blip3o-fast train: {stop}", file=sys.stderr)
         return stop.exit_status
-    main_process = os.environ.get("RANK", "0") == "0"
-    if result.best is not None and main_process:
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if result.before == result.steps:
+        print(f"nothing to do: {result.folder} is complete after {count(result.steps, 'step')}")
+    if result.best is not None:
         print(
             f"best validation: token cosine {result.best.token_cosine:.4f}, image cosine "
             f"{result.best.image_cosine:.4f} after step {result.best.step}; run in {result.folder}"

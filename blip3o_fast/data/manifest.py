@@ -150,7 +150,7 @@ class Manifest:
         )
         return {name: getattr(self, name) for name in names}
 
-    def require_facts(self, other: "Manifest", where: str) -> None:
+    def require_facts(self, other: "Manifest", where: str, remedy: str = "") -> None:
         """Raise ``ValueError``, naming the fields, unless ``other`` shares every fact."""
         mine, theirs = _named(self.facts()), _named(other.facts())
         differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
@@ -158,6 +158,7 @@ class Manifest:
             raise ValueError(
                 f"{where} differs in "
                 + "; ".join(f"{n}: expected {mine.get(n)}, got {theirs.get(n)}" for n in differing)
+                + remedy
             )
 
     def digest(self) -> str:

@@ -217,7 +217,11 @@ class ShardWriter:
         self._part = found.get(self._part_path, self.facts)
 
     def _learn(self, path: Path, manifest: Manifest) -> None:
-        self.facts.require_facts(manifest, f"{path}: another data set:")
+        self.facts.require_facts(
+            manifest,
+            f"{path}: another data set:",
+            "; repeat the options that it was made with, or choose an empty folder",
+        )
         for entry in manifest.shards:
             sidecar = entry_path(self.folder, entry).with_suffix(".jsonl")
             file = RecordFile(sidecar, entry.samples)

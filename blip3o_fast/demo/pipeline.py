@@ -129,7 +129,7 @@ def train_model(
         chunked_embeddings_dir=str(folder / "shards"),
         output_dir=str(folder / "run"),
         max_steps=options.steps,
-        eval_every_n_steps=min(VALIDATE_EVERY, options.steps),
+        eval_every_n_steps=VALIDATE_EVERY,
         device="cuda" if device.type == "cuda" else "cpu",
         precision="bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32",
         progress=options.progress,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from blip3o_fast.evaluation.bootstrap import Estimate
 from blip3o_fast.evaluation.metrics import Metrics
 from blip3o_fast.evaluation.report import Report
+from blip3o_fast.quantities import count
 from blip3o_fast.report.columns import align
 
 MOST_ROWS = 8
@@ -34,10 +35,9 @@ def comparison_rows(report: Report) -> tuple[Row, ...]:
         rows.append(Row("regression", metric_cells(report.regression.metrics)))
     for result in report.dit:
         if len(report.dit) <= MOST_ROWS or result.evaluations in USUAL_EVALUATIONS:
-            plural = "" if result.evaluations == 1 else "s"
-            rows.append(
-                Row(f"DiT, {result.evaluations} eval{plural}", metric_cells(result.metrics))
-            )
+            assert result.evaluations is not None
+            called = count(result.evaluations, "eval")
+            rows.append(Row(f"DiT, {called}", metric_cells(result.metrics)))
     rows += [
         Row(f"fitted ({result.evaluations})", metric_cells(result.metrics))
         for result in report.fitted
@@ -63,13 +63,13 @@ def terminal_table(report: Report) -> str:
 def basis(report: Report) -> str:
     """What the numbers are computed from, in a few sentences."""
     metrics = report.best.metrics
-    samples = f"{metrics.samples} held-out sample{'' if metrics.samples == 1 else 's'}"
+    samples = count(metrics.samples, "held-out sample")
     if metrics.sources == 1:
         photos = "1 photo, from which no interval follows"
     else:
         photos = (
-            f"{metrics.sources} photos; brackets are {metrics.confidence:.0%} bootstrap intervals "
-            "over photos"
+            f"{count(metrics.sources, 'photo')}; brackets are {metrics.confidence:.0%} bootstrap "
+            "intervals over photos"
         )
     if metrics.samples == 1:
         recall = "R@1 and CKA compare samples, and there is one."

@@ -19,6 +19,7 @@ from blip3o_fast.flow import FittedSolver, find_solver
 from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.progress import Progress
+from blip3o_fast.quantities import count
 from blip3o_fast.seeds import sample_seed
 
 ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
@@ -131,13 +132,13 @@ def evaluate_model(
         return Result(metrics, accumulator.scores(), evaluations, solver_error)
 
     dit = tuple(
-        measure(lambda batch, n=n: translate(model, batch, settings, n), f"{n} evaluations", n)
+        measure(lambda batch, n=n: translate(model, batch, settings, n), count(n, "evaluation"), n)
         for n in sorted(set(settings.evaluations))
     )
     fitted = tuple(
         measure(
             lambda batch, s=solver: translate(model, batch, settings, len(s), s),
-            *(f"fitted, {n} evaluations", n, solver.error),
+            *(f"fitted, {count(n, 'evaluation')}", n, solver.error),
         )
         for n, solver in sorted(model.fitted.items())
         if solver.guidance_scale == settings.guidance_scale and settings.time_grid is None

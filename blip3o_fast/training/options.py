@@ -131,7 +131,7 @@ class TrainingOptions:
         deterministic: fail at operations that vary from run to run.
 
     Attributes: Validation
-        eval_every_n_steps: steps between validations.
+        eval_every_n_steps: steps between validations; the last step is always followed by one.
         eval_num_samples: most held-out samples per validation.
         eval_inference_steps: sampler steps of a validation.
         use_heun_inference: validate with Heun's method; off: Euler's.

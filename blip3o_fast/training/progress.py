@@ -1,8 +1,13 @@
 """What a person sees while training: a bar on a terminal, plain lines anywhere else."""
 
 from blip3o_fast.progress import Progress
+from blip3o_fast.quantities import count
+from blip3o_fast.training.run_plan import TrainingPlan
 from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.validation import Validation
+
+USUAL = (0.5, 2.0)
+"""Standard deviations of scaled targets that need no remark."""
 
 
 class ProgressDisplay:
@@ -21,6 +26,25 @@ class ProgressDisplay:
         self.similarity: float | None = None
         self.progress = Progress("training", total, "step", done=done, enabled=enabled, lines=False)
         self.say = self.progress.say
+
+    def start(self, plan: TrainingPlan, parameters: int) -> None:
+        """Show what is going to be trained, and from where."""
+        options, done = plan.options, self.progress.done
+        if done == self.total:
+            return
+        if done:
+            self.say(f"{options.output_dir}: going on after step {done}")
+        self.say(
+            f"training {parameters:,} parameters on {plan.device} in {plan.precision.name}: "
+            f"{count(self.total, 'step')} of {count(options.batch_size, 'sample')}; "
+            f"{count(len(plan.train), 'sample')} of {count(plan.train.photos, 'photo')}, and "
+            f"{count(len(plan.heldout), 'sample')} of {count(plan.heldout.photos, 'photo')} held out"
+        )
+        if not USUAL[0] <= plan.target_deviation <= USUAL[1]:
+            self.say(
+                f"the targets' standard deviation is {plan.target_deviation:.3g}, and that of the "
+                "noise is 1; simple_scale_factor=auto would make both 1, as the defaults expect"
+            )
 
     def step(self, record: StepRecord) -> None:
         """Show a step."""

@@ -39,6 +39,7 @@ class TrainingResult:
     Attributes:
         folder: of the run; ``BLIP3oDiT.from_pretrained`` loads its best checkpoint.
         steps: optimizer steps taken.
+        before: those of them that earlier processes of the same run had taken.
         best: the best validation, None if there was none.
         losses: (step, loss) of every step, from the run's beginning.
         validations: every validation as recorded.
@@ -47,6 +48,7 @@ class TrainingResult:
 
     folder: Path
     steps: int
+    before: int
     best: Validation | None
     losses: tuple[tuple[int, float], ...]
     validations: tuple[dict[str, Any], ...]
@@ -106,6 +108,7 @@ def train(options: TrainingOptions, *, on_step: OnStep | None = None) -> Trainin
         return TrainingResult(
             Path(options.output_dir),
             progress.step,
+            trainer.before,
             progress.best,
             tuple((r["step"], r["loss"]) for r in steps if r["loss"] is not None),
             tuple(record for record in records if record["kind"] == "validation"),
@@ -191,8 +194,8 @@ def write_summary(plan: TrainingPlan, trainer: Trainer) -> None:
     summary["best"] = None if progress.best is None else progress.best.to_dict()
     write_json(folder / SUMMARY_NAME, summary)
     if plan.options.report:
-        options, described = plan.options.to_dict(), plan.describe()
-        page = render_page(f"Training run {folder.name}", records, summary, options, described)
+        title = f"Training: {folder.resolve().name}"
+        page = render_page(title, records, summary, plan.options.to_dict(), plan.describe())
         write_atomically(folder / REPORT_NAME, page.encode())
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from blip3o_fast.quantities import duration, size
 from blip3o_fast.report.charts import Curve, Point, line_chart
 from blip3o_fast.report.page import render, value_text
 from blip3o_fast.training.summary import is_clipped
@@ -131,13 +132,13 @@ def _costs(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> di
         return f"{summary[name]:,} ({summary[name] / count:.1%})"
 
     return {
-        "time": _duration(summary["seconds"]),
-        "of that, validating": _duration(summary["validation_seconds"]),
+        "time": duration(summary["seconds"]),
+        "of that, validating": duration(summary["validation_seconds"]),
         "median step": f"{summary['step_seconds']:.4g} s",
         "throughput": f"{summary['samples_per_second']:,.4g} samples/s",
-        "waiting for data": f"{_duration(summary['data_wait_seconds'])} "
+        "waiting for data": f"{duration(summary['data_wait_seconds'])} "
         f"({summary['data_wait_share']:.1%} of the steps' time)",
-        "peak memory": "unknown" if memory is None else f"{memory / 2**30:.2f} GiB",
+        "peak memory": "unknown" if memory is None else size(memory),
         "clipped steps": share("clipped_steps"),
         "steps under the halved bound": share("tightened_steps"),
         "skipped steps": share("skipped_steps")
@@ -150,10 +151,3 @@ def _listed(numbers: Sequence[int], most: int = 20) -> str:
         return ""
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
     return f": {', '.join(f'{n:,}' for n in numbers[:most])}{more}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest / 60:.1f} min"

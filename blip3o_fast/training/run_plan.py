@@ -24,6 +24,8 @@ from blip3o_fast.training.precision import Precision, choose_precision
 
 DEFAULT_WARMUP = 100
 _SCALE_SAMPLES = 256
+_SCALE_LOOK = 8
+"""Samples whose deviation decides the scale, and those that show whether one was forgotten."""
 _MODEL_OPTIONS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "initializer_range"),
@@ -49,6 +51,8 @@ class TrainingPlan:
         precision, optimizer: as decided for this device.
         schedule: of the learning rate, over all steps.
         steps_per_epoch: optimizer steps of one pass.
+        target_deviation: standard deviation of some targets, times the scale factor; the noise has
+            1.
         initial: weights to start from, or None.
     """
 
@@ -62,6 +66,7 @@ class TrainingPlan:
     optimizer: OptimizerKind
     schedule: Schedule
     steps_per_epoch: int
+    target_deviation: float
     initial: Checkpoint | None
 
     @property
@@ -96,6 +101,7 @@ class TrainingPlan:
             "device": str(self.device),
             "precision": self.precision.name,
             "optimizer": self.optimizer,
+            "target_deviation": round(self.target_deviation, 3),
             "model": self.config.to_dict(),
         }
 
@@ -127,6 +133,7 @@ def make_plan(options: TrainingOptions, world: World) -> TrainingPlan:
         optimizer=choose_optimizer(options.optimizer, device),
         schedule=schedule,
         steps_per_epoch=per_epoch,
+        target_deviation=config.simple_scale_factor * _deviation(train, options.seed, _SCALE_LOOK),
         initial=initial,
     )
 
@@ -243,11 +250,6 @@ def _epoch_steps(options: TrainingOptions, samples: int, world: World) -> int:
 
 def _schedule(options: TrainingOptions, per_epoch: int) -> Schedule:
     total = options.max_steps or per_epoch * options.num_epochs
-    if total < options.eval_every_n_steps:
-        raise OptionError(
-            f"eval_every_n_steps: expected at most {total}, the steps of the run, got "
-            f"{options.eval_every_n_steps}; lower it, or train longer"
-        )
     warmup = options.warmup_steps
     if warmup is None:
         warmup = min(DEFAULT_WARMUP, total // 10)
@@ -262,14 +264,18 @@ def _scale_factor(options: TrainingOptions, data: EmbeddingDataset) -> float:
     """The factor as given; ``auto``: 1 over the standard deviation of some targets."""
     if options.simple_scale_factor != "auto":
         return float(options.simple_scale_factor)
-    chosen = epoch_order(len(data), options.seed, 0)[:_SCALE_SAMPLES]
+    deviation = _deviation(data, options.seed, _SCALE_SAMPLES)
+    if deviation == 0:
+        raise OptionError("simple_scale_factor: auto expects targets that vary, got constant ones")
+    return 1 / deviation
+
+
+def _deviation(data: EmbeddingDataset, seed: int, samples: int) -> float:
+    """The standard deviation of the targets of some samples."""
     total = squares = count = 0.0
-    for index in chosen:
+    for index in epoch_order(len(data), seed, 0)[:samples]:
         values = data.read([int(index)]).clip.double()
         total += float(values.sum())
         squares += float(values.square().sum())
         count += values.numel()
-    deviation = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
-    if deviation == 0:
-        raise OptionError("simple_scale_factor: auto expects targets that vary, got constant ones")
-    return 1 / deviation
+    return math.sqrt(max(squares / count - (total / count) ** 2, 0.0))

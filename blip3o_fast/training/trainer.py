@@ -135,6 +135,7 @@ class Trainer:
         if found:
             self.state.read(found[0])
             self.mend_pointers(found[0])
+        self.before = self.state.progress.step
         self.started = time.perf_counter() - self.state.progress.seconds
 
     def mend_pointers(self, newest: Path) -> None:
@@ -161,6 +162,7 @@ class Trainer:
             samples=options.batch_size,
             enabled=main and options.progress,
         )
+        self.display.start(self.plan, self.model.get_num_parameters())
 
     def close_records(self) -> None:
         """Write out what is left."""

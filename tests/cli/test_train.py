@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,7 +171,6 @@ def test_help_explains_every_option_with_its_default(capsys):
         (["--batch_size", "0"], "batch_size: expected at least 1, got 0"),
         (["--batch_size", "9999"], "batch_size: expected at most"),
         (["--heldout_fraction", "0"], "expected heldout samples, got none"),
-        (["--eval_every_n_steps", "50"], "eval_every_n_steps: expected at most 4"),
         (["--learning_rate", "0"], "learning_rate: expected more than 0"),
         (["--grid", "1", "3", "2"], "grid: expected (1, 2, 3), as in the data"),
         (["--config", "/nowhere.json"], "nowhere.json: cannot read"),
@@ -219,6 +220,48 @@ def test_the_same_command_again_goes_on_and_a_different_one_is_refused(data, tmp
     assert main(short(data, out, "--learning_rate", "0.5")) == 2
     assert "learning_rate was 0.0001, is 0.5" in capsys.readouterr().err
     assert main(short(data, out, "--no_resume")) == 2
+
+
+def test_a_run_begins_with_what_it_is_and_a_finished_one_says_so(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(short(data, out)) == 0
+    said = capsys.readouterr()
+    first, hint = said.err.splitlines()[:2]
+    assert re.fullmatch(
+        r"training [\d,]+ parameters on cpu in fp32: 4 steps of 16 samples; "
+        r"\d+ samples of \d+ photos, and \d+ samples of \d+ photos held out",
+        first,
+    )
+    assert "standard deviation is 3" in hint and "simple_scale_factor=auto" in hint
+    assert "nothing to do" not in said.out
+    assert main(short(data, out)) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"nothing to do: {out} is complete after 4 steps\nbest validation: ")
+    assert said.err == ""
+
+
+def test_no_hint_where_the_scale_is_set(data, tmp_path, capsys):
+    assert main(short(data, tmp_path / "out", "--simple_scale_factor", "auto")) == 0
+    assert "standard deviation" not in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_says_from_where(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(short(data, out, "--save_every_n_steps", "2")) == 0
+    shutil.rmtree(out / "step_4")
+    capsys.readouterr()
+    assert main(short(data, out, "--save_every_n_steps", "2")) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"{out}: going on after step 2\ntraining ")
+    assert "nothing to do" not in said.out
+
+
+def test_a_run_shorter_than_the_default_interval_is_validated_at_its_end(data, tmp_path, capsys):
+    argv = [word for word in short(data, tmp_path / "out") if word != "--eval_every_n_steps"]
+    argv.remove("2")
+    assert main(argv) == 0
+    said = capsys.readouterr()
+    assert said.err.count("validation after step") == 1 and "after step 4;" in said.out
 
 
 def test_progress_goes_to_standard_error(data, tmp_path, capsys):

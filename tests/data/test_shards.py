@@ -167,7 +167,8 @@ def test_a_folder_in_use_is_refused_without_resume(make_dataset, facts):
     with pytest.raises(ValueError, match="already holds 20 samples"):
         ShardWriter(folder, facts=facts)
     with pytest.raises(
-        ValueError, match="another data set: differs in dtype: expected fp16, got fp32"
+        ValueError,
+        match=r"differs in dtype: expected fp16, got fp32; repeat the options .* an empty folder",
     ):
         ShardWriter(folder, facts=facts.replace(dtype="fp16"), resume=True)
     assert contents(folder) == before
