@@ -12,17 +12,25 @@ from torch import Tensor
 
 
 def check_shape(name: str, x: Tensor, axes: str, **sizes: int) -> None:
-    """Raise ``ValueError`` unless ``x`` has the axes named in ``axes``.
+    """Raise ``ValueError`` unless ``x`` is a tensor with the axes named in ``axes``.
 
     ``axes`` is a space-separated list from the legend, ``"B N C"``; ``sizes`` fixes some of them.
 
     >>> check_shape("hidden_states", torch.zeros(2, 256, 1024), "B N C", C=1024)
     """
     letters = axes.split()
-    fits = x.dim() == len(letters) and all(
-        letter not in sizes or sizes[letter] == size
-        for letter, size in zip(letters, x.shape, strict=True)
+    is_tensor = isinstance(x, Tensor)
+    fits = (
+        is_tensor
+        and x.dim() == len(letters)
+        and all(
+            letter not in sizes or sizes[letter] == size
+            for letter, size in zip(letters, x.shape, strict=True)
+        )
     )
     if not fits:
         expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
+        if not is_tensor:
+            kind = type(x).__name__
+            raise ValueError(f"{name}: expected a tensor of shape [{expected}], got {kind}")
         raise ValueError(f"{name}: expected shape [{expected}], got {list(x.shape)}")

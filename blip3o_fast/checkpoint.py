@@ -227,9 +227,26 @@ def _read_published(file: Path, heads: int | None, kv_heads: int | None) -> Chec
     with reading(file, "the weights of a BLIP3-o DiT"):
         fields |= shape_fields(tensors)
         fields |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        if not recorded:
+            _require_preset_heads(file, fields)
         config = DiTConfig.from_dict(fields)
     _require_plausible(file, config, tensors)
     return Checkpoint(config, tensors, file.parent)
+
+
+def _require_preset_heads(file: Path, fields: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for weights of a published size with the heads of another."""
+    counts = ("num_attention_heads", "num_key_value_heads")
+    for name, preset in PRESETS.items():
+        same = ("hidden_size", "num_hidden_layers", "intermediate_size")
+        if all(fields[field] == preset[field] for field in same):
+            right, given = ([of[count] for count in counts] for of in (preset, fields))
+            if right != given:
+                raise ValueError(
+                    f"{file}: num_attention_heads, num_key_value_heads: expected {right[0]} and "
+                    f"{right[1]} for weights of the published size {name}, got {given[0]} and "
+                    f"{given[1]}; other counts need {EXPERIMENT_NAME} beside the file"
+                )
 
 
 def _require_plausible(file: Path, config: DiTConfig, tensors: Mapping[str, Tensor]) -> None:

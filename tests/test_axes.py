@@ -1,5 +1,6 @@
 """The shape check and its message."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,3 +16,10 @@ def test_accepts():
 def test_refuses(shape):
     with pytest.raises(ValueError, match=r"x: expected shape \[B, N, C=4\], got"):
         check_shape("x", torch.zeros(shape), "B N C", C=4)
+
+
+@pytest.mark.parametrize("x", [np.zeros((2, 3, 4)), 0.5, [1.0]], ids=["numpy", "number", "list"])
+def test_what_is_no_tensor(x):
+    kind = type(x).__name__
+    with pytest.raises(ValueError, match=rf"x: expected a tensor of shape \[B, N\], got {kind}"):
+        check_shape("x", x, "B N")

@@ -12,6 +12,7 @@ from hostile import within
 
 from blip3o_fast import BLIP3oDiT, DiTConfig, load_trained_model
 from blip3o_fast.checkpoint import load_checkpoint
+from blip3o_fast.config import PRESETS
 
 SMALL = {
     "hidden_size": 32,
@@ -138,6 +139,21 @@ def test_published_large_keeps_its_sixteen_heads(tmp_path):
     loaded = load_trained_model(tmp_path)
     assert loaded.config.num_attention_heads == 16 and loaded.config.num_key_value_heads == 8
     torch.testing.assert_close(outputs(loaded), outputs(model))
+
+
+def test_the_heads_of_another_size_are_refused(tmp_path):
+    """Their shapes are the same: tiny's 6 and 2 heads, and base's 12 and 4."""
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size")
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    model = small(**{name: PRESETS["tiny"][name] for name in names}, **heads)
+    file = tmp_path / "checkpoint_step_5.pt"
+    save_published(file, model)
+    assert load_trained_model(file, **heads).config.num_attention_heads == 6
+    with pytest.raises(ValueError, match=r"expected 6 and 2 .* size tiny, got 12 and 4"):
+        load_trained_model(file, num_attention_heads=12, num_key_value_heads=4)
+    experiment = {"model_config": {"num_attention_heads": 12, "num_key_value_heads": 4}}
+    (tmp_path / "experiment_config.json").write_text(json.dumps(experiment))
+    assert load_trained_model(file).config.num_attention_heads == 12
 
 
 def test_the_newest_published_file_of_a_folder_is_taken(tmp_path):

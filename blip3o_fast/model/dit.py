@@ -249,6 +249,8 @@ class DiT(nn.Module):
         check_shape("hidden_states", x, "B N C", N=N, C=C)
         check_shape("encoder_hidden_states", eva, "B N E", B=x.shape[0], N=N, E=E)
         check_shape("timestep", t, "B", B=x.shape[0])
+        if not t.is_floating_point() and config.conventions != "published":
+            raise ValueError(f"timestep: expected numbers from 0 to 1, got {t.dtype}")
         device, dtype = self.device, self.dtype
         for name, tensor in (("hidden_states", x), ("encoder_hidden_states", eva)):
             if tensor.device != device:

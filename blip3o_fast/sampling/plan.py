@@ -17,6 +17,7 @@ from typing import TypedDict, cast
 import torch
 from torch import Tensor
 
+from blip3o_fast.axes import check_shape
 from blip3o_fast.conventions import GridName
 from blip3o_fast.flow import Callback, FittedSolver, Trajectory, choose_fitted, find_solver
 from blip3o_fast.flow import time_grid as make_grid
@@ -168,6 +169,8 @@ class SamplingPlan:
         if torch.compiler.is_compiling():
             return outside_graph(self, eva, noise, generator, seeds, progress, callback)
         model = self.model
+        N, E = model.config.num_tokens, model.config.eva_embedding_size
+        check_shape("eva_features", eva, "B N E", N=N, E=E)
         device = eva.device
         self.check_device(device)
         graph = self._uses_graph(device)

@@ -37,8 +37,9 @@ class ProgressDisplay:
         self.say(
             f"training {parameters:,} parameters on {plan.device} in {plan.precision.name}: "
             f"{count(self.total, 'step')} of {count(options.batch_size, 'sample')}; "
-            f"{count(len(plan.train), 'sample')} of {count(plan.train.photos, 'photo')}, and "
-            f"{count(len(plan.heldout), 'sample')} of {count(plan.heldout.photos, 'photo')} held out"
+            f"{count(len(plan.train), 'sample')} of {count(plan.train.photos, 'photo')}, "
+            f"held out {count(len(plan.heldout), 'sample')} of "
+            f"{count(plan.heldout.photos, 'photo')}"
         )
         if not USUAL[0] <= plan.target_deviation <= USUAL[1]:
             self.say(

@@ -229,7 +229,7 @@ def test_a_run_begins_with_what_it_is_and_a_finished_one_says_so(data, tmp_path,
     first, hint = said.err.splitlines()[:2]
     assert re.fullmatch(
         r"training [\d,]+ parameters on cpu in fp32: 4 steps of 16 samples; "
-        r"\d+ samples of \d+ photos, and \d+ samples of \d+ photos held out",
+        r"\d+ samples of \d+ photos, held out \d+ samples of \d+ photos",
         first,
     )
     assert "standard deviation is 3" in hint and "simple_scale_factor=auto" in hint

@@ -219,6 +219,8 @@ def test_compiles_whole():
         (lambda x, t, e: (x[..., :-1], t, e), r"hidden_states: expected shape \[B, N=12, C=6\]"),
         (lambda x, t, e: (x[:, :-1], t, e), r"hidden_states: .* got \[2, 11, 6\]"),
         (lambda x, t, e: (x, t, e[..., :-1]), r"encoder_hidden_states: .*E=10.* got \[2, 12, 9\]"),
+        (lambda x, t, e: (x, 0.5, e), r"timestep: expected a tensor of shape \[B=2\], got float"),
+        (lambda x, t, e: (x, (1000 * t).long(), e), "timestep: expected numbers from 0 to 1"),
         (lambda x, t, e: (x, t[:1], e), r"timestep: expected shape \[B=2\], got \[1\]"),
         (lambda x, t, e: (x.half(), t, e), "hidden_states: expected torch.float32.*torch.float16"),
         (lambda x, t, e: (x, t, e.to("meta")), "encoder_hidden_states: expected cpu.* got meta"),

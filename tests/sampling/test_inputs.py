@@ -56,6 +56,7 @@ def nan(x):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda eva: eva.numpy(), r"eva_features: expected a tensor of shape .*, got ndarray"),
         (lambda eva: eva[0], r"eva_features: expected shape \[B, N=6, E=12\], got \[6, 12\]"),
         (lambda eva: eva[:, :5], r"N=6, E=12\], got \[2, 5, 12\]"),
         (lambda eva: eva[..., :7], r"got \[2, 6, 7\]"),
