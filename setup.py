@@ -1,7 +1,7 @@
 """The optional CUDA build. All metadata is in pyproject.toml. torch is never imported.
 
 ``BLIP3O_FAST_CUDA``
-    ``auto`` (default): build if nvcc, CMake and the headers of torch are found; ``1``: build, or
+    ``auto`` (default): build if nvcc, CMake and a torch with CUDA are found; ``1``: build, or
     fail, and ask the installer for a missing torch or CMake; ``0``: pure Python. One line says
     which.
 ``TORCH_CUDA_ARCH_LIST``
@@ -76,7 +76,11 @@ def make_plan() -> Plan:
         if mode == "1":
             raise SystemExit(f"BLIP3O_FAST_CUDA=1: {missing}; BLIP3O_FAST_CUDA=0 installs without")
         return Plan(reason=missing)
-    cmake, (include, torch) = find_cmake(), find_torch()
+    cmake, (include, torch, cuda) = find_cmake(), find_torch()
+    if mode == "auto" and cuda == "None":
+        return Plan(
+            "nvcc is here, but the installed torch is without CUDA; BLIP3O_FAST_CUDA=1 builds anyway"
+        )
     wanted = () if cmake else (f"cmake>={dotted(OLDEST_CMAKE)}",)
     wanted += () if include else (f"torch>={dotted(OLDEST_TORCH)}",)
     if wanted and mode == "auto":
@@ -126,8 +130,10 @@ def version_printed_by(program: str, pattern: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def find_torch() -> tuple[str, str]:
-    """(folder of torch's headers, its version), or two empty strings.
+def find_torch() -> tuple[str, str, str]:
+    """(folder of torch's headers, its version, its CUDA), or three empty strings.
+
+    The CUDA of a torch for CPUs is ``None``.
 
     An isolated build does not see the torch of the environment that is installed into, but pip runs
     it with that environment's Python; the stable ABI does not care which torch lends the headers.
@@ -135,7 +141,7 @@ def find_torch() -> tuple[str, str]:
     if named := os.environ.get("BLIP3O_FAST_TORCH_INCLUDE"):
         if not (Path(named) / "torch/csrc/stable/library.h").is_file():
             raise SystemExit(f"BLIP3O_FAST_TORCH_INCLUDE={named}: no torch/csrc/stable/library.h")
-        return named, "unknown"
+        return named, "unknown", ""
     spec = importlib.util.find_spec("torch")
     packages = list(spec.submodule_search_locations or ()) if spec else []
     packages += [f"{sysconfig.get_path(name)}/torch" for name in ("purelib", "platlib")]
@@ -143,10 +149,12 @@ def find_torch() -> tuple[str, str]:
         version_file, include = package / "version.py", package / "include"
         if not (include / "torch/csrc/stable/library.h").is_file() or not version_file.is_file():
             continue
-        match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text())
+        facts = version_file.read_text()
+        match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", facts)
         if match and (int(match[2]), int(match[3])) >= OLDEST_TORCH:
-            return str(include), match[1]
-    return "", ""
+            cuda = re.search(r"^cuda\b[^=]*= '?([\w.]+)", facts, re.MULTILINE)
+            return str(include), match[1], cuda[1] if cuda else ""
+    return "", "", ""
 
 
 def cuda_targets(version: tuple[int, int], listed: str) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ def download(name: str, revision: str | None, patterns: Sequence[str], extra: st
 
     Raises:
         ImportError: without huggingface_hub, naming the extra.
+        OSError: if the repository cannot be had.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -55,4 +56,10 @@ def download(name: str, revision: str | None, patterns: Sequence[str], extra: st
         raise ImportError(
             f"{PREFIX}{name}: the hub needs huggingface_hub: {install(extra)}"
         ) from None
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # of whichever library it asks the network with
+        raise OSError(
+            f"{PREFIX}{name}: expected the hub or its cache to have it, got "
+            f"{type(error).__name__}: {error}; a folder with its files does as well"
+        ) from error

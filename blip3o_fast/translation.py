@@ -193,9 +193,10 @@ def make_sampler(
             graph=options.graph,
             compile=options.compile,
         )
-        plan.check_device(device)
     except ValueError as error:
         raise OptionError(str(error)) from None
+    if (refusal := plan.refusal(device)) is not None:
+        raise OptionError(f"dtype: fp8: {refusal}; choose bf16, fp16 or fp32")
     return plan
 
 

@@ -20,7 +20,9 @@ from blip3o_fast.errors import OptionError
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
 from blip3o_fast.flags import Flag, add_flags, given
+from blip3o_fast.flow import find_solver
 from blip3o_fast.flow.schedule import GridName
+from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.hub import typed
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 
@@ -58,7 +60,8 @@ class EvaluateOptions:
         evaluations: numbers of calls of the network to measure with; None: 1 2 4 10 25 and those of
             num_inference_steps.
         num_inference_steps: largest number of solver steps.
-        use_heun: solve with Heun's method; off: Euler's.
+        solver: solver of the ODE; heun and midpoint call the network twice per step.
+        use_heun: the published name of solver: on is heun, off euler.
         guidance_scale: weight of the condition over the empty condition; 1: no guidance.
         time_grid: times of the solver's steps; None: those of the model's conventions.
         seed: decides the noise of a sample together with its key.
@@ -76,7 +79,8 @@ class EvaluateOptions:
     max_samples: int | None = None
     batch_size: Count = 64
     num_inference_steps: Count = 50
-    use_heun: bool = True
+    solver: SolverName = "heun"
+    use_heun: bool | None = None
     evaluations: tuple[Count, ...] | None = None
     training_mode: Literal["patch_only", "cls_patch"] | None = None
     guidance_scale: float = 1.0
@@ -93,13 +97,28 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         check(self, error=OptionError)
+        if self.solver == "fitted":
+            raise OptionError(
+                "solver: expected the name of a solver, got fitted; fitted solvers are measured "
+                "beside it wherever the model has some"
+            )
+        if self.use_heun is not None and self.solver not in ("heun", self.method):
+            raise OptionError(
+                f"solver: expected {self.method}, as use_heun says, or no use_heun, got "
+                f"{self.solver}"
+            )
+
+    @property
+    def method(self) -> SolverName:
+        """The solver's name, whichever option gives it."""
+        return self.solver if self.use_heun is None else ("heun" if self.use_heun else "euler")
 
     def settings(self) -> EvaluationSettings:
         """How to measure."""
-        most = self.num_inference_steps * (2 if self.use_heun else 1)
+        most = self.num_inference_steps * find_solver(self.method).evaluations_per_step
         return EvaluationSettings(
             evaluations=self.evaluations or (*(n for n in (1, 2, 4, 10, 25) if n < most), most),
-            solver="heun" if self.use_heun else "euler",
+            solver=self.method,
             guidance_scale=self.guidance_scale,
             time_grid=self.time_grid,
             batch_size=self.batch_size,

@@ -18,7 +18,7 @@ import torch
 
 from blip3o_fast.checked import Count, Index, Share, check
 from blip3o_fast.data.manifest import Split
-from blip3o_fast.devices import DtypeName, find_device
+from blip3o_fast.devices import DTYPES, DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.extraction.encoders import (
     CLIP_REPOSITORY,
@@ -38,12 +38,14 @@ from blip3o_fast.extraction.extract import (
 from blip3o_fast.extraction.image_sources import coco_images, folder_images, webdataset_tars
 from blip3o_fast.extraction.lots import Images
 from blip3o_fast.flags import Flag, add_flags, given
-from blip3o_fast.hub import typed
+from blip3o_fast.hub import PREFIX, typed
 from blip3o_fast.processes import Place, find_place
 from blip3o_fast.signals import STOPPED, StopSignals
 from blip3o_fast.untrusted import one_line
 
 _SHOWN = 5
+DEFAULT_PAIR_GB = 35
+"""8.1 and 0.43 thousand million parameters of both models, stored in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class ExtractOptions:
         coco: MS-COCO: annotations/captions_SPLIT.json and its images.
         coco_split: part of COCO.
         output_dir: folder for the shards.
+
+    Attributes: Towers
         towers: CLIP ViT-L/14 and EVA-CLIP-8B, or two small EfficientNets that need no download.
         eva_path: folder of EVA-CLIP, or hf:owner/name on the hub (clip+eva).
         clip_path: folder of CLIP, or hf:owner/name on the hub (clip+eva).
@@ -64,8 +68,10 @@ class ExtractOptions:
         device: device of both towers: auto, cpu, cuda or cuda:N; under torchrun, auto and cuda are
             a GPU for each process.
         clip_device: device of the CLIP tower; None: as device.
-        dtype: element type that the towers compute in; auto: float16 on a GPU for clip+eva, else
-            float32.
+        dtype: element type that the towers compute in; auto: fp16 on a GPU for clip+eva, else
+            fp32.
+
+    Attributes: Samples
         include_cls: keep token 0, the CLS token: 257 tokens.
         store_dtype: element type of the shards.
         samples_per_shard: rows of a full shard; a shard holds images of one tar only.
@@ -74,6 +80,8 @@ class ExtractOptions:
         mirror: take each random crop mirrored as well.
         seed: decides the random crops.
         heldout_fraction: share of the photos, 0 to 1, that the manifest holds out of training.
+
+    Attributes: Execution
         batch_size: images per forward pass.
         num_workers: threads that decode images.
         resume: continue a folder that holds shards of the same settings.
@@ -83,9 +91,9 @@ class ExtractOptions:
         OptionError: naming the option, what was expected and what came.
     """
 
-    images: Annotated[str | None, Flag("FOLDER", one_of="images")] = None
+    images: Annotated[str | None, Flag("DIR", one_of="images")] = None
     webdataset: Annotated[str | None, Flag("PATTERN", one_of="images")] = None
-    coco: Annotated[str | None, Flag("ROOT", one_of="images")] = None
+    coco: Annotated[str | None, Flag("DIR", one_of="images")] = None
     coco_split: Annotated[str, Flag("SPLIT")] = "val2017"
     output_dir: Annotated[str, Flag("DIR")]
     towers: PairName = "clip+eva"
@@ -95,7 +103,7 @@ class ExtractOptions:
     clip_revision: str | None = None
     device: str = "auto"
     clip_device: str | None = None
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     include_cls: bool = False
     store_dtype: DtypeName = "fp16"
     samples_per_shard: Count = 256
@@ -151,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
     if place.size > 1:
         _check_shared(options)
     images = _images(options)
+    if place.rank == 0:
+        _announce_downloads(options)
     towers = _towers(options, place)
     folder, settings = options.output_dir, options.settings()
     progress = options.progress and place.rank == 0
@@ -200,6 +210,18 @@ def _images(options: ExtractOptions) -> Images:
     return [ref._replace(crops=options.crops) for ref in listed]
 
 
+def _announce_downloads(options: ExtractOptions) -> None:
+    """Say what the default towers weigh before anything is fetched."""
+    paths = (options.eva_path, options.clip_path)
+    if options.towers == "clip+eva" and any(path.startswith(PREFIX) for path in paths):
+        print(
+            f"weights: {paths[0]} and {paths[1]}; the default pair is about {DEFAULT_PAIR_GB} GB, "
+            "downloaded once. --eva_path and --clip_path take folders; --towers lite needs no "
+            "download",
+            file=sys.stderr,
+        )
+
+
 def _towers(options: ExtractOptions, place: Place) -> TowerPair:
     return load_towers(
         options.towers,
@@ -209,7 +231,7 @@ def _towers(options: ExtractOptions, place: Place) -> TowerPair:
         clip_revision=options.clip_revision,
         device=_own_device(options.device, "device", place),
         clip_device=_own_device(options.clip_device or options.device, "clip_device", place),
-        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+        dtype=None if options.dtype == "auto" else DTYPES[options.dtype],
     )
 
 

@@ -229,18 +229,23 @@ class SamplingPlan:
 
     def check_device(self, device: torch.device) -> None:
         """Raise ``ValueError`` if the plan asks for FP8 and ``device`` cannot multiply it."""
-        if self.dtype is not E4M3 or emulates(impl_table(self.model, self.impl)):
-            return
-        refusal, config = e4m3_refusal(device), self.model.config
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        widths = config.hidden_size, config.intermediate_size, heads * config.head_dim
-        if refusal is None and any(width % 16 for width in widths):
-            refusal = f"expected widths D, I and (H + 2K) d in multiples of 16, got {widths}"
+        refusal = self.refusal(device)
         if refusal is not None:
             raise ValueError(
                 f"dtype=float8_e4m3fn: {refusal}; pass dtype=torch.bfloat16, or "
                 "impl=Impl.REFERENCE, which emulates FP8 to judge its quality"
             )
+
+    def refusal(self, device: torch.device) -> str | None:
+        """Why the plan, which asks for FP8, cannot run on ``device``; None if it can."""
+        if self.dtype is not E4M3 or emulates(impl_table(self.model, self.impl)):
+            return None
+        refusal, config = e4m3_refusal(device), self.model.config
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        widths = config.hidden_size, config.intermediate_size, heads * config.head_dim
+        if refusal is None and any(width % 16 for width in widths):
+            refusal = f"expected widths D, I and (H + 2K) d in multiples of 16, got {widths}"
+        return refusal
 
     @property
     def guided(self) -> bool:

@@ -130,7 +130,7 @@ def test_tower_options(images, tmp_path, asked):
     assert run("--images", images, "--output_dir", tmp_path / "a") == 0
     options = (
         *("--eva_path", "E", "--clip_path", "C", "--eva_revision", "e", "--clip_revision", "c"),
-        *("--device", "cpu", "--clip_device", "meta", "--dtype", "bfloat16"),
+        *("--device", "cpu", "--clip_device", "meta", "--dtype", "bf16"),
     )
     assert run("--images", images, "--output_dir", tmp_path / "b", *options) == 0
     assert asked[0]["pair"] == "clip+eva"

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from blip3o_fast.ops import _cuda
 from tests.csrc import interface
@@ -61,7 +62,7 @@ def test_auto_asks_the_installer_for_nothing_and_1_for_what_is_missing(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CUDACXX", compiler(tmp_path, "13.0"))
-    monkeypatch.setattr(script, "find_torch", lambda: ("", ""))
+    monkeypatch.setattr(script, "find_torch", lambda: ("", "", ""))
     monkeypatch.setattr(script, "find_cmake", lambda: "")
     monkeypatch.setenv("BLIP3O_FAST_CUDA", "auto")
     plan = script.make_plan()
@@ -69,6 +70,31 @@ def test_auto_asks_the_installer_for_nothing_and_1_for_what_is_missing(
     monkeypatch.setenv("BLIP3O_FAST_CUDA", "1")
     plan = script.make_plan()
     assert not plan.reason and plan.wanted == ("cmake>=3.24", "torch>=2.10")
+
+
+@pytest.mark.parametrize(
+    ("line", "built"),
+    [("cuda: Optional[str] = None", False), ("cuda: Optional[str] = '13.0'", True)],
+    ids=["cpu", "cuda"],
+)
+def test_auto_compiles_only_for_a_torch_with_cuda(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, built: bool
+) -> None:
+    package = tmp_path / "torch"
+    header = package / "include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (package / "version.py").write_text(f"__version__ = '2.11.0'\n{line}\n")
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CUDACXX", compiler(tmp_path, "13.0"))
+    monkeypatch.setattr(script, "find_cmake", lambda: "cmake")
+    monkeypatch.setenv("BLIP3O_FAST_CUDA", "auto")
+    plan = script.make_plan()
+    assert (plan.reason == "") is built
+    assert built or "torch is without CUDA; BLIP3O_FAST_CUDA=1 builds anyway" in plan.reason
+    monkeypatch.setenv("BLIP3O_FAST_CUDA", "1")
+    assert script.make_plan().reason == ""
 
 
 def test_cmake_is_found_beside_python(
@@ -98,7 +124,8 @@ def cmake(folder: Path, version: str) -> str:
 
 
 def test_torch_is_found_without_importing_it(script: ModuleType) -> None:
-    include, version = script.find_torch()
+    include, version, cuda = script.find_torch()
+    assert cuda == str(torch.version.cuda)
     assert Path(include, "torch/csrc/stable/library.h").is_file()
     assert re.match(r"\d+\.\d+", version)
     assert "import torch" not in (ROOT / "setup.py").read_text()
