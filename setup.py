@@ -78,9 +78,7 @@ def make_plan() -> Plan:
         return Plan(reason=missing)
     cmake, (include, torch, cuda) = find_cmake(), find_torch()
     if mode == "auto" and cuda == "None":
-        return Plan(
-            "nvcc is here, but the installed torch is without CUDA; BLIP3O_FAST_CUDA=1 builds anyway"
-        )
+        return Plan("nvcc is here, but torch is without CUDA; BLIP3O_FAST_CUDA=1 builds anyway")
     wanted = () if cmake else (f"cmake>={dotted(OLDEST_CMAKE)}",)
     wanted += () if include else (f"torch>={dotted(OLDEST_TORCH)}",)
     if wanted and mode == "auto":

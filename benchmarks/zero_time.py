@@ -20,7 +20,8 @@ from blip3o_fast import load_trained_model
 from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
 from blip3o_fast.data import EmbeddingDataset
-from blip3o_fast.demo.pipeline import MODEL, TRAINING, cpu_has_bf16
+from blip3o_fast.demo.pipeline import MODEL, TRAINING
+from blip3o_fast.devices import cpu_has_bf16
 from blip3o_fast.evaluation import Metrics
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, evaluate_model
 from blip3o_fast.training import TrainingOptions, train

@@ -7,6 +7,8 @@ from blip3o_fast.benchmarking.compare import Comparison
 from blip3o_fast.benchmarking.record import Measurement, Record
 from blip3o_fast.report.columns import align
 
+BEYOND = 1.05
+"""Share of a limit above which noise does not explain it."""
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
@@ -48,7 +50,7 @@ def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
             seconds(m.median),
             f"{spread:.0%}",
             seconds(m.limit),
-            f"{m.fraction:.0%}",
+            f"{m.fraction:.0%}" + ("!" if m.fraction > BEYOND else ""),
             m.bound,
             "" if m.warm is None else seconds(m.warm),
             "" if m.host is None else seconds(m.host),
@@ -56,7 +58,10 @@ def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
         cells.append(row)
         previous = title
     filled = [any(column) for column in zip(*cells, strict=True)]
-    return [group, *align([list(compress(row, filled)) for row in (head, *cells)])]
+    lines = [group, *align([list(compress(row, filled)) for row in (head, *cells)])]
+    if any(m.fraction > BEYOND for m in rows):
+        lines.append("! faster than the limit, whose ceiling was measured too low: run it again")
+    return lines
 
 
 def render_comparison(comparison: Comparison) -> str:

@@ -7,13 +7,18 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import textwrap
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 
 import torch
 
 import blip3o_fast
 from blip3o_fast import ops
+from blip3o_fast.benchmarking.environment import processor_name
+from blip3o_fast.devices import cpu_has_bf16
 from blip3o_fast.installation import install
+from blip3o_fast.quantities import count
 
 REASONS = {
     ops.Impl.REFERENCE: "the specification in PyTorch",
@@ -33,6 +38,7 @@ OPTIONAL = {
 }
 """Distribution: extra that brings it, and what it is for."""
 
+COLUMNS = 80
 UNMEASURED = "nobody measured one kernel for all of them to be faster here"
 
 
@@ -77,7 +83,8 @@ def find_versions() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "cpu threads": str(torch.get_num_threads()),
+        "CPU": f"{processor_name()}, {count(torch.get_num_threads(), 'thread')}",
+        "bf16 on the CPU": "yes" if cpu_has_bf16() else "no: sampling computes in fp32 instead",
         "CUDA of torch": torch.version.cuda or "none: this torch was built for CPUs",
         "CUDA build": ops.cuda_build().reason,
     }
@@ -124,13 +131,17 @@ def find_packages() -> dict[str, str]:
             found[name] = f"{importlib.metadata.version(name)} ({purpose})"
         except importlib.metadata.PackageNotFoundError:
             how = install(extra) if extra else f"pip install {name}"
-            found[name] = f"absent: not installed; for {purpose}: {how}"
+            found[name] = f"absent; for {purpose}: {how}"
     return found
 
 
 def print_section(title: str, rows: list[tuple[str, str]]) -> None:
-    """Aligned names and values under a title."""
+    """Names and values under a title, in ``COLUMNS`` columns; a long word has a line of its own."""
     width = max(len(name) for name, _ in rows)
-    print(f"{title}")
+    print(title)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        lines = textwrap.wrap(
+            value, COLUMNS - width - 4, break_long_words=False, break_on_hyphens=False
+        )
+        for label, line in zip_longest((name,), lines, fillvalue=""):
+            print(f"  {label:<{width}}  {line}".rstrip())

@@ -15,7 +15,7 @@ from blip3o_fast.checkpoint import locate_checkpoint
 from blip3o_fast.data import EmbeddingDataset, SampleRecord
 from blip3o_fast.data.manifest import Split
 from blip3o_fast.demo.photos import demo_photos, folder_photos, heldout_scenes
-from blip3o_fast.devices import DeviceName
+from blip3o_fast.devices import DeviceName, cpu_has_bf16
 from blip3o_fast.errors import OptionError
 from blip3o_fast.evaluation import Report
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, evaluate_model
@@ -151,15 +151,6 @@ def fit_solvers_to(run: Path, shards: Path, device: torch.device) -> dict[int, F
     fitted = fit_solvers(model, eva.to(model.dtype), evaluations=FITTED, generator=generator)
     save_solvers(locate_checkpoint(run), fitted)
     return fitted
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself; where it does not, fp32 is faster.
-
-    No if torch cannot tell.
-    """
-    tell = getattr(torch.cpu, "get_capabilities", dict)
-    return bool(tell().get("avx512_bf16", False))
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from weakref import WeakSet
 
 import torch
@@ -25,6 +26,15 @@ def warn_of_guidance(model: DiT, guidance_scale: float, stacklevel: int) -> None
         f"guidance_scale={guidance_scale:g} on a model trained without condition dropout: its "
         "unconditional velocity was never trained, so guidance has no defined effect",
         stacklevel=stacklevel + 1,
+    )
+
+
+@cache
+def warn_of_bf16() -> None:
+    """Warn, once for each process, that a CPU computes in fp32 what was asked for in bf16."""
+    warnings.warn(
+        "this CPU does not multiply bf16 (avx512_bf16); sampling computes in fp32, which is faster",
+        stacklevel=4,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blip3o_fast.axes import check_shape
 from blip3o_fast.conventions import GridName
+from blip3o_fast.devices import cpu_has_bf16
 from blip3o_fast.flow import Callback, FittedSolver, Trajectory, choose_fitted, find_solver
 from blip3o_fast.flow import time_grid as make_grid
 from blip3o_fast.model import DiT
@@ -33,7 +34,12 @@ from blip3o_fast.sampling.cache import (
 )
 from blip3o_fast.sampling.graph import GraphRun, bucket
 from blip3o_fast.sampling.hoisted import Context, HoistedVelocity, TimeTable, condition
-from blip3o_fast.sampling.inputs import require_finite_samples, starting_noise, warn_of_guidance
+from blip3o_fast.sampling.inputs import (
+    require_finite_samples,
+    starting_noise,
+    warn_of_bf16,
+    warn_of_guidance,
+)
 from blip3o_fast.sampling.packed import E4M3
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
@@ -77,7 +83,8 @@ class SamplingPlan:
         time_grid: ascending, published or published_trainer, or S + 1 increasing times from 0 to 1;
             None follows the model's conventions.
         dtype: of weights and activations: float32, bfloat16, float16 or float64. None is that of
-            autocast if it is on, and the model's own otherwise. The state is always fp32.
+            autocast if it is on, and the model's own otherwise. The state is always fp32. A CPU
+            that does not multiply bf16 computes in float32 instead, which is faster there.
             float8_e4m3fn multiplies most of each block in FP8 and computes the rest in bf16
             (``sampling.packed``). It costs accuracy. It needs an NVIDIA GPU of compute capability
             8.9 or at least 9.0, and widths that are multiples of 16. ``impl=Impl.REFERENCE``
@@ -290,11 +297,13 @@ class SamplingPlan:
         )
 
     def _dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.model.dtype
+        dtype = self.model.dtype if self.dtype is None else self.dtype
+        if self.dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if dtype is torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
+            warn_of_bf16()
+            return torch.float32
+        return dtype
 
     def _uses_graph(self, device: torch.device) -> bool:
         if self.graph is None:

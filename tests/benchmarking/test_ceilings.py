@@ -33,10 +33,27 @@ def test_the_best_of_two_measurements():
 
 def test_a_cpu_is_measured(monkeypatch):
     monkeypatch.setitem(module.COPY_BYTES, "cpu", 1 << 16)
-    monkeypatch.setitem(module.GEMM_SIDE, "cpu", 32)
+    monkeypatch.setitem(module.GEMM_SIDES, "cpu", (16, 32))
     threads = torch.get_num_threads()
     measured = measure_ceilings(torch.device("cpu"), ("fp32", "bf16"), seconds=0.01)
     assert torch.get_num_threads() == threads
     assert set(measured.rates) == {"fp32", "bf16"}
     assert all(0 < x < math.inf for x in (measured.bandwidth, *measured.rates.values()))
     assert measured.transfer >= measured.bandwidth / 2
+
+
+def test_a_narrow_dtype_is_no_slower_than_fp32(monkeypatch):
+    """A CPU without bf16 multiplies it a thousand times slower: no limit for code that widens."""
+    rates = {
+        (16, torch.float32): 3e9,
+        (32, torch.float32): 2e9,
+        (16, torch.bfloat16): 1e6,
+        (32, torch.bfloat16): 2e6,
+        (16, torch.float16): 1e9,
+        (32, torch.float16): 5e9,
+    }
+    monkeypatch.setitem(module.GEMM_SIDES, "cpu", (16, 32))
+    monkeypatch.setitem(module.COPY_BYTES, "cpu", 1 << 16)
+    monkeypatch.setattr(module, "_product_rate", lambda side, dtype, *rest: rates[side, dtype])
+    measured = measure_ceilings(torch.device("cpu"), ("bf16", "fp16"), seconds=0.01)
+    assert measured.rates == {"bf16": 3e9, "fp16": 5e9}

@@ -52,6 +52,12 @@ def test_a_device_that_waited_for_the_host_is_said():
     assert ["(host-bound)" in text for text in texts] == [False, False, True]
 
 
+def test_a_time_below_its_limit_is_a_fault_of_the_ceiling():
+    _, _, slow, fast, note = render_group("ops", [measurement("a"), measurement("b", 5e-4)])
+    assert "50%" in slow and "200%!" in fast
+    assert note.startswith("! faster than the limit: the ceiling was measured too low")
+
+
 def test_a_whole_record():
     figures = [measurement(group=group) for group in ("ops", "block", "ops")]
     figures[2] = measurement(group="ops", name="rope")

@@ -122,9 +122,12 @@ def test_a_defect_keeps_its_traceback():
         guarded(body, "blip3o-fast train")
 
 
-def test_doctor_says_what_runs_and_why(capsys):
+def test_doctor_says_what_runs_and_why(capsys, monkeypatch):
+    monkeypatch.setattr("blip3o_fast.cli.doctor.install", lambda extra: f"pip install '.[{extra}]'")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "bf16 on the CPU" in out
     for word in (
         "versions",
         "ops",

@@ -170,3 +170,16 @@ def test_projections_that_cannot_be_packed(model, draw, replaced):
         projection.__class__ = LoRA
     with pytest.raises(TypeError, match=r"without hooks.*merge adapters"):
         generate(model, eva, 1, noise=noise)
+
+
+def test_a_cpu_without_bf16_samples_in_fp32_and_says_so_once(model, draw, monkeypatch):
+    monkeypatch.setattr("blip3o_fast.sampling.plan.cpu_has_bf16", lambda: False)
+    inputs.warn_of_bf16.cache_clear()
+    eva, noise = draw(model)
+    plan = SamplingPlan(model, steps=2, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"does not multiply bf16 .*computes in fp32"):
+        found = plan(eva, noise)
+    assert torch.equal(found, SamplingPlan(model, steps=2)(eva, noise))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(eva, noise)
