@@ -12,7 +12,7 @@ from small_data import small_model, write_shards
 from blip3o_fast import BLIP3oDiT
 from blip3o_fast.cli.main import main
 from blip3o_fast.extraction.encoders import clip_tower, eva_tower
-from blip3o_fast.hub import repository, typed
+from blip3o_fast.hub import download, repository, typed
 
 
 @pytest.fixture
@@ -91,3 +91,13 @@ def test_extract_takes_a_path_for_a_path(asked, tmp_path, capsys):
     assert main([*words, "--clip_path", "owner/tower"]) == 1
     assert "owner/tower: expected a folder of weights" in capsys.readouterr().err
     assert asked == []
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("no route\nto host")
+
+    hub = types.SimpleNamespace(snapshot_download=unreachable)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(OSError, match=r"(?s)^hf:owner/x: .*ConnectionError: no route.* a folder"):
+        download("owner/x", None, ["*"], "hub")

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extract, train, evaluate; print the table and where the report is."""
     options = DemoOptions(**given(DemoOptions, args))
-    require_plots()
+    if options.plots:
+        require_plots()
     device = find_device(options.device)
     folder = Path(options.output_dir)
     started = time.monotonic()
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     errors = ", ".join(f"{n}: {solver.error:.2g}" for n, solver in sorted(fitted.items()))
     say(started, f"fitted solvers; error by number of evaluations {errors}")
     report = evaluate(options, folder, device, refs, losses)
-    page = write_report(report, folder / "report")
+    page = write_report(report, folder / "report", plots=options.plots)
     say(started, "evaluated on photos that training never saw")
     print()
     print(terminal_table(report))

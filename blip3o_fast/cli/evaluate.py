@@ -14,7 +14,9 @@ import torch
 
 from blip3o_fast.atomic import locked
 from blip3o_fast.checked import Count, check
-from blip3o_fast.data import EmbeddingDataset, Wishes, convert
+from blip3o_fast.data import EmbeddingDataset, Wishes
+from blip3o_fast.data.conversion import verify_conversion, write_planned
+from blip3o_fast.data.conversion_plan import open_sources, plan_conversion
 from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
@@ -225,5 +227,15 @@ def open_data(
 def converted(source: Path, output_dir: str, model: BLIP3oDiT) -> Path:
     """Shards of the published COCO pickle, made beside the report, or found there and compared."""
     folder = Path(output_dir) / f"{source.stem}_shards"
-    convert(source, folder, Wishes(grid=model.config.patches, heldout_fraction=0.0))
+    wishes = Wishes(grid=model.config.patches, heldout_fraction=0.0)
+    plan = plan_conversion(open_sources(source), wishes)
+    expected = (model.config.eva_embedding_size, model.config.clip_embedding_size)
+    got = (plan.facts.eva_width, plan.facts.clip_width)
+    if expected != got:
+        raise OptionError(
+            f"coco_embeddings_file: expected widths {expected} (EVA, CLIP), those of the model, "
+            f"got {got}"
+        )
+    write_planned(plan, folder)
+    verify_conversion(plan, folder)
     return folder

@@ -1,7 +1,8 @@
 """``blip3o-fast COMMAND``: each command is a module of this package.
 
-A command module has ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the
-command that was typed is imported.
+A command module has ``add_arguments(parser)`` and ``run(args) -> int``, and may have ``ANSWERS``,
+what to say to flags that it does not take. Only the module of the command that was typed is
+imported.
 
 Exit status: 0 done, 1 failed with one line that says why, 2 bad arguments, 130 interrupted,
 143 stopped by SIGTERM after saving.
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"blip3o-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run = None
+    run, answers = None, {}
     for name, summary in COMMANDS.items():
         parsers[name] = command = commands.add_parser(
             name,
@@ -54,14 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:
             module = importlib.import_module(f"blip3o_fast.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
-            run = module.run
+            run, answers = module.run, getattr(module, "ANSWERS", {})
     if chosen is not None and chosen not in COMMANDS:
         parser.error(f"unknown command {chosen!r}{question(chosen, COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
     assert run is not None
     if unknown:
         flags = parsers[args.command]._option_string_actions  # pyright: ignore[reportPrivateUsage]
-        hint = next((h for word in unknown if (h := question(word.partition("=")[0], flags))), "")
+        words = [word.partition("=")[0] for word in unknown]
+        hint = next((f"; {answers[word]}" for word in words if word in answers), "")
+        hint = hint or next((h for word in words if (h := question(word, flags))), "")
         parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return guarded(lambda: run(args), f"blip3o-fast {args.command}")
 

@@ -18,6 +18,24 @@ from blip3o_fast.training import TrainingInterrupted, TrainingOptions, train
 from blip3o_fast.training.options import read_options_file
 from blip3o_fast.training.run import prepare
 
+_LAUNCH = (
+    "torchrun starts the processes and tells them: torchrun --nproc_per_node N -m blip3o_fast "
+    "train; batch_size counts the samples of all of them"
+)
+_FOLDER = "checkpoints go to --output_dir alone"
+ANSWERS = {
+    **dict.fromkeys(("--distributed", "--world_size", "--rank", "--master_port"), _LAUNCH),
+    "--fsdp_sharding_strategy": "--parallel fsdp shards like FULL_SHARD, ddp not at all",
+    "--fsdp_mixed_precision": "--precision bf16 is what it means",
+    "--fsdp_cpu_offload": "nothing is offloaded; --gradient_checkpointing saves memory",
+    **dict.fromkeys(("--temp_checkpoint_dir", "--auto_detect_temp_dir"), _FOLDER),
+    "--keep_local_checkpoints": "--keep_last is what it means",
+    "--save_to_temp_every_n_steps": "--save_every_n_steps is the nearest",
+    "--max_batches_per_epoch": "--max_steps ends a run early",
+    "--progress_tracking": "--progress is what it means",
+}
+"""Flags of the published ``train_dit_distributed.py`` that ``train`` has under other names."""
+
 
 @dataclass(frozen=True)
 class TrainFlags:

@@ -1,6 +1,7 @@
 """``blip3o-fast demo``: from photos to the report, a few steps long."""
 
 import json
+import sys
 
 import pytest
 
@@ -24,6 +25,17 @@ def test_photos_to_report(tmp_path, capsys):
     assert main(command) == 0
     again = json.loads((folder / "report" / "report.json").read_text())
     assert again == found
+
+
+def test_without_matplotlib_the_option_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "empty").mkdir()
+    words = ["demo", "--images", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "demo")]
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert "[plots]" in err and "--no_plots" in err
+    assert main([*words, "--no_plots"]) == 1
+    assert "empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

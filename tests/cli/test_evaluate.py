@@ -119,6 +119,24 @@ def test_a_coco_file_that_was_replaced_is_named(files, capsys):
     assert "eva of 'coco_13' differs from row 13 of coco_embeddings.pkl" in capsys.readouterr().err
 
 
+def test_widths_are_checked_before_anything_is_converted(files, capsys):
+    path, content = coco_file(files)
+    path.write_bytes(pickle.dumps({**content, "clip_embeddings": torch.randn(SAMPLES, N, C + 1)}))
+    assert evaluate(files, "--coco_embeddings_file", path) == 2
+    assert f"expected widths {E, C} (EVA, CLIP), those of the model" in capsys.readouterr().err
+    assert not list((files / "out").glob("*_shards"))
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [(("--solver", "euler"), [1, 2]), (("--solver", "rk4"), [1, 2, 4, 8])],
+)
+def test_solvers_have_the_names_that_generate_takes(files, options, evaluations):
+    assert evaluate(files, "--embeddings_dir", files / "shards", *options) == 0
+    report = json.loads((files / "out/report.json").read_text())
+    assert [row["evaluations"] for row in report["dit"]] == evaluations
+
+
 def test_a_folder_that_another_process_writes_to(files, capsys):
     with locked(files / "out"):
         assert evaluate(files, "--embeddings_dir", files / "shards") == 2
@@ -131,6 +149,8 @@ def test_a_folder_that_another_process_writes_to(files, capsys):
         (("--num_inference_steps", "0"), 2, "num_inference_steps: expected at least 1, got 0"),
         (("--evaluations", "0"), 2, "evaluations: expected at least 1, got (0,)"),
         (("--training_mode", "cls_patch"), 2, "training_mode: expected patch_only"),
+        (("--solver", "rk4", "--no_use_heun"), 2, "solver: expected euler, as use_heun says"),
+        (("--solver", "fitted"), 2, "solver: expected the name of a solver, got fitted"),
         (("--model_path", "nowhere"), 1, "nowhere: expected a checkpoint folder"),
         (("--embeddings_dir", "nowhere"), 1, "nowhere"),
     ],

@@ -126,6 +126,17 @@ def test_coco(images, tmp_path, asked):
     assert json.loads(line)["key"] == "coco_7"
 
 
+def test_the_default_towers_announce_what_they_download(images, tmp_path, asked, capsys):
+    assert run("--images", images, "--output_dir", tmp_path / "a") == 0
+    err = capsys.readouterr().err
+    assert "hf:BAAI/EVA-CLIP-8B and hf:openai/clip-vit-large-patch14" in err and "35 GB" in err
+    for flag in ("--eva_path", "--clip_path", "--towers lite"):
+        assert flag in err
+    for options in (("--towers", "lite"), ("--eva_path", "E", "--clip_path", "C")):
+        assert run("--images", images, "--output_dir", tmp_path / options[1], *options) == 0
+        assert "GB" not in capsys.readouterr().err
+
+
 def test_tower_options(images, tmp_path, asked):
     assert run("--images", images, "--output_dir", tmp_path / "a") == 0
     options = (

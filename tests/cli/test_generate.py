@@ -133,7 +133,9 @@ def test_bad_options(given, tmp_path, capsys, options, message):
 
 def test_fp8_is_refused_before_anything_is_written(given, tmp_path, capsys):
     assert main([*given, "--output_dir", str(tmp_path / "clip"), "--dtype", "fp8"]) != 0
-    assert "compute capability 8.9 or at least 9.0, got cpu" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "dtype: fp8: expected an NVIDIA GPU of compute capability 8.9 or at least 9.0" in err
+    assert err.endswith("choose bf16, fp16 or fp32\n") and "torch." not in err
     assert not (tmp_path / "clip").exists()
     with pytest.raises(SystemExit):
         main([*given, "--output_dir", str(tmp_path / "clip"), "--store_dtype", "fp8"])

@@ -63,6 +63,9 @@ def test_bad_arguments_exit_with_two(argv, capsys):
         (["doctor", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
         (["train", "--batchsize=4"], "--batchsize=4; did you mean '--batch_size'?"),
         (["doctor", "--loud"], "unrecognized arguments: --loud\n"),
+        (["train", "--distributed"], "--distributed; torchrun starts the processes"),
+        (["train", "--world_size=4"], "--world_size=4; torchrun starts the processes"),
+        (["train", "--fsdp_mixed_precision"], "; --precision bf16 is what it means\n"),
     ],
 )
 def test_a_mistyped_word_is_answered_with_the_nearest(argv, message, capsys):

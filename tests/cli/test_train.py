@@ -12,6 +12,7 @@ import pytest
 from small_data import write_shards
 
 from blip3o_fast.cli.main import main
+from blip3o_fast.cli.train import ANSWERS
 from blip3o_fast.training.options import TrainingOptions
 
 ROOT = Path(__file__).parents[2]
@@ -278,3 +279,12 @@ def test_defaults_of_the_command_are_those_of_the_record(data, capsys):
     assert main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == TrainingOptions(str(data), "out").to_dict()
+
+
+def test_answers_name_flags_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert not flags & set(ANSWERS)
+    named = set(re.findall(r"--\w+", " ".join(ANSWERS.values()))) - {"--nproc_per_node"}
+    assert named <= flags
