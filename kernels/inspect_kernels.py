@@ -11,6 +11,7 @@ e4m3, which sm_80 does not have).
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from blip3o_fast.ops import OPS, Op, Sizes
+from blip3o_fast.ops._record import Arguments, Operator
 from blip3o_fast.report.columns import align
 
 ARCHS = (80, 90, 100)
@@ -92,7 +94,13 @@ class Report(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A kernel as Triton compiled it."""
+    """A launch, and its kernel as Triton compiled it.
+
+    Attributes:
+        programs: the grid.
+        traffic: bytes of all tensors that it takes, each read or written once.
+        integers: the arguments that are numbers, by name.
+    """
 
     name: str
     variant: str
@@ -100,6 +108,9 @@ class Compiled(NamedTuple):
     shared: int
     ptx: str
     cubin: bytes
+    programs: int
+    traffic: int
+    integers: dict[str, int]
 
 
 class _TargetDriver:
@@ -122,32 +133,35 @@ class _TargetDriver:
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[Compiled]]:
     """Launches inside are compiled for ``arch`` and collected, and do not run."""
-    seen: dict[int, Compiled] = {}
+    found: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        del grid, warmup
+        del warmup
         kernel = run(self, *args, grid=(1,), warmup=True, **kwargs)
         variant = "+".join(name.lower() for name, value in kwargs.items() if value is True)
         module = self.fn.__module__.rpartition(".")[2]
-        seen[id(kernel)] = Compiled(
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launch = Compiled(
             f"{module}.{self.fn.__name__.strip('_')}",
             variant,
             kernel.metadata.num_warps,
             kernel.metadata.shared,
             kernel.asm["ptx"],
             kernel.asm["cubin"],
+            grid[0],
+            sum(x.nbytes for x in args if isinstance(x, torch.Tensor)),
+            {name: x for name, x in named.items() if type(x) is int},
         )
+        found.append(launch)
         return kernel
 
     JITFunction.run = compile_only
     driver.set_active(_TargetDriver(arch))
-    found: list[Compiled] = []
     try:
         yield found
     finally:
         JITFunction.run = run
-        found.extend(seen.values())
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -220,17 +234,25 @@ def inspect(ops: list[Op], precisions: list[str], archs: list[int]) -> list[Repo
             dtype, parameter_dtype = PRECISIONS[precision]
             sizes = replace(BASE, dtype=dtype, parameter_dtype=parameter_dtype)
             for op in ops:
-                with compiling_for(arch) as kernels:
-                    call_operators(op, sizes, e4m3=arch >= E4M3_ARCH)
+                with compiling_for(arch) as launches:
+                    for _, launcher, arguments in calls(op, sizes, arch):
+                        launcher(*arguments)
+                kernels = {id(launch.cubin): launch for launch in launches}.values()
                 reports += [report(op.name, precision, arch, kernel) for kernel in kernels]
     return reports
 
 
-def call_operators(op: Op, sizes: Sizes, *, e4m3: bool) -> None:
-    """Call every operator on every specimen."""
-    for operator, arguments in op.calls(sizes):
-        if e4m3 or operator.launcher != "forward_quantised":
-            getattr(torch.ops.blip3o_fast, operator.name)(*arguments)
+def calls(op: Op, sizes: Sizes, arch: int) -> Iterator[tuple[Operator, Any, Arguments]]:
+    """Every operator of ``op`` that ``arch`` can run, its launcher, and arguments by specimen.
+
+    The arguments are on the device ``meta``: nothing runs, so they need no memory.
+    """
+    module = importlib.import_module(f"blip3o_kernels.{op.name}")
+    with compiling_for(arch):
+        given = list(op.calls(replace(sizes, device="meta")))
+    for operator, arguments in given:
+        if arch >= E4M3_ARCH or operator.launcher != "forward_quantised":
+            yield operator, getattr(module, operator.launcher), arguments
 
 
 def main() -> int:
