@@ -17,6 +17,7 @@ fp64).
 import triton.language as tl
 from torch import Tensor
 
+from blip3o_kernels.arithmetic import normal_tail
 from blip3o_kernels.launch import (
     accumulator,
     backward_launch,
@@ -26,28 +27,50 @@ from blip3o_kernels.launch import (
     torch_accumulator,
     unit_stride,
 )
-from blip3o_kernels.reduction import column_sum, sum2
-from blip3o_kernels.tiles import load_row, load_vector, token_range
+from blip3o_kernels.pieces import (
+    dot,
+    load_parameter,
+    load_rows,
+    parameter_piece,
+    row_sum,
+    row_sums,
+    rows_of,
+    store_piece,
+    store_sum,
+    total,
+    zeros,
+)
+from blip3o_kernels.reduction import column_sum
+from blip3o_kernels.tiles import token_range
 from blip3o_kernels.typed import cdiv, jit
 
+COLUMNS = 32
+"""Columns of a thread. Many, and parameters read again for each row, leave most rows in flight."""
 
-@jit
-def _standardised(x, inside, EPS: tl.constexpr, WIDTH: tl.constexpr):
-    """``xhat``, 0 outside the true columns, and ``rstd``."""
-    x = tl.where(inside, x, 0.0)
-    centred = tl.where(inside, x - tl.sum(x, axis=0) / WIDTH, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
-    return centred * rstd, rstd
+BACKWARD_COLUMNS = 16
+BACKWARD_REGISTERS = 2.5
+"""For a column: two sums and what comes and goes. The two inputs of 16 bits add one."""
 
 
 @jit
-def _normal_cdf(u):
-    return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+def _without_padding(x, k: tl.constexpr, CUT: tl.constexpr, WIDTH: tl.constexpr):
+    """Piece ``k``, 0 outside the true columns."""
+    if CUT[k][0] + CUT[k][1] > WIDTH:
+        x = tl.where(CUT[k][0] + tl.arange(0, CUT[k][1])[None, :] < WIDTH, x, 0.0)
+    return x
 
 
 @jit
-def _normal_pdf(u):
-    return 0.3989422804014327 * tl.exp(-0.5 * u * u)
+def _mean_and_rstd(x, CUT: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Of rows, over the true columns."""
+    true = ()
+    for k in tl.static_range(len(CUT)):
+        true += (_without_padding(x[k], k, CUT, WIDTH),)
+    mean = row_sum(total(true)) * (1.0 / WIDTH)
+    centred = ()
+    for k in tl.static_range(len(CUT)):
+        centred += (_without_padding(x[k] - mean, k, CUT, WIDTH),)
+    return mean, tl.rsqrt(row_sum(dot(centred, centred)) * (1.0 / WIDTH) + EPS)
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -65,21 +88,23 @@ def _forward_kernel(
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CUT: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    cols = tl.arange(0, BLOCK)
-    inside, stored = cols < WIDTH, cols < PADDED
-    w = load_vector(weight, cols, inside, ACC)
-    b = load_vector(bias, cols, inside, ACC)
-    for token in range(first, last):
-        row = load_row(x + sample * x_b, token, cols, x_n, x_d, stored, ACC)
-        xhat, _ = _standardised(row, inside, EPS, WIDTH)
-        u = w * xhat + b
-        h = u * _normal_cdf(u)
-        target = out + (sample * tokens + token) * PADDED
-        tl.store(target + cols, h.to(out.dtype.element_ty), mask=stored)
+    for token in range(first, last, ROWS):
+        row, inside = rows_of(token, last, ROWS)
+        values = load_rows(x + sample * x_b, row * x_n, x_d, inside, CUT, PADDED, ACC)
+        mean, rstd = _mean_and_rstd(values, CUT, EPS, WIDTH)
+        target = (sample * tokens + row) * PADDED
+        for k in tl.static_range(len(CUT)):
+            xhat = _without_padding((values[k] - mean) * rstd, k, CUT, WIDTH)
+            w = parameter_piece(weight, k, CUT, WIDTH, ROWS, ACC, True)
+            u = tl.fma(xhat, w, parameter_piece(bias, k, CUT, WIDTH, ROWS, ACC, True))
+            tail, _ = normal_tail(u, out.dtype.element_ty.primitive_bitwidth <= 16)
+            h = tl.fma(tl.abs(u), -tail, tl.maximum(u, 0.0, tl.PropagateNan.ALL))
+            store_piece(out, target, h, inside, k, CUT, PADDED)
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -102,36 +127,49 @@ def _backward_kernel(
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CUT: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
     PARAMETERS: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    cols = tl.arange(0, BLOCK)
-    inside, stored = cols < WIDTH, cols < PADDED
-    w = load_vector(weight, cols, inside, ACC)
-    b = load_vector(bias, cols, inside, ACC)
-    dw = tl.zeros((BLOCK,), ACC)
-    db = tl.zeros((BLOCK,), ACC)
-    for token in range(first, last):
-        upstream = load_row(dout + sample * dout_b, token, cols, dout_n, dout_d, stored, ACC)
-        row = load_row(x + sample * x_b, token, cols, x_n, x_d, stored, ACC)
-        xhat, rstd = _standardised(row, inside, EPS, WIDTH)
-        u = w * xhat + b
-        du = tl.where(inside, upstream, 0.0) * (_normal_cdf(u) + u * _normal_pdf(u))
-        g = w * du
-        sum_g, sum_gx = sum2(g, g * xhat)
-        d = rstd * (g - sum_g / WIDTH - xhat * (sum_gx / WIDTH))
-        target = dx + (sample * tokens + token) * PADDED
-        d = tl.where(inside, d, 0.0).to(dx.dtype.element_ty)
-        tl.store(target + cols, d, mask=stored)
+    w = load_parameter(weight, CUT, WIDTH, ROWS, ACC)
+    b = load_parameter(bias, CUT, WIDTH, ROWS, ACC)
+    dw = zeros(CUT, ROWS, ACC)
+    db = zeros(CUT, ROWS, ACC)
+    for token in range(first, last, ROWS):
+        row, inside = rows_of(token, last, ROWS)
+        upstream = load_rows(dout + sample * dout_b, row * dout_n, dout_d, inside, CUT, PADDED, ACC)
+        values = load_rows(x + sample * x_b, row * x_n, x_d, inside, CUT, PADDED, ACC)
+        mean, rstd = _mean_and_rstd(values, CUT, EPS, WIDTH)
+        xhat = ()
+        gradient = ()
+        g = ()
+        for k in tl.static_range(len(CUT)):
+            standard = _without_padding((values[k] - mean) * rstd, k, CUT, WIDTH)
+            u = tl.fma(standard, w[k], b[k])
+            tail, density = normal_tail(u, dx.dtype.element_ty.primitive_bitwidth <= 16)
+            slope = tl.fma(u, density, tl.where(u < 0.0, tail, 1.0 - tail))
+            du = _without_padding(upstream[k], k, CUT, WIDTH) * slope
+            xhat += (standard,)
+            gradient += (du,)
+            g += (w[k] * du,)
+        sum_g, sum_gx = row_sums(total(g), dot(g, xhat))
+        mean_g, mean_gx = sum_g * (1.0 / WIDTH), sum_gx * (1.0 / WIDTH)
+        target = (sample * tokens + row) * PADDED
+        new_dw = ()
+        new_db = ()
+        for k in tl.static_range(len(CUT)):
+            d = rstd * (tl.fma(w[k], gradient[k], -mean_g) - xhat[k] * mean_gx)
+            store_piece(dx, target, _without_padding(d, k, CUT, WIDTH), inside, k, CUT, PADDED)
+            new_dw += (tl.fma(gradient[k], xhat[k], dw[k]),)
+            new_db += (db[k] + gradient[k],)
         if PARAMETERS:
-            dw += du * xhat
-            db += du
+            dw, db = new_dw, new_db
     if PARAMETERS:
-        target = partial + tl.program_id(0).to(tl.int64) * (2 * PADDED) + cols
-        tl.store(target, dw, mask=stored)
-        tl.store(target + PADDED, db, mask=stored)
+        sums = partial + tl.program_id(0).to(tl.int64) * (2 * PADDED)
+        store_sum(sums, dw, CUT, PADDED)
+        store_sum(sums + PADDED, db, CUT, PADDED)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -140,7 +178,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     weight, bias = unit_stride(weight), unit_stride(bias)
     (source,) = merged_rows(x)
     samples, tokens, padded = source.shape
-    launch = forward_launch(padded, samples * tokens)
+    launch = forward_launch(padded, samples * tokens, COLUMNS)
     if not out.numel():
         return out
     chunks = cdiv(tokens, launch.rows)
@@ -157,10 +195,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             EPS=eps,
             WIDTH=weight.shape[0],
             PADDED=padded,
-            BLOCK=launch.block,
             ACC=accumulator(x, weight, bias),
-            num_warps=launch.num_warps,
-            enable_fp_fusion=False,
+            **launch.constants,
         )
     return out
 
@@ -175,7 +211,8 @@ def backward(
     samples, tokens, padded = source.shape
     width = weight.shape[0]
     acc = accumulator(x, weight, bias)
-    launch = backward_launch(padded, samples * tokens)
+    per_column = BACKWARD_REGISTERS + x.element_size() / 2
+    launch, registers = backward_launch(padded, samples, tokens, BACKWARD_COLUMNS, per_column)
     chunks = cdiv(tokens, launch.rows)
     partial = None
     if parameters:
@@ -197,15 +234,13 @@ def backward(
                 EPS=eps,
                 WIDTH=width,
                 PADDED=padded,
-                BLOCK=launch.block,
                 ACC=acc,
                 PARAMETERS=parameters,
-                num_warps=launch.num_warps,
-                enable_fp_fusion=False,
+                maxnreg=registers,
+                **launch.constants,
             )
     if partial is None:
         return dx, x.new_empty(0), x.new_empty(0)
     dw, db = weight.new_empty(width), bias.new_empty(width)
-    column_sum(partial[:, 0, :width], dw, acc)
-    column_sum(partial[:, 1, :width], db, acc)
+    column_sum(partial, (dw, db), acc)
     return dx, dw, db

@@ -1,23 +1,24 @@
-"""The double norm ``rms(rms(x; w1); w2) * (1 + scale) + shift`` of one row in registers.
+"""The double norm ``rms(rms(x; w1); w2) * (1 + scale) + shift`` of rows in registers.
 
-Both norms add the same eps to their mean square. With a = w1 x, exactly:
+Both norms add the same eps to their mean square. With gain = w1 w2 (1 + scale) and
+square = w1^2 + eps, exactly:
 
-    u = w2 a r      r = rsqrt(mean(a^2) + eps (mean(x^2) + eps))      out = u (1 + scale) + shift
+    out = gain x r + shift        r = rsqrt(mean(square x^2) + eps^2)
 
-One reduction, over x^2 and a^2 together, replaces two. Backward, with g = dout (1 + scale) w2 w1,
-xhat = x r and m = mean(g xhat):
+One reduction replaces two. Backward, with m = r mean(gain dout x):
 
-    dx = r (g - (w1^2 + eps) xhat m)
+    dx = r gain dout - square x r^2 m
 
-again after one reduction, over x^2, a^2 and g x. The gradients of the parameters need three sums
-over the tokens of a sample, column by column,
+again after one reduction, of two sums. The gradients of the parameters need three sums over the
+tokens of a sample, column by column,
 
-    P = sum dout xhat        Q = sum dout        R = sum m xhat^2
+    P = sum dout x r        Q = sum dout        R = sum m r^2 x^2
 
-    dscale = w1 w2 P         dshift = Q
-    dw2 = w1 sum_b (1 + scale) P         dw1 = sum_b ((1 + scale) w2 P - w1 R)
+    dscale = w1 w2 P        dshift = Q
+    dw2 = w1 sum_b (1 + scale) P        dw1 = sum_b ((1 + scale) w2 P - w1 R)
 
-A branch that is scaled before its norm, x = ls y, keeps P and R over y instead of x: dscale and dw2
+A branch that is scaled before its norm, ls y in place of x, has gain ls and square ls^2 in place of
+gain and square, and then all holds for y: dx becomes dy, P and R are sums over y. dscale and dw2
 gain a factor ls, dw1 = sum_b ((1 + scale) w2 ls P - w1 ls^2 R), and the scale itself receives
 dls = sum_b (w1 w2 (1 + scale) P - (w1^2 + eps) ls R).
 """
@@ -29,123 +30,140 @@ import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.launch import torch_accumulator, unit_stride
-from blip3o_kernels.reduction import STAGE_COLUMNS, STAGE_ROWS, column_sums, sum2
-from blip3o_kernels.tiles import load_vector
-from blip3o_kernels.typed import cdiv, jit
+from blip3o_kernels.pieces import (
+    dot,
+    parameter_piece,
+    row_sum,
+    row_sums,
+    store_rows,
+    store_sums,
+    times,
+)
+from blip3o_kernels.typed import jit
 
 
 @jit
-def load_norm(w1, w2, shift, scale, sample, shift_b, scale_b, cols, inside, ACC: tl.constexpr):
-    """w1, w2, shift and ``1 + scale`` of one sample."""
-    return (
-        load_vector(w1, cols, inside, ACC),
-        load_vector(w2, cols, inside, ACC),
-        load_vector(shift + sample * shift_b, cols, inside, ACC),
-        1.0 + load_vector(scale + sample * scale_b, cols, inside, ACC),
-    )
-
-
-@jit
-def double_norm(x, w1, w2, shift, one_plus_scale, EPS: tl.constexpr, WIDTH: tl.constexpr):
-    """One row, normed twice and modulated."""
-    a = w1 * x
-    squares_x, squares_a = sum2(x * x, a * a)
-    r = tl.rsqrt(squares_a / WIDTH + EPS * (squares_x / WIDTH + EPS))
-    return a * r * (w2 * one_plus_scale) + shift
-
-
-@jit
-def double_norm_gradient(dout, x, w1, gain, EPS: tl.constexpr, WIDTH: tl.constexpr):
-    """``dx``, ``r`` and ``m`` of one row, with ``gain = w1 w2 (1 + scale)``."""
-    a = w1 * x
-    g = dout * gain
-    squares_x, squares_a = sum2(x * x, a * a)
-    product = tl.sum(g * x, axis=0)
-    r = tl.rsqrt(squares_a / WIDTH + EPS * (squares_x / WIDTH + EPS))
-    m = r * product / WIDTH
-    return r * (g - (w1 * w1 + EPS) * (x * r) * m), r, m
-
-
-@jit
-def store_partial_sums(partial, p, q, r, cols, inside, WIDTH: tl.constexpr):
-    """Write the three sums of this program for the second stage."""
-    target = partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH) + cols
-    tl.store(target, p, mask=inside)
-    tl.store(target + WIDTH, q, mask=inside)
-    tl.store(target + 2 * WIDTH, r, mask=inside)
-
-
-@jit(do_not_specialize=["chunks"])
-def _sample_sums_stage(
-    partial,
+def load_norm(
     w1,
     w2,
-    layer_scale,
     scale,
-    dshift,
-    dscale,
-    sums,
-    chunks,
-    scale_b,
-    width,
-    SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Second stage, per sample: dshift, dscale, and this sample's part of the weight gradients."""
-    blocks = tl.cdiv(width, COLS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
-    inside = cols < width
-    source = partial + sample * chunks * (3 * width)
-    stride = 3 * width
-    p = column_sums(source, cols, inside, chunks, stride, ROWS, COLS, ACC)
-    q = column_sums(source + width, cols, inside, chunks, stride, ROWS, COLS, ACC)
-    r = column_sums(source + 2 * width, cols, inside, chunks, stride, ROWS, COLS, ACC)
-    weight = load_vector(w1, cols, inside, ACC) * load_vector(w2, cols, inside, ACC)
-    if SCALED:
-        weight = weight * load_vector(layer_scale, cols, inside, ACC)
-    factor = 1.0 + load_vector(scale + sample * scale_b, cols, inside, ACC)
-    row = sample * width + cols
-    tl.store(dshift + row, q.to(dshift.dtype.element_ty), mask=inside)
-    tl.store(dscale + row, (weight * p).to(dscale.dtype.element_ty), mask=inside)
-    tl.store(sums + sample * (2 * width) + cols, factor * p, mask=inside)
-    tl.store(sums + sample * (2 * width) + width + cols, r, mask=inside)
-
-
-@jit(do_not_specialize=["samples"])
-def _weight_gradient_stage(
-    sums,
-    w1,
-    w2,
     layer_scale,
-    dw1,
-    dw2,
-    dlayer_scale,
-    samples,
-    width,
-    SCALED: tl.constexpr,
+    LAYER_SCALE: tl.constexpr,
     EPS: tl.constexpr,
+    CUT: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Third stage, over samples: dw1, dw2 and the gradient of the layer scale."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    inside = cols < width
-    stride = 2 * width
-    p = column_sums(sums, cols, inside, samples, stride, ROWS, COLS, ACC)
-    r = column_sums(sums + width, cols, inside, samples, stride, ROWS, COLS, ACC)
-    first, second = load_vector(w1, cols, inside, ACC), load_vector(w2, cols, inside, ACC)
-    if SCALED:
-        ls = load_vector(layer_scale, cols, inside, ACC)
-        d = first * second * p - (first * first + EPS) * ls * r
-        tl.store(dlayer_scale + cols, d.to(dlayer_scale.dtype.element_ty), mask=inside)
-        p, r = ls * p, ls * ls * r
-    d1 = second * p - first * r
-    tl.store(dw1 + cols, d1.to(dw1.dtype.element_ty), mask=inside)
-    tl.store(dw2 + cols, (first * p).to(dw2.dtype.element_ty), mask=inside)
+    """``gain`` and ``square`` of one sample, with the layer scale if the branch has one."""
+    gain = ()
+    square = ()
+    for k in tl.static_range(len(CUT)):
+        w = parameter_piece(w1, k, CUT, WIDTH, ROWS, ACC, False)
+        g = w * parameter_piece(w2, k, CUT, WIDTH, ROWS, ACC, False)
+        g *= 1.0 + parameter_piece(scale, k, CUT, WIDTH, ROWS, ACC, False)
+        s = tl.fma(w, w, tl.full(w.shape, EPS, ACC))
+        if LAYER_SCALE:
+            ls = parameter_piece(layer_scale, k, CUT, WIDTH, ROWS, ACC, False)
+            g *= ls
+            s *= ls * ls
+        gain += (g,)
+        square += (s,)
+    return gain, square
+
+
+@jit
+def keep_norm(partial, gain, square, CUT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Write ``gain`` and ``square`` where the sums of this program will stand; returns where.
+
+    Registers are short in a backward pass with sums. Read again for each row, from cache, these two
+    need no conversion.
+    """
+    kept = partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH)
+    zero = tl.full((ROWS, 1), 0, tl.int64)
+    store_rows(kept, zero, gain, zero == 0, CUT, WIDTH)
+    store_rows(kept + WIDTH, zero, square, zero == 0, CUT, WIDTH)
+    tl.debug_barrier()
+    return kept
+
+
+@jit
+def norm_piece(
+    kept,
+    gain,
+    square,
+    k: tl.constexpr,
+    CUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+    KEPT: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """Piece ``k`` of ``gain`` and ``square``: as they were kept, or out of registers."""
+    if KEPT:
+        g = parameter_piece(kept, k, CUT, WIDTH, ROWS, ACC, AGAIN)
+        s = parameter_piece(kept + WIDTH, k, CUT, WIDTH, ROWS, ACC, AGAIN)
+    else:
+        g, s = gain[k], square[k]
+    return g, s
+
+
+@jit
+def double_norm(x, gain, square, shift, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows, normed twice and modulated."""
+    squares = row_sum(dot(times(square, x), x))
+    r = tl.rsqrt(squares * (1.0 / WIDTH) + EPS * EPS)
+    out = ()
+    for k in tl.static_range(len(x)):
+        out += (tl.fma(x[k] * r, gain[k], shift[k]),)
+    return out
+
+
+@jit
+def gradient_factors(
+    dout,
+    x,
+    kept,
+    gain,
+    square,
+    EPS: tl.constexpr,
+    CUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """``r`` and ``m r^2`` of rows."""
+    scaled = ()
+    product = ()
+    for k in tl.static_range(len(CUT)):
+        g, s = norm_piece(kept, gain, square, k, CUT, WIDTH, ROWS, ACC, KEPT, False)
+        scaled += (s * x[k],)
+        product += (g * dout[k],)
+    squares, products = row_sums(dot(scaled, x), dot(product, x))
+    return factors(squares, products, EPS, WIDTH)
+
+
+@jit
+def factors(squares, products, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """``r`` and ``m r^2`` from ``sum(square x^2)`` and ``sum(gain dout x)``."""
+    r = tl.rsqrt(squares * (1.0 / WIDTH) + EPS * EPS)
+    return r, r * (products * (1.0 / WIDTH)) * r * r
+
+
+@jit
+def norm_gradient(dout, x, gain, square, r, pull):
+    """``dx`` of a piece of rows."""
+    return tl.fma(gain * dout, r, -(square * x) * pull)
+
+
+@jit
+def store_partial_sums(partial, p, q, r, CUT: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the three sums of this program for the second stage."""
+    tl.debug_barrier()  # what was kept there has been read
+    target = partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH)
+    store_sums(target, p, q, r, CUT, WIDTH)
 
 
 class Modulation(NamedTuple):
@@ -166,47 +184,3 @@ class Modulation(NamedTuple):
 def partial_sums(x: Tensor, acc: tl.dtype, programs: tuple[int, int], sums: int = 3) -> Tensor:
     """Empty memory for the sums of each program: ``[B, chunks, sums, D]``."""
     return x.new_empty((*programs, sums, x.shape[-1]), dtype=torch_accumulator(acc))
-
-
-def parameter_gradients(
-    partial: Tensor, norm: Modulation, layer_scale: Tensor | None, *, eps: float, acc: tl.dtype
-) -> tuple[Modulation, Tensor | None]:
-    """Gradients of a norm and of the layer scale before it, from partial sums."""
-    samples, chunks, _, width = partial.shape
-    gradient = Modulation(*(u.new_empty(u.shape) for u in norm))
-    dls = None if layer_scale is None else layer_scale.new_empty(width)
-    sums = partial.new_empty(samples, 2, width)
-    blocks = cdiv(width, STAGE_COLUMNS)
-    fixed = {"ROWS": STAGE_ROWS, "COLS": STAGE_COLUMNS, "ACC": acc, "SCALED": dls is not None}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    if samples:
-        _sample_sums_stage[(samples * blocks,)](
-            partial,
-            norm.w1,
-            norm.w2,
-            layer_scale,
-            norm.scale,
-            gradient.shift,
-            gradient.scale,
-            sums,
-            chunks,
-            norm.scale.stride(0),
-            width,
-            **fixed,
-            **options,
-        )
-    _weight_gradient_stage[(blocks,)](
-        sums,
-        norm.w1,
-        norm.w2,
-        layer_scale,
-        gradient.w1,
-        gradient.w2,
-        dls,
-        samples,
-        width,
-        EPS=eps,
-        **fixed,
-        **options,
-    )
-    return gradient, dls

@@ -32,7 +32,7 @@ from blip3o_kernels.flow_loss_terms import (
 )
 from blip3o_kernels.launch import (
     accumulator,
-    backward_launch,
+    block_launch,
     on_device,
     torch_accumulator,
     unit_stride,
@@ -232,7 +232,7 @@ def forward(
     acc = accumulator(velocity)
     sources = (velocity, x_t, x_1, noise)
     t = unit_stride(t)
-    launch = backward_launch(width, samples * tokens)
+    launch = block_launch(width, samples * tokens)
 
     def new(*shape: int) -> Tensor:
         return velocity.new_empty(shape, dtype=torch_accumulator(acc))
@@ -311,7 +311,7 @@ def backward(
     out = velocity.new_empty(velocity.shape)
     sources = (velocity, x_t, x_1, noise)
     t = unit_stride(t)
-    launch = backward_launch(width, samples * tokens)
+    launch = block_launch(width, samples * tokens)
     chunks = cdiv(tokens, launch.rows)
     with on_device(velocity):
         _gradient_kernel[(samples * chunks,)](

@@ -1,28 +1,23 @@
-"""How kernels are launched: views without copies, block sizes, warps, and rows a program.
+"""How kernels are launched: views without copies, tiles, warps, and rows a program.
 
-The arithmetic is for an H100: 132 multiprocessors with 64 warps and 65,536 registers each, 3.0 TB/s
-measured, about 0.7 us from request to data. So each multiprocessor must have
-3.0 TB/s * 0.7 us / 132 = 16 KB of loads in flight.
+A row lies in the registers of one warp, or of several where that is too wide. A program has four
+warps or more, and walks its rows as many at a time as it has warps for. So rows of up to 1,024
+columns are added without a barrier.
 
-* In a row of a 16-bit dtype each thread has 8 columns, one 16-byte load. ``num_warps`` is therefore
-  ``block / 256``.
-* A forward row kernel of 4 warps takes 40 to 60 registers a thread. At least 8 programs fit on a
-  multiprocessor, with 8 * 4 * 32 * 16 B = 16 KB in flight for one input, 32 KB for the two of a
-  join.
-* A backward kernel keeps parameters and three sums a column in registers, 130 to 170 a thread. 3
-  programs fit, and its four inputs have 3 * 4 * 32 * 16 B * 4 = 24 KB in flight.
-* Each forward program reads up to four rows of parameters, more than its own row. Once there are
-  16 programs for each multiprocessor (2,112 in all), a program therefore walks several rows.
-* A backward program writes partial sums: three fp32 rows, which are read again. If it walks 32
-  rows, these cost 24 B for each 32 * 6 B of a 16-bit column, an eighth of the traffic. It walks 4
-  to 32 rows, so that there are 512 programs or more where the rows suffice.
+* A thread loads 16 bytes at a time. How many columns it holds at most is a choice of each kernel:
+  few leave registers for more programs, many need fewer instructions and exchanges a row.
+* Each forward program reads up to four rows of parameters. It walks several tiles of rows, once the
+  programs fill a GPU several times over.
+* A backward program writes partial sums: three fp32 rows for each norm, which are read again. It
+  walks up to 64 rows, so that these cost a sixteenth of the traffic or less.
 
-``num_warps`` and the block depend on the width only. So the result of a row does not depend on the
-other rows.
+The cut of a row and its threads depend on the width only. So the result of a row does not depend on
+the other rows.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -33,20 +28,53 @@ from blip3o_kernels.typed import cdiv, next_power_of_2
 MAX_WIDTH = 8192
 """The widest row that one program holds: 16 columns a thread at 16 warps of 128 registers."""
 
+WARP = 32
 MAX_WARPS = 16
-REGISTERS = 65536
+ROW_WARPS = 4
+"""Warps of a program with several rows."""
 
 ELEMENTWISE_COLUMNS = 1024
 ELEMENTWISE_ELEMENTS = 2048
 """The tile of an elementwise kernel: 16 elements a thread at 4 warps, two 16-byte loads each."""
 
-FORWARD_PROGRAMS = 2112
-FORWARD_ROWS = 8
-BACKWARD_PROGRAMS = 512
-BACKWARD_ROWS = (4, 32)
+FORWARD_PROGRAMS = 1024
+FORWARD_TILES = 4
+BLOCK_PROGRAMS = 512
+BLOCK_ROWS = (4, 32)
+
+MULTIPROCESSORS = 132
+REGISTERS = 65536
+SUMS_COST = 16
+"""What a backward program spends on its sums, in rows."""
 
 
 class RowLaunch(NamedTuple):
+    """How rows are shared out.
+
+    Attributes:
+        cut: first column and size of each piece of a row.
+        tile: rows that a program holds at a time; one if the pieces differ in size.
+        rows: that it walks, a multiple of ``tile``.
+        num_warps: of a program.
+    """
+
+    cut: tuple[tuple[int, int], ...]
+    tile: int
+    rows: int
+    num_warps: int
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constexpr arguments of a kernel over such rows, and its warps."""
+        return {
+            "CUT": self.cut,
+            "ROWS": self.tile,
+            "num_warps": self.num_warps,
+            "enable_fp_fusion": False,
+        }
+
+
+class BlockLaunch(NamedTuple):
     """The columns of a program (a power of two), its warps, and the number of rows it walks."""
 
     block: int
@@ -62,30 +90,76 @@ class ElementwiseLaunch(NamedTuple):
     grid: tuple[int]
 
 
-def forward_launch(width: int, rows: int) -> RowLaunch:
-    """The launch of a kernel that maps each of ``rows`` rows of ``width`` columns by itself."""
-    block = row_block(width)
-    walked = _power_of_two_below(min(FORWARD_ROWS, rows // FORWARD_PROGRAMS))
-    return RowLaunch(block, _warps(block), walked)
+def forward_launch(width: int, rows: int, columns: int) -> RowLaunch:
+    """The launch of a kernel that maps each of ``rows`` rows of ``width`` columns by itself.
 
-
-def backward_launch(width: int, rows: int) -> RowLaunch:
-    """The launch of a kernel that also sums over rows: fewer programs with more rows each."""
-    block = row_block(width)
-    least, most = BACKWARD_ROWS
-    walked = _power_of_two_below(min(most, max(least, rows // BACKWARD_PROGRAMS)))
-    return RowLaunch(block, _warps(block), walked)
-
-
-def register_limit(launch: RowLaunch, programs: int) -> int:
-    """The most registers a thread with which ``programs`` programs of 4 warps fit at once.
-
-    Wider programs count by their threads. Threads of the widest rows hold more than 8 columns and
-    get more registers in proportion.
+    A thread holds at most ``columns`` of a row, unless the row is too wide for that.
     """
-    columns = max(8, launch.block // (32 * launch.num_warps))
-    warps = max(4 * programs * 8 // columns, launch.num_warps)
-    return min(255, REGISTERS // (32 * warps) // 8 * 8)
+    launch = _row_launch(width, columns)
+    tiles = _power_of_two_below(min(FORWARD_TILES, rows // launch.tile // FORWARD_PROGRAMS))
+    return launch._replace(rows=tiles * launch.tile)
+
+
+@lru_cache(maxsize=1024)
+def backward_launch(
+    width: int, samples: int, tokens: int, columns: int, registers: float
+) -> tuple[RowLaunch, int]:
+    """The launch of a kernel that also sums over the tokens of each sample, and its registers.
+
+    ``registers`` are those that a thread needs for each of its columns, besides 60. Samples are cut
+    so that the programs fill whole waves.
+    """
+    launch = _row_launch(width, columns)
+    held = sum(size for _, size in launch.cut) * launch.tile / (WARP * launch.num_warps)
+    most = REGISTERS // (WARP * launch.num_warps)
+    programs = max(1, int(most // min(255, 60 + registers * held)))
+    limit = min(255, most // programs // 8 * 8)
+    slots = MULTIPROCESSORS * programs
+    tiles = max(1, cdiv(tokens, launch.tile))
+
+    def cost(chunks: int) -> int:
+        walked = cdiv(tiles, chunks) * launch.tile
+        return cdiv(samples * chunks, slots) * (walked + SUMS_COST)
+
+    chunks = min(range(1, min(tiles, 4 * slots) + 1), key=cost)
+    return launch._replace(rows=cdiv(tiles, chunks) * launch.tile), limit
+
+
+def _row_launch(width: int, columns: int) -> RowLaunch:
+    """One tile of rows."""
+    row_block(width)
+    warps = min(MAX_WARPS, next_power_of_2(cdiv(width, WARP * columns)))
+    cut = row_cut(width, warps * WARP)
+    if warps < ROW_WARPS and len({size for _, size in cut}) > 1 and width % (4 * warps * WARP) == 0:
+        cut = tuple((first, 4 * warps * WARP) for first in range(0, width, 4 * warps * WARP))
+    equal = len({size for _, size in cut}) == 1
+    num_warps = max(ROW_WARPS, warps) if equal else warps
+    tile = num_warps // warps
+    return RowLaunch(cut, tile, tile, num_warps)
+
+
+def row_cut(width: int, threads: int) -> tuple[tuple[int, int], ...]:
+    """Pieces of 8, 4 and 2 columns a thread. The rest is rounded up to one column a thread or more.
+
+    A row that is narrower than that is one piece.
+    """
+    pieces: list[tuple[int, int]] = []
+    first = 0
+    for size in (8 * threads, 4 * threads, 2 * threads):
+        while width - first >= size:
+            pieces.append((first, size))
+            first += size
+    if first < width:
+        rest = next_power_of_2(width - first)
+        pieces.append((first, max(threads, rest) if pieces else rest))
+    return tuple(pieces)
+
+
+def block_launch(width: int, rows: int) -> BlockLaunch:
+    """The launch of a kernel whose programs hold a row as one block, and sum over their rows."""
+    block = row_block(width)
+    most = min(BLOCK_ROWS[1], max(BLOCK_ROWS[0], rows // BLOCK_PROGRAMS))
+    return BlockLaunch(block, max(1, min(MAX_WARPS, block // 256)), _power_of_two_below(most))
 
 
 def row_block(width: int) -> int:
@@ -163,10 +237,6 @@ def accumulator(*tensors: Tensor | None) -> tl.dtype:
 def torch_accumulator(acc: tl.dtype) -> torch.dtype:
     """The torch dtype of ``acc``."""
     return torch.float64 if acc == tl.float64 else torch.float32
-
-
-def _warps(block: int) -> int:
-    return max(1, min(MAX_WARPS, block // 256))
 
 
 def _power_of_two_below(n: int) -> int:

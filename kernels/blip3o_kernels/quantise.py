@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from blip3o_kernels.pieces import store_rows
 from blip3o_kernels.typed import jit
 
 E4M3_MAX = tl.constexpr(448.0)
@@ -24,8 +25,17 @@ def row_scale(x, axis: tl.constexpr):
 
     Magnitudes are compared as integers. Their order is the same, and NaN is the largest.
     """
-    magnitude = x.to(tl.int32, bitcast=True) & MAGNITUDE
-    largest = tl.maximum(tl.max(magnitude, axis), SMALLEST)
+    return _scale(tl.max(_magnitude(x), axis))
+
+
+@jit
+def _magnitude(x):
+    return x.to(tl.int32, bitcast=True) & MAGNITUDE
+
+
+@jit
+def _scale(largest):
+    largest = tl.maximum(largest, SMALLEST)
     return tl.div_rn(largest.to(tl.float32, bitcast=True), E4M3_MAX)
 
 
@@ -36,12 +46,28 @@ def quantised(x, scale):
 
 
 @jit
-def store_quantised(values, scales, row, x, cols, inside, WIDTH: tl.constexpr):
-    """Write the row ``x``, an int64 ``row`` of ``[rows, WIDTH]``, and its scale."""
-    x = x.to(tl.float32)
-    scale = row_scale(x, 0)
-    tl.store(values + row * WIDTH + cols, quantised(x, scale), mask=inside)
-    tl.store(scales + row, scale)
+def store_quantised(values, scales, row, x, inside, CUT: tl.constexpr, WIDTH: tl.constexpr):
+    """Write rows in pieces, ``row`` ``[ROWS, 1]`` of ``[rows, WIDTH]``, and their scales.
+
+    Columns past the width are 0.
+    """
+    columns: tl.constexpr = x[len(x) - 1].shape[1]
+    largest = tl.full((row.shape[0], columns), 0, tl.int32)
+    for k in tl.static_range(len(x)):
+        magnitude = _magnitude(x[k].to(tl.float32))
+        if x[k].shape[1] > columns:
+            shape = (row.shape[0], columns, x[k].shape[1] // columns)
+            magnitude = tl.max(tl.reshape(magnitude, shape), axis=2)
+        largest = tl.maximum(largest, magnitude)
+    if row.shape[0] == 1:
+        scale = _scale(tl.max(largest))
+    else:
+        scale = _scale(tl.max(largest, axis=1))[:, None]
+    divided = ()
+    for k in tl.static_range(len(x)):
+        divided += (quantised(x[k].to(tl.float32), scale),)
+    store_rows(values, row * WIDTH, divided, inside, CUT, WIDTH)
+    tl.store(scales + row, scale, mask=inside)
 
 
 def quantised_like(x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Sums in a fixed order, without atomics: every run gives equal bits.
 
 A sum over rows has two stages. Each program of a backward kernel adds its rows in order and writes
-partial sums. A second kernel, with one program for each block of columns, adds the partial sums in
-the order of the programs.
+partial sums. A second kernel adds those of all programs. Its programs have few columns and many
+rows each, so that they cover the GPU, and that most of them read only once before they add.
 """
 
 import triton.language as tl
@@ -11,8 +11,10 @@ from torch import Tensor
 from blip3o_kernels.launch import on_device
 from blip3o_kernels.typed import cdiv, jit
 
-STAGE_ROWS = 16
-STAGE_COLUMNS = 64
+STAGE_ROWS = 256
+STAGE_COLUMNS = 32
+STAGE_WARPS = 8
+"""Partial sums that a program of the second stage reads at a time: 32 KB."""
 
 
 @jit
@@ -42,33 +44,48 @@ def column_sums(
 @jit(do_not_specialize=["count"])
 def _column_sum_stage(
     partial,
-    out,
+    first,
+    second,
     count,
-    stride,
+    padded,
     width,
+    SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    program = tl.program_id(0)
+    blocks = tl.cdiv(width, COLS)
+    which = program // blocks
+    cols = (program % blocks) * COLS + tl.arange(0, COLS)
     inside = cols < width
-    total = column_sums(partial, cols, inside, count, stride, ROWS, COLS, ACC)
-    tl.store(out + cols, total.to(out.dtype.element_ty), mask=inside)
+    base = partial + which * padded
+    total = column_sums(base, cols, inside, count, SUMS * padded, ROWS, COLS, ACC)
+    if SUMS == 1 or which == 0:
+        tl.store(first + cols, total.to(first.dtype.element_ty), mask=inside)
+    else:
+        tl.store(second + cols, total.to(second.dtype.element_ty), mask=inside)
 
 
-def column_sum(partial: Tensor, out: Tensor, accumulator: tl.dtype) -> None:
-    """``out[:] = partial.sum(0)`` for ``[count, width]`` partial sums with contiguous columns."""
-    count, width = partial.shape
-    with on_device(out):
-        _column_sum_stage[(cdiv(width, STAGE_COLUMNS),)](
+def column_sum(partial: Tensor, out: tuple[Tensor, ...], accumulator: tl.dtype) -> None:
+    """``out[i][:] = partial[:, i, :width].sum(0)`` for one or two ``out`` of equal width.
+
+    ``partial`` is ``[count, len(out), padded]``, contiguous.
+    """
+    count, sums, padded = partial.shape
+    width = out[0].shape[0]
+    with on_device(partial):
+        _column_sum_stage[(sums * cdiv(width, STAGE_COLUMNS),)](
             partial,
-            out,
+            out[0],
+            out[-1],
             count,
-            partial.stride(0),
+            padded,
             width,
+            SUMS=sums,
             ROWS=STAGE_ROWS,
             COLS=STAGE_COLUMNS,
             ACC=accumulator,
-            num_warps=4,
+            num_warps=STAGE_WARPS,
             enable_fp_fusion=False,
         )

@@ -10,23 +10,27 @@ its adjoint, which takes other entries of the table. It is not the same map with
     dq[i] = g[i] cos[i] + g[j] sin[j]         dq[j] = g[j] cos[j] - g[i] sin[i]
 
 Per token: reads (H + 2K) d elements and writes as many; in place it moves 2 (H + K) d in all. All
-heads read the same 2 d table entries, from cache. Computes in fp32 (fp64 for fp64). One program
-turns one token.
+heads read the same 2 d table entries, from cache. Computes in fp32 (fp64 for fp64). A program turns
+``PAIRS`` pairs of columns: whole heads of one token after another, so that no thread is idle.
 """
 
 import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.launch import accumulator, on_device, unit_stride
-from blip3o_kernels.typed import jit, next_power_of_2
+from blip3o_kernels.typed import cdiv, jit, next_power_of_2
+
+PAIRS = 1024
+"""Of a program: 8 for each of 128 threads, two 16-byte loads."""
 
 
-@jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["rows", "tokens"])
 def _rotate_kernel(
     qkv,
     cos,
     sin,
     out,
+    rows,
     tokens,
     qkv_b,
     qkv_n,
@@ -36,44 +40,42 @@ def _rotate_kernel(
     out_b,
     out_n,
     out_d,
+    TURNED: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    PASSED: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
-    PASSED_BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
-    sample = (tl.program_id(0) // tokens).to(tl.int64)
-    token = (tl.program_id(0) % tokens).to(tl.int64)
-    source = qkv + sample * qkv_b + token * qkv_n
-    target = out + sample * out_b + token * out_n
     dtype = out.dtype.element_ty
     half: tl.constexpr = WIDTH // 2
-    head = tl.arange(0, HEADS_BLOCK)[:, None]
+    index = tl.program_id(0) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)[:, None]
+    row = index // HEADS
+    head = index % HEADS
+    sample = (row // tokens).to(tl.int64)
+    token = (row % tokens).to(tl.int64)
     col = tl.arange(0, HALF_BLOCK)[None, :]
-    present = col < half
-    inside = (head < HEADS) & present
+    inside = (row < rows) & (col < half)
+    turned = inside & (head < TURNED)
     i = (head * WIDTH + col).to(tl.int64)
     j = i + half
-    low = tl.load(source + i * qkv_d, mask=inside, other=0.0).to(ACC)
-    high = tl.load(source + j * qkv_d, mask=inside, other=0.0).to(ACC)
-    cos_i = tl.load(cos + token * cos_n + col, mask=present, other=0.0).to(ACC)
-    cos_j = tl.load(cos + token * cos_n + half + col, mask=present, other=0.0).to(ACC)
-    sin_i = tl.load(sin + token * sin_n + col, mask=present, other=0.0).to(ACC)
-    sin_j = tl.load(sin + token * sin_n + half + col, mask=present, other=0.0).to(ACC)
+    source = qkv + (sample * qkv_b + token * qkv_n)
+    low = tl.load(source + i * qkv_d, mask=inside, other=0.0)
+    high = tl.load(source + j * qkv_d, mask=inside, other=0.0)
+    cosines, sines = cos + (token * cos_n + col), sin + (token * sin_n + col)
+    cos_i = tl.load(cosines, mask=turned, other=0.0).to(ACC)
+    cos_j = tl.load(cosines + half, mask=turned, other=0.0).to(ACC)
+    sin_i = tl.load(sines, mask=turned, other=0.0).to(ACC)
+    sin_j = tl.load(sines + half, mask=turned, other=0.0).to(ACC)
+    a, b = low.to(ACC), high.to(ACC)
     if ADJOINT:
-        first, second = low * cos_i + high * sin_j, high * cos_j - low * sin_i
+        first, second = a * cos_i + b * sin_j, b * cos_j - a * sin_i
     else:
-        first, second = low * cos_i - high * sin_i, high * cos_j + low * sin_j
-    tl.store(target + i * out_d, first.to(dtype), mask=inside)
-    tl.store(target + j * out_d, second.to(dtype), mask=inside)
-    if PASSED:
-        rest = tl.arange(0, PASSED_BLOCK)
-        column = (HEADS * WIDTH + rest).to(tl.int64)
-        values = tl.load(source + column * qkv_d, mask=rest < PASSED, other=0.0)
-        tl.store(target + column * out_d, values, mask=rest < PASSED)
+        first, second = a * cos_i - b * sin_i, b * cos_j + a * sin_j
+    target = out + (sample * out_b + token * out_n)
+    tl.store(target + i * out_d, tl.where(turned, first.to(dtype), low), mask=inside)
+    tl.store(target + j * out_d, tl.where(turned, second.to(dtype), high), mask=inside)
 
 
 def _rotate(
@@ -85,28 +87,29 @@ def _rotate(
     samples, tokens, columns = qkv.shape
     width = cos.shape[1]
     cos, sin = unit_stride(cos), unit_stride(sin)
-    passed = 0 if out is qkv else columns - heads * width
-    heads_block, half_block = next_power_of_2(heads), next_power_of_2(width // 2)
+    present = heads if out is qkv else columns // width
+    half_block = next_power_of_2(width // 2)
+    heads_block = max(1, PAIRS // half_block)
     with on_device(qkv):
-        _rotate_kernel[(samples * tokens,)](
+        _rotate_kernel[(cdiv(samples * tokens * present, heads_block),)](
             qkv,
             cos,
             sin,
             out,
+            samples * tokens,
             tokens,
             *qkv.stride(),
             cos.stride(0),
             sin.stride(0),
             *out.stride(),
-            HEADS=heads,
+            TURNED=heads,
+            HEADS=present,
             WIDTH=width,
-            PASSED=passed,
             HEADS_BLOCK=heads_block,
             HALF_BLOCK=half_block,
-            PASSED_BLOCK=next_power_of_2(max(passed, 1)),
             ACC=accumulator(qkv, cos, sin),
             ADJOINT=adjoint,
-            num_warps=max(1, min(8, heads_block * half_block // 256)),
+            num_warps=4,
             enable_fp_fusion=False,
         )
 

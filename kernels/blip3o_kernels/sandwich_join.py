@@ -21,9 +21,12 @@ from torch import Tensor
 from blip3o_kernels.double_norm import (
     Modulation,
     double_norm,
-    double_norm_gradient,
+    factors,
+    gradient_factors,
+    keep_norm,
     load_norm,
-    parameter_gradients,
+    norm_gradient,
+    norm_piece,
     partial_sums,
     store_partial_sums,
 )
@@ -32,16 +35,34 @@ from blip3o_kernels.launch import (
     backward_launch,
     forward_launch,
     on_device,
-    register_limit,
     unit_stride,
+)
+from blip3o_kernels.norm_sums import parameter_gradients
+from blip3o_kernels.pieces import (
+    dot,
+    load_parameter,
+    load_piece,
+    load_rows,
+    parameter_piece,
+    row_sum,
+    rows_of,
+    store_piece,
+    store_rows,
+    store_sum,
+    times,
+    zeros,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
 from blip3o_kernels.reduction import column_sum
-from blip3o_kernels.tiles import load_row, load_vector, token_range
+from blip3o_kernels.tiles import token_range
 from blip3o_kernels.typed import cdiv, jit
 
-BACKWARD_PROGRAMS = 3
-"""Programs of 4 warps that fit on a multiprocessor: 168 registers a thread; unbounded 198."""
+COLUMNS = 24
+"""Columns of a thread: a warp holds a row of up to 768."""
+
+BACKWARD_COLUMNS = 16
+BACKWARD_REGISTERS = 6.8
+"""For a column: six sums and what comes and goes. The four inputs of 16 bits add two."""
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -78,62 +99,48 @@ def _forward_kernel(
     PRE: tl.constexpr,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CUT: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
-    if LAYER_SCALE:
-        ls = load_vector(layer_scale, cols, inside, ACC)
     if POST:
-        post_weight1, post_weight2, post_offset, post_factor = load_norm(
-            post_w1,
-            post_w2,
-            post_shift,
-            post_scale,
-            sample,
-            post_shift_b,
-            post_scale_b,
-            cols,
-            inside,
-            ACC,
+        post_factor = post_scale + sample * post_scale_b
+        post_gain, post_square = load_norm(
+            post_w1, post_w2, post_factor, layer_scale, LAYER_SCALE, EPS, CUT, WIDTH, ROWS, ACC
         )
+        post_offset = load_parameter(post_shift + sample * post_shift_b, CUT, WIDTH, ROWS, ACC)
+    elif LAYER_SCALE:
+        ls = load_parameter(layer_scale, CUT, WIDTH, ROWS, ACC)
     if PRE:
-        pre_weight1, pre_weight2, pre_offset, pre_factor = load_norm(
-            pre_w1,
-            pre_w2,
-            pre_shift,
-            pre_scale,
-            sample,
-            pre_shift_b,
-            pre_scale_b,
-            cols,
-            inside,
-            ACC,
+        pre_factor = pre_scale + sample * pre_scale_b
+        pre_gain, pre_square = load_norm(
+            pre_w1, pre_w2, pre_factor, None, False, EPS, CUT, WIDTH, ROWS, ACC
         )
-    for token in range(first, last):
-        target = (sample * tokens + token) * WIDTH + cols
-        stream = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
-        branch = load_row(y + sample * y_b, token, cols, y_n, y_d, inside, ACC)
-        if LAYER_SCALE:
-            branch *= ls
+        pre_offset = load_parameter(pre_shift + sample * pre_shift_b, CUT, WIDTH, ROWS, ACC)
+    for token in range(first, last, ROWS):
+        row, inside = rows_of(token, last, ROWS)
+        target = sample * tokens + row
+        stream = load_rows(x + sample * x_b, row * x_n, x_d, inside, CUT, WIDTH, ACC)
+        branch = load_rows(y + sample * y_b, row * y_n, y_d, inside, CUT, WIDTH, ACC)
         if POST:
-            branch = double_norm(
-                branch, post_weight1, post_weight2, post_offset, post_factor, EPS, WIDTH
-            )
-        stored = (stream + branch).to(x_out.dtype.element_ty)
-        tl.store(x_out + target, stored, mask=inside)
+            branch = double_norm(branch, post_gain, post_square, post_offset, EPS, WIDTH)
+        elif LAYER_SCALE:
+            branch = times(branch, ls)
+        stored = ()
+        for k in tl.static_range(len(CUT)):
+            stored += ((stream[k] + branch[k]).to(x_out.dtype.element_ty),)
+        store_rows(x_out, target * WIDTH, stored, inside, CUT, WIDTH)
         if PRE:
-            h = double_norm(
-                stored.to(ACC), pre_weight1, pre_weight2, pre_offset, pre_factor, EPS, WIDTH
-            )
+            rounded = ()
+            for k in tl.static_range(len(CUT)):
+                rounded += (stored[k].to(ACC),)
+            h = double_norm(rounded, pre_gain, pre_square, pre_offset, EPS, WIDTH)
             if QUANTISED:
-                row = sample * tokens + token
-                store_quantised(h_out, h_scales, row, h, cols, inside, WIDTH)
+                store_quantised(h_out, h_scales, target, h, inside, CUT, WIDTH)
             else:
-                tl.store(h_out + target, h.to(h_out.dtype.element_ty), mask=inside)
+                store_rows(h_out, target * WIDTH, h, inside, CUT, WIDTH)
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -176,81 +183,130 @@ def _backward_kernel(
     PRE: tl.constexpr,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CUT: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
     PARAMETERS: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
-    if LAYER_SCALE:
-        ls = load_vector(layer_scale, cols, inside, ACC)
-    if POST:
-        post_weight1 = load_vector(post_w1, cols, inside, ACC)
-        post_gain = post_weight1 * load_vector(post_w2, cols, inside, ACC)
-        post_gain *= 1.0 + load_vector(post_scale + sample * post_scale_b, cols, inside, ACC)
+    stream_gradient, upstream = dx_out, dh
+    if STREAM:
+        stream_gradient += sample * dx_out_b
+    pre_kept, pre_gain, pre_square = pre_partial, (), ()
+    post_kept, post_gain, post_square = post_partial, (), ()
     if PRE:
-        pre_weight1 = load_vector(pre_w1, cols, inside, ACC)
-        pre_gain = pre_weight1 * load_vector(pre_w2, cols, inside, ACC)
-        pre_gain *= 1.0 + load_vector(pre_scale + sample * pre_scale_b, cols, inside, ACC)
-    post_p = tl.zeros((BLOCK,), ACC)
-    post_q = tl.zeros((BLOCK,), ACC)
-    post_r = tl.zeros((BLOCK,), ACC)
-    pre_p = tl.zeros((BLOCK,), ACC)
-    pre_q = tl.zeros((BLOCK,), ACC)
-    pre_r = tl.zeros((BLOCK,), ACC)
-    for token in range(first, last):
-        target = (sample * tokens + token) * WIDTH + cols
-        # All loads stand before the first sum, so that their latencies overlap.
+        upstream += sample * dh_b
+        pre_factor = pre_scale + sample * pre_scale_b
+        pre_gain, pre_square = load_norm(
+            pre_w1, pre_w2, pre_factor, None, False, EPS, CUT, WIDTH, ROWS, ACC
+        )
+        if PARAMETERS:
+            pre_kept = keep_norm(pre_partial, pre_gain, pre_square, CUT, WIDTH, ROWS)
+    if POST:
+        post_factor = post_scale + sample * post_scale_b
+        post_gain, post_square = load_norm(
+            post_w1, post_w2, post_factor, layer_scale, LAYER_SCALE, EPS, CUT, WIDTH, ROWS, ACC
+        )
+        if PARAMETERS:
+            post_kept = keep_norm(post_partial, post_gain, post_square, CUT, WIDTH, ROWS)
+    stream, branch = x_out + sample * x_b, y + sample * y_b
+    post_p = zeros(CUT, ROWS, ACC)
+    post_q = zeros(CUT, ROWS, ACC)
+    post_r = zeros(CUT, ROWS, ACC)
+    pre_p = zeros(CUT, ROWS, ACC)
+    pre_q = zeros(CUT, ROWS, ACC)
+    pre_r = zeros(CUT, ROWS, ACC)
+    for token in range(first, last, ROWS):
+        row, inside = rows_of(token, last, ROWS)
+        target = (sample * tokens + row) * WIDTH
+        # All rows are read before the first sum, so that their latencies overlap.
         if STREAM:
-            d = load_row(dx_out + sample * dx_out_b, token, cols, dx_out_n, dx_out_d, inside, ACC)
+            d = load_rows(stream_gradient, row * dx_out_n, dx_out_d, inside, CUT, WIDTH, ACC)
         else:
-            d = tl.zeros((BLOCK,), ACC)
-        if PRE:
-            upstream = load_row(dh + sample * dh_b, token, cols, dh_n, dh_d, inside, ACC)
-            stream = load_row(x_out + sample * x_b, token, cols, x_n, x_d, inside, ACC)
+            d = zeros(CUT, ROWS, ACC)
         if LAYER_SCALE or POST:
-            row = load_row(y + sample * y_b, token, cols, y_n, y_d, inside, ACC)
+            v = load_rows(branch, row * y_n, y_d, inside, CUT, WIDTH, ACC)
         if PRE:
-            through, inverse_rms, m = double_norm_gradient(
-                upstream, stream, pre_weight1, pre_gain, EPS, WIDTH
-            )
-            d += through
-            if PARAMETERS:
-                unit = stream * inverse_rms
-                pre_p += upstream * unit
-                pre_q += upstream
-                pre_r += m * unit * unit
-        tl.store(dx + target, d.to(dx.dtype.element_ty), mask=inside)
-        if LAYER_SCALE or POST:
-            branch = row
-            if LAYER_SCALE:
-                branch = row * ls
-            through = d
-            unit = row
-            if POST:
-                through, inverse_rms, m = double_norm_gradient(
-                    d, branch, post_weight1, post_gain, EPS, WIDTH
+            g = load_rows(upstream, row * dh_n, dh_d, inside, CUT, WIDTH, ACC)
+            u = load_rows(stream, row * x_n, x_d, inside, CUT, WIDTH, ACC)
+        if POST:
+            # The first sum over y needs no gradient: so y need not stay in registers.
+            scaled = ()
+            for k in tl.static_range(len(CUT)):
+                _, square_k = norm_piece(
+                    post_kept, post_gain, post_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, False
                 )
-                unit = row * inverse_rms
+                scaled += (square_k * v[k],)
+            post_squares = row_sum(dot(scaled, v))
+        if PRE:
+            rms, pull = gradient_factors(
+                g, u, pre_kept, pre_gain, pre_square, EPS, CUT, WIDTH, ROWS, ACC, PARAMETERS
+            )
+        through = ()
+        p = ()
+        q = ()
+        r = ()
+        for k in tl.static_range(len(CUT)):
+            dk = d[k]
+            if PRE:
+                # Read again, a piece at a time: the sums need the registers.
+                gk = load_piece(upstream, row * dh_n, dh_d, inside, k, CUT, WIDTH, ACC, True)
+                vk = load_piece(stream, row * x_n, x_d, inside, k, CUT, WIDTH, ACC, True)
+                gain_k, square_k = norm_piece(
+                    pre_kept, pre_gain, pre_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, True
+                )
+                dk += norm_gradient(gk, vk, gain_k, square_k, rms, pull)
                 if PARAMETERS:
-                    post_q += d
-                    post_r += m * unit * unit
-            if PARAMETERS:
-                post_p += d * unit
-            if LAYER_SCALE:
-                through *= ls
-        else:
-            through = d
-        tl.store(dy + target, through.to(dy.dtype.element_ty), mask=inside)
+                    p += (tl.fma(gk, vk * rms, pre_p[k]),)
+                    q += (pre_q[k] + gk,)
+                    r += (tl.fma(vk * pull, vk, pre_r[k]),)
+            store_piece(dx, target, dk, inside, k, CUT, WIDTH)
+            through += (dk,)
+        if PRE and PARAMETERS:
+            pre_p, pre_q, pre_r = p, q, r
+        if POST:
+            v = ()
+            scaled = ()
+            for k in tl.static_range(len(CUT)):
+                v += (load_piece(branch, row * y_n, y_d, inside, k, CUT, WIDTH, ACC, True),)
+                gain_k, _ = norm_piece(
+                    post_kept, post_gain, post_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, False
+                )
+                scaled += (gain_k * through[k],)
+            rms, pull = factors(post_squares, row_sum(dot(scaled, v)), EPS, WIDTH)
+        p = ()
+        q = ()
+        r = ()
+        for k in tl.static_range(len(CUT)):
+            dk = through[k]
+            if POST:
+                gain_k, square_k = norm_piece(
+                    post_kept, post_gain, post_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, True
+                )
+                out = norm_gradient(dk, v[k], gain_k, square_k, rms, pull)
+                if PARAMETERS:
+                    p += (tl.fma(dk, v[k] * rms, post_p[k]),)
+                    q += (post_q[k] + dk,)
+                    r += (tl.fma(v[k] * pull, v[k], post_r[k]),)
+            elif LAYER_SCALE:
+                out = dk * parameter_piece(layer_scale, k, CUT, WIDTH, ROWS, ACC, True)
+                if PARAMETERS:
+                    p += (tl.fma(dk, v[k], post_p[k]),)
+            else:
+                out = dk
+            store_piece(dy, target, out, inside, k, CUT, WIDTH)
+        if PARAMETERS:
+            if POST:
+                post_p, post_q, post_r = p, q, r
+            elif LAYER_SCALE:
+                post_p = p
     if PARAMETERS:
         if PRE:
-            store_partial_sums(pre_partial, pre_p, pre_q, pre_r, cols, inside, WIDTH)
+            store_partial_sums(pre_partial, pre_p, pre_q, pre_r, CUT, WIDTH)
         if POST:
-            store_partial_sums(post_partial, post_p, post_q, post_r, cols, inside, WIDTH)
+            store_partial_sums(post_partial, post_p, post_q, post_r, CUT, WIDTH)
         elif LAYER_SCALE:
-            partial_row = post_partial + tl.program_id(0).to(tl.int64) * WIDTH
-            tl.store(partial_row + cols, post_p, mask=inside)
+            store_sum(post_partial + tl.program_id(0).to(tl.int64) * WIDTH, post_p, CUT, WIDTH)
 
 
 def forward(
@@ -287,7 +343,7 @@ def _forward(
     samples, tokens, width = x.shape
     x_out = x.new_empty(x.shape)
     ls, post, pre = _parameters(layer_scale, norms)
-    launch = forward_launch(width, samples * tokens)
+    launch = forward_launch(width, samples * tokens, COLUMNS)
     if not x.numel():
         return x_out
     chunks = cdiv(tokens, launch.rows)
@@ -313,11 +369,9 @@ def _forward(
             PRE=pre is not None,
             EPS=eps,
             WIDTH=width,
-            BLOCK=launch.block,
             ACC=accumulator(x, y, ls, *(post or ()), *(pre or ())),
             QUANTISED=scales is not None,
-            num_warps=launch.num_warps,
-            enable_fp_fusion=False,
+            **launch.constants,
         )
     return x_out
 
@@ -340,7 +394,8 @@ def backward(
     ls, post, pre = _parameters(layer_scale, norms)
     dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
     acc = accumulator(x_out, y, ls, *(post or ()), *(pre or ()))
-    launch = backward_launch(width, samples * tokens)
+    per_column = BACKWARD_REGISTERS + x_out.element_size()
+    launch, registers = backward_launch(width, samples, tokens, BACKWARD_COLUMNS, per_column)
     chunks = cdiv(tokens, launch.rows)
     dh = None if pre is None else dh  # that of an empty tensor
     post_partial = pre_partial = None
@@ -377,19 +432,17 @@ def backward(
                 PRE=dh is not None,
                 EPS=eps,
                 WIDTH=width,
-                BLOCK=launch.block,
                 ACC=acc,
                 PARAMETERS=parameters,
-                num_warps=launch.num_warps,
-                maxnreg=register_limit(launch, BACKWARD_PROGRAMS),
-                enable_fp_fusion=False,
+                maxnreg=registers,
+                **launch.constants,
             )
         dls = dpost = dpre = None
         if post_partial is not None and post is not None:
             dpost, dls = parameter_gradients(post_partial, post, ls, eps=eps, acc=acc)
         elif post_partial is not None and ls is not None:
             dls = ls.new_empty(width)
-            column_sum(post_partial.view(-1, width), dls, acc)
+            column_sum(post_partial.view(-1, 1, width), (dls,), acc)
         if pre_partial is not None and pre is not None:
             dpre, _ = parameter_gradients(pre_partial, pre, None, eps=eps, acc=acc)
         elif parameters and pre is not None:

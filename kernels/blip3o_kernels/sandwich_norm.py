@@ -14,9 +14,11 @@ from torch import Tensor
 from blip3o_kernels.double_norm import (
     Modulation,
     double_norm,
-    double_norm_gradient,
+    gradient_factors,
+    keep_norm,
     load_norm,
-    parameter_gradients,
+    norm_gradient,
+    norm_piece,
     partial_sums,
     store_partial_sums,
 )
@@ -25,21 +27,28 @@ from blip3o_kernels.launch import (
     backward_launch,
     forward_launch,
     on_device,
-    register_limit,
     unit_stride,
 )
+from blip3o_kernels.norm_sums import parameter_gradients
+from blip3o_kernels.pieces import (
+    load_parameter,
+    load_piece,
+    load_rows,
+    rows_of,
+    store_piece,
+    store_rows,
+    zeros,
+)
 from blip3o_kernels.quantise import quantised_like, store_quantised
-from blip3o_kernels.tiles import load_row, load_vector, token_range
+from blip3o_kernels.tiles import token_range
 from blip3o_kernels.typed import cdiv, jit
 
-FORWARD_PROGRAMS = 8
-"""Programs of 4 warps that fit on a multiprocessor: 64 registers a thread, without spills."""
+COLUMNS = 32
+"""Columns of a thread: a warp holds a row of up to 1,024."""
 
-QUANTISED_PROGRAMS = 7
-"""Programs of 4 warps that fit on a multiprocessor: 72 registers a thread; 64 spill on sm_100."""
-
-BACKWARD_PROGRAMS = 5
-"""Programs of 4 warps that fit on a multiprocessor: 96 registers a thread; unbounded 109."""
+BACKWARD_COLUMNS = 24
+BACKWARD_REGISTERS = 3.5
+"""For a column: three sums and what comes and goes. The two inputs of 16 bits add one."""
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -61,24 +70,24 @@ def _forward_kernel(
     scale_b,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CUT: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
-    weight1, weight2, offset, factor = load_norm(
-        w1, w2, shift, scale, sample, shift_b, scale_b, cols, inside, ACC
-    )
-    for token in range(first, last):
-        row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
-        h = double_norm(row, weight1, weight2, offset, factor, EPS, WIDTH)
-        target = sample * tokens + token
+    factor = scale + sample * scale_b
+    gain, square = load_norm(w1, w2, factor, None, False, EPS, CUT, WIDTH, ROWS, ACC)
+    offset = load_parameter(shift + sample * shift_b, CUT, WIDTH, ROWS, ACC)
+    for token in range(first, last, ROWS):
+        row, inside = rows_of(token, last, ROWS)
+        values = load_rows(x + sample * x_b, row * x_n, x_d, inside, CUT, WIDTH, ACC)
+        h = double_norm(values, gain, square, offset, EPS, WIDTH)
+        target = sample * tokens + row
         if QUANTISED:
-            store_quantised(out, out_scales, target, h, cols, inside, WIDTH)
+            store_quantised(out, out_scales, target, h, inside, CUT, WIDTH)
         else:
-            tl.store(out + target * WIDTH + cols, h.to(out.dtype.element_ty), mask=inside)
+            store_rows(out, target * WIDTH, h, inside, CUT, WIDTH)
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -102,32 +111,49 @@ def _backward_kernel(
     scale_b,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CUT: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
     PARAMETERS: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
-    weight1 = load_vector(w1, cols, inside, ACC)
-    gain = weight1 * load_vector(w2, cols, inside, ACC)
-    gain *= 1.0 + load_vector(scale + sample * scale_b, cols, inside, ACC)
-    p = tl.zeros((BLOCK,), ACC)
-    q = tl.zeros((BLOCK,), ACC)
-    r = tl.zeros((BLOCK,), ACC)
-    for token in range(first, last):
-        upstream = load_row(dout + sample * dout_b, token, cols, dout_n, dout_d, inside, ACC)
-        row = load_row(x + sample * x_b, token, cols, x_n, x_d, inside, ACC)
-        d, inverse_rms, m = double_norm_gradient(upstream, row, weight1, gain, EPS, WIDTH)
-        target = dx + (sample * tokens + token) * WIDTH
-        tl.store(target + cols, d.to(dx.dtype.element_ty), mask=inside)
-        if PARAMETERS:
-            unit = row * inverse_rms
-            p += upstream * unit
-            q += upstream
-            r += m * unit * unit
+    factor = scale + sample * scale_b
+    gain, square = load_norm(w1, w2, factor, None, False, EPS, CUT, WIDTH, ROWS, ACC)
+    kept = partial
     if PARAMETERS:
-        store_partial_sums(partial, p, q, r, cols, inside, WIDTH)
+        kept = keep_norm(partial, gain, square, CUT, WIDTH, ROWS)
+    up, source = dout + sample * dout_b, x + sample * x_b
+    p = zeros(CUT, ROWS, ACC)
+    q = zeros(CUT, ROWS, ACC)
+    r = zeros(CUT, ROWS, ACC)
+    for token in range(first, last, ROWS):
+        row, inside = rows_of(token, last, ROWS)
+        upstream = load_rows(up, row * dout_n, dout_d, inside, CUT, WIDTH, ACC)
+        values = load_rows(source, row * x_n, x_d, inside, CUT, WIDTH, ACC)
+        rms, pull = gradient_factors(
+            upstream, values, kept, gain, square, EPS, CUT, WIDTH, ROWS, ACC, PARAMETERS
+        )
+        target = (sample * tokens + row) * WIDTH
+        new_p = ()
+        new_q = ()
+        new_r = ()
+        for k in tl.static_range(len(CUT)):
+            # Read again, a piece at a time: the sums need the registers.
+            g = load_piece(up, row * dout_n, dout_d, inside, k, CUT, WIDTH, ACC, True)
+            v = load_piece(source, row * x_n, x_d, inside, k, CUT, WIDTH, ACC, True)
+            gain_k, square_k = norm_piece(
+                kept, gain, square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, True
+            )
+            d = norm_gradient(g, v, gain_k, square_k, rms, pull)
+            store_piece(dx, target, d, inside, k, CUT, WIDTH)
+            if PARAMETERS:
+                new_p += (tl.fma(g, v * rms, p[k]),)
+                new_q += (q[k] + g,)
+                new_r += (tl.fma(v * pull, v, r[k]),)
+        if PARAMETERS:
+            p, q, r = new_p, new_q, new_r
+    if PARAMETERS:
+        store_partial_sums(partial, p, q, r, CUT, WIDTH)
 
 
 def forward(x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -151,8 +177,7 @@ def _forward(
 ) -> None:
     samples, tokens, width = x.shape
     w1, w2, shift, scale = map(unit_stride, norm)
-    launch = forward_launch(width, samples * tokens)
-    programs = FORWARD_PROGRAMS if scales is None else QUANTISED_PROGRAMS
+    launch = forward_launch(width, samples * tokens, COLUMNS)
     if not out.numel():
         return
     chunks = cdiv(tokens, launch.rows)
@@ -173,12 +198,9 @@ def _forward(
             scale.stride(0),
             EPS=eps,
             WIDTH=width,
-            BLOCK=launch.block,
             ACC=accumulator(x, w1, w2, shift, scale),
             QUANTISED=scales is not None,
-            num_warps=launch.num_warps,
-            maxnreg=register_limit(launch, programs),
-            enable_fp_fusion=False,
+            **launch.constants,
         )
 
 
@@ -197,7 +219,8 @@ def backward(
     dx = x.new_empty(x.shape)
     norm = Modulation(*map(unit_stride, (w1, w2, shift, scale)))
     acc = accumulator(x, *norm)
-    launch = backward_launch(width, samples * tokens)
+    per_column = BACKWARD_REGISTERS + x.element_size() / 2
+    launch, registers = backward_launch(width, samples, tokens, BACKWARD_COLUMNS, per_column)
     chunks = cdiv(tokens, launch.rows)
     partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
     with on_device(x):
@@ -218,12 +241,10 @@ def backward(
                 norm.scale.stride(0),
                 EPS=eps,
                 WIDTH=width,
-                BLOCK=launch.block,
                 ACC=acc,
                 PARAMETERS=parameters,
-                num_warps=launch.num_warps,
-                maxnreg=register_limit(launch, BACKWARD_PROGRAMS),
-                enable_fp_fusion=False,
+                maxnreg=registers,
+                **launch.constants,
             )
         if partial is None:
             return dx, *(x.new_empty(0) for _ in norm)
