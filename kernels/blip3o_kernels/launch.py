@@ -4,12 +4,14 @@ A row lies in the registers of one warp, or of several where that is too wide. A
 warps or more, and walks its rows as many at a time as it has warps for. So rows of up to 1,024
 columns are added without a barrier.
 
-* A thread loads 16 bytes at a time. How many columns it holds at most is a choice of each kernel:
-  few leave registers for more programs, many need fewer instructions and exchanges a row.
+* A thread loads 16 bytes of a 16-bit row at a time, or 8 where only that makes all pieces equal and
+  lets rows share a program. How many columns it holds at most is a choice of each kernel: few leave
+  registers for more programs, many need fewer instructions and exchanges a row.
 * Each forward program reads up to four rows of parameters. It walks several tiles of rows, once the
   programs fill a GPU several times over.
-* A backward program writes partial sums: three fp32 rows for each norm, which are read again. It
-  walks up to 64 rows, so that these cost a sixteenth of the traffic or less.
+* A backward program writes partial sums: three fp32 rows for each norm, which are read again. So it
+  walks as many rows as leave one program for each place on an H100: 44 of 16,384, which costs 9% of
+  the traffic of a norm of 16 bits.
 
 The cut of a row and its threads depend on the width only. So the result of a row does not depend on
 the other rows.
