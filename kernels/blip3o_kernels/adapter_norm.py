@@ -3,8 +3,8 @@
     xhat = (x - mean) rstd        u = w xhat + b
     out = u Phi(u)                Phi(u) = (1 + erf(u / sqrt 2)) / 2
 
-(arXiv:1607.06450, arXiv:1606.08415, exact form up to the error that ``normal_tail`` states). Mean and
-variance run over the W true columns. Backward, with du = dout (Phi(u) + u phi(u)) and g = w du:
+(arXiv:1607.06450, arXiv:1606.08415, exact form up to the error that ``normal_tail`` states). Mean
+and variance run over the W true columns. Backward, with du = dout (Phi(u) + u phi(u)), g = w du:
 
     dx = rstd (g - mean(g) - xhat mean(g xhat))        dw = sum du xhat        db = sum du
 

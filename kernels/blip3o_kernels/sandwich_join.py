@@ -395,7 +395,8 @@ def backward(
     dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
     acc = accumulator(x_out, y, ls, *(post or ()), *(pre or ()))
     per_column = BACKWARD_REGISTERS + x_out.element_size()
-    launch, registers = backward_launch(width, samples, tokens, BACKWARD_COLUMNS, per_column)
+    columns = BACKWARD_COLUMNS if parameters else COLUMNS
+    launch, registers = backward_launch(width, samples, tokens, columns, per_column)
     chunks = cdiv(tokens, launch.rows)
     dh = None if pre is None else dh  # that of an empty tensor
     post_partial = pre_partial = None
