@@ -13,6 +13,7 @@ from tables import duration, number, table, three_digits
 
 from blip3o_fast.atomic import json_text
 from blip3o_fast.benchmarking.record import Measurement, Record
+from blip3o_fast.quantities import count
 
 HEADLINES = ("evaluation", "generate", "training")
 """Groups of ``blip3o-fast bench`` that a reader asks for first."""
@@ -185,8 +186,8 @@ def sampling(result: Result) -> Iterator[str]:
     fit = content["fit"]
     yield (
         f"Base with {content['layers']} blocks and random weights, {content['batch']} samples, "
-        f"medians of {content['rounds']} turn{'s' * (content['rounds'] != 1)}; errors are relative, of the final state, to the "
-        f"first line. Fitting the solver to {fit['conditions']} conditions took "
+        f"medians of {count(content['rounds'], 'turn')}; errors are relative, of the final state, "
+        f"to the first line. Fitting the solver to {fit['conditions']} conditions took "
         f"{time(fit['seconds'])} and {number(fit['bytes'], 'B')} more memory."
     )
 

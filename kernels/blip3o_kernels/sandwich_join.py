@@ -12,6 +12,7 @@ Accumulates in fp32 (fp64 for fp64).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -310,70 +311,57 @@ def _backward_kernel(
 
 
 def forward(
-    x: Tensor, y: Tensor, layer_scale: Tensor | None, *norms_and_eps: Any
-) -> tuple[Tensor, Tensor]:
-    """``(x_out, h)``, each ``[B, N, D]``; h is empty without ``pre``.
-
-    After ``layer_scale`` come the four tensors of post, the four of pre, and eps.
-    """
-    *norms, eps = norms_and_eps
-    h = x.new_empty(0 if norms[4] is None else x.shape)
-    return _forward(x, y, layer_scale, norms, h, None, eps), h
-
-
-def forward_quantised(
-    x: Tensor, y: Tensor, layer_scale: Tensor | None, *norms_and_eps: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(x_out, h, scales)``: h ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
-    *norms, eps = norms_and_eps
-    h, scales = quantised_like(x)
-    return _forward(x, y, layer_scale, norms, h, scales, eps), h, scales
-
-
-def _forward(
     x: Tensor,
     y: Tensor,
     layer_scale: Tensor | None,
-    norms: Sequence[Tensor | None],
-    h: Tensor,
-    scales: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Write h and its scales where they are wanted; x_out."""
+    *norms_and_eps: Any,
+    quantised: bool = False,
+) -> tuple[Tensor, ...]:
+    """``(x_out, h)``, each ``[B, N, D]``; h is empty without ``pre``.
+
+    After ``layer_scale`` come the four tensors of post, the four of pre, and eps. Quantised, h is
+    in e4m3, rounded once, and its scales ``[B, N, 1]`` follow.
+    """
+    *norms, eps = norms_and_eps
+    h, scales = x.new_empty(0 if norms[4] is None else x.shape), None
+    if quantised:
+        h, scales = quantised_like(x)
     samples, tokens, width = x.shape
     x_out = x.new_empty(x.shape)
     ls, post, pre = _parameters(layer_scale, norms)
     launch = forward_launch(width, samples * tokens, COLUMNS)
-    if not x.numel():
-        return x_out
     chunks = cdiv(tokens, launch.rows)
     with on_device(x):
-        _forward_kernel[(samples * chunks,)](
-            x,
-            y,
-            ls,
-            *(post or ABSENT),
-            *(pre or ABSENT),
-            x_out,
-            h,
-            scales,
-            tokens,
-            launch.rows,
-            chunks,
-            *x.stride(),
-            *y.stride(),
-            *((0, 0) if post is None else (post.shift.stride(0), post.scale.stride(0))),
-            *((0, 0) if pre is None else (pre.shift.stride(0), pre.scale.stride(0))),
-            LAYER_SCALE=ls is not None,
-            POST=post is not None,
-            PRE=pre is not None,
-            EPS=eps,
-            WIDTH=width,
-            ACC=accumulator(x, y, ls, *(post or ()), *(pre or ())),
-            QUANTISED=scales is not None,
-            **launch.constants,
-        )
-    return x_out
+        if x.numel():
+            _forward_kernel[(samples * chunks,)](
+                x,
+                y,
+                ls,
+                *(post or ABSENT),
+                *(pre or ABSENT),
+                x_out,
+                h,
+                scales,
+                tokens,
+                launch.rows,
+                chunks,
+                *x.stride(),
+                *y.stride(),
+                *((0, 0) if post is None else (post.shift.stride(0), post.scale.stride(0))),
+                *((0, 0) if pre is None else (pre.shift.stride(0), pre.scale.stride(0))),
+                LAYER_SCALE=ls is not None,
+                POST=post is not None,
+                PRE=pre is not None,
+                EPS=eps,
+                WIDTH=width,
+                ACC=accumulator(x, y, ls, *(post or ()), *(pre or ())),
+                QUANTISED=scales is not None,
+                **launch.constants,
+            )
+    return (x_out, h) if scales is None else (x_out, h, scales)
+
+
+forward_quantised = partial(forward, quantised=True)
 
 
 def backward(

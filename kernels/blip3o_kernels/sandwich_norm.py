@@ -8,6 +8,8 @@ Quantised, it writes D bytes and a scale. Backward, per row: reads 2 D (dout, x)
 fp32 partial sums per program. Only the inputs are saved. Accumulates in fp32 (fp64 for fp64).
 """
 
+from functools import partial
+
 import triton.language as tl
 from torch import Tensor
 
@@ -156,52 +158,47 @@ def _backward_kernel(
         store_partial_sums(partial, p, q, r, CUT, WIDTH)
 
 
-def forward(x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """``[B, N, D]`` to ``[B, N, D]``."""
-    out = x.new_empty(x.shape)
-    _forward(x, (w1, w2, shift, scale), out, None, eps)
-    return out
-
-
-def forward_quantised(
-    x: Tensor, w1: Tensor, w2: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``[B, N, D]`` to ``[B, N, D]`` in e4m3 with scales ``[B, N, 1]``, rounded once."""
-    out, scales = quantised_like(x)
-    _forward(x, (w1, w2, shift, scale), out, scales, eps)
-    return out, scales
-
-
-def _forward(
-    x: Tensor, norm: tuple[Tensor, ...], out: Tensor, scales: Tensor | None, eps: float
-) -> None:
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    quantised: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``[B, N, D]`` to ``[B, N, D]``; quantised, in e4m3, and scales ``[B, N, 1]``."""
+    out, scales = quantised_like(x) if quantised else (x.new_empty(x.shape), None)
     samples, tokens, width = x.shape
-    w1, w2, shift, scale = map(unit_stride, norm)
+    w1, w2, shift, scale = map(unit_stride, (w1, w2, shift, scale))
     launch = forward_launch(width, samples * tokens, COLUMNS)
-    if not out.numel():
-        return
     chunks = cdiv(tokens, launch.rows)
     with on_device(x):
-        _forward_kernel[(samples * chunks,)](
-            x,
-            w1,
-            w2,
-            shift,
-            scale,
-            out,
-            scales,
-            tokens,
-            launch.rows,
-            chunks,
-            *x.stride(),
-            shift.stride(0),
-            scale.stride(0),
-            EPS=eps,
-            WIDTH=width,
-            ACC=accumulator(x, w1, w2, shift, scale),
-            QUANTISED=scales is not None,
-            **launch.constants,
-        )
+        if out.numel():
+            _forward_kernel[(samples * chunks,)](
+                x,
+                w1,
+                w2,
+                shift,
+                scale,
+                out,
+                scales,
+                tokens,
+                launch.rows,
+                chunks,
+                *x.stride(),
+                shift.stride(0),
+                scale.stride(0),
+                EPS=eps,
+                WIDTH=width,
+                ACC=accumulator(x, w1, w2, shift, scale),
+                QUANTISED=scales is not None,
+                **launch.constants,
+            )
+    return out if scales is None else (out, scales)
+
+
+forward_quantised = partial(forward, quantised=True)
 
 
 def backward(
