@@ -114,4 +114,6 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self.lines = False  # the error says what is to be said
         self.close()

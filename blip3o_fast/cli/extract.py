@@ -159,8 +159,6 @@ def run(args: argparse.Namespace) -> int:
     if place.size > 1:
         _check_shared(options)
     images = _images(options)
-    if place.rank == 0:
-        _announce_downloads(options)
     towers = _towers(options, place)
     folder, settings = options.output_dir, options.settings()
     progress = options.progress and place.rank == 0
@@ -223,14 +221,18 @@ def _announce_downloads(options: ExtractOptions) -> None:
 
 
 def _towers(options: ExtractOptions, place: Place) -> TowerPair:
+    device = _own_device(options.device, "device", place)
+    clip_device = _own_device(options.clip_device or options.device, "clip_device", place)
+    if place.rank == 0:
+        _announce_downloads(options)
     return load_towers(
         options.towers,
         eva_path=typed(options.eva_path),
         clip_path=typed(options.clip_path),
         eva_revision=options.eva_revision,
         clip_revision=options.clip_revision,
-        device=_own_device(options.device, "device", place),
-        clip_device=_own_device(options.clip_device or options.device, "clip_device", place),
+        device=device,
+        clip_device=clip_device,
         dtype=None if options.dtype == "auto" else DTYPES[options.dtype],
     )
 

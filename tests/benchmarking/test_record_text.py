@@ -55,7 +55,7 @@ def test_a_device_that_waited_for_the_host_is_said():
 def test_a_time_below_its_limit_is_a_fault_of_the_ceiling():
     _, _, slow, fast, note = render_group("ops", [measurement("a"), measurement("b", 5e-4)])
     assert "50%" in slow and "200%!" in fast
-    assert note.startswith("! faster than the limit: the ceiling was measured too low")
+    assert note.startswith("! faster than the limit, whose ceiling was measured too low")
 
 
 def test_a_whole_record():

@@ -36,7 +36,7 @@ def test_published_shards(published, tmp_path, capsys):
     assert convert(published, tmp_path / "out", "--samples_per_shard", 4) == 0
     out = capsys.readouterr().out
     assert "2 files, 10 samples of 256 tokens (without CLS, grid (1, 16, 16)), widths 12" in out
-    assert "fp32: 0.00 GiB in 3 shards of 4" in out
+    assert "fp32: 200 KiB in 3 shards of 4" in out
     assert "--dtype fp16 would halve this and lose nothing" in out
     assert "10 samples written, 0 left out; checksums and up to 64 rows verified" in out
     dataset = EmbeddingDataset(tmp_path / "out", verify=True)

@@ -7,6 +7,7 @@ OTHERS = {
     "extraction.clip.CLIPVisionTower.from_pretrained": "transformers reads the weights",
     "extraction.features._pixels": "the parsers of images run the function that it calls",
     "extraction.views.open_views": "the parsers of images run the function that it calls",
+    "installation.install": "reads what pip noted of this installation",
     "ops._cuda.load": "reads what this installation built",
     "ops._cuda.read_choices": "reads a file of the library",
     "training.state.TrainingState.read": "reads what a marker's digests cover",
