@@ -44,10 +44,10 @@ def project(x: Tensor, *layers: nn.Module) -> Tensor:
     """The outputs of linear layers of the same ``x``, side by side."""
     if len(layers) > 1 and all(is_plain(layer, nn.Linear) for layer in layers):
         linears = cast("tuple[nn.Linear, ...]", layers)
-        biases = [linear.bias for linear in linears if linear.bias is not None]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         if len(biases) in (0, len(linears)):
-            weight = torch.cat([linear.weight for linear in linears])
-            return F.linear(x, weight, torch.cat(biases) if biases else None)
+            weights: list[Tensor] = [linear.weight for linear in linears]
+            return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
     outputs = [layer(x) for layer in layers]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

@@ -115,7 +115,8 @@ class SamplingPlan:
         working_memory: WorkingMemory | None = None,
     ) -> None:
         self.model, self.dtype, self.impl = model, dtype, impl
-        self.graph, self.compile, self.working_memory = graph, compile, working_memory
+        self.graph, self.compile = graph, compile
+        self.working_memory: WorkingMemory | None = working_memory
         self.guidance_scale = float(guidance_scale)
         if solver == "fitted":
             solver = choose_fitted(model.fitted, steps)

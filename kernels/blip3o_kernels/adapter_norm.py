@@ -14,6 +14,9 @@ accesses; the padding is then ignored. Only the inputs are saved. Accumulates in
 fp64).
 """
 
+# Pyright does not know Triton's loops over constants.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import triton.language as tl
 from torch import Tensor
 

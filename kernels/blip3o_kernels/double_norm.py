@@ -23,6 +23,9 @@ gain a factor ls, dw1 = sum_b ((1 + scale) w2 ls P - w1 ls^2 R), and the scale i
 dls = sum_b (w1 w2 (1 + scale) P - (w1^2 + eps) ls R).
 """
 
+# Pyright does not know Triton's loops over constants.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -5,6 +5,9 @@ of 768 is a tuple of three tiles ``[ROWS, 256]``. ``CUT`` lists the first column
 each. Equal pieces are neighbours. A thread has the same columns of every row.
 """
 
+# Pyright does not know Triton's loops over constants.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import triton.language as tl
 
 from blip3o_kernels.typed import jit

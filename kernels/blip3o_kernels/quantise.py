@@ -6,6 +6,9 @@ in fp32. Both divisions are done once a row and rounded to nearest. GPUs convert
 on. A row takes 1 byte an element and 4 bytes for the scale, and one more reduction.
 """
 
+# Pyright does not know Triton's loops over constants.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import torch
 import triton.language as tl
 from torch import Tensor

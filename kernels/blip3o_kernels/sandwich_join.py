@@ -11,6 +11,9 @@ per program; dx = dx_out + the gradient through pre, and dx drives the gradient 
 Accumulates in fp32 (fp64 for fp64).
 """
 
+# Pyright does not know Triton's loops over constants.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -136,7 +139,7 @@ def _forward_kernel(
         if PRE:
             rounded = ()
             for k in tl.static_range(len(CUT)):
-                rounded += (stored[k].to(ACC),)
+                rounded += (stored[k].to(ACC),)  # pyright: ignore[reportAttributeAccessIssue]
             h = double_norm(rounded, pre_gain, pre_square, pre_offset, EPS, WIDTH)
             if QUANTISED:
                 store_quantised(h_out, h_scales, target, h, inside, CUT, WIDTH)

@@ -8,6 +8,9 @@ Quantised, it writes D bytes and a scale. Backward, per row: reads 2 D (dout, x)
 fp32 partial sums per program. Only the inputs are saved. Accumulates in fp32 (fp64 for fp64).
 """
 
+# Pyright does not know Triton's loops over constants.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 from functools import partial
 
 import triton.language as tl
