@@ -27,7 +27,7 @@ from blip3o_fast.extraction.views import ExtractionSettings, open_view
 from blip3o_fast.flags import Flag
 from blip3o_fast.flow import FittedSolver, save_solvers
 from blip3o_fast.pretrained import load_trained_model
-from blip3o_fast.sampling import SamplingPlan, fit_solvers
+from blip3o_fast.sampling import fit_solvers
 from blip3o_fast.training import TrainingOptions, train
 
 HELDOUT_FRACTION = 0.2
@@ -64,7 +64,6 @@ TRAINING = {
 
 FITTED = (3, 5, 8)  # evaluations of the solvers that are fitted to the model
 CONDITIONS = 12  # training crops that they are fitted on
-REFERENCE_STEPS = 32  # of rk4, which they reproduce: half the evaluations of the default
 
 
 @dataclass(frozen=True)
@@ -153,14 +152,7 @@ def fit_solvers_to(run: Path, shards: Path, device: torch.device) -> dict[int, F
     data = EmbeddingDataset(shards, split="train")
     eva = data.read(chosen(data, CONDITIONS)).eva.to(device)
     generator = torch.Generator().manual_seed(SEED)
-    reference = SamplingPlan(model, steps=REFERENCE_STEPS, solver="rk4")
-    fitted = fit_solvers(
-        model,
-        eva.to(model.dtype),
-        evaluations=FITTED,
-        reference=reference,
-        generator=generator,
-    )
+    fitted = fit_solvers(model, eva.to(model.dtype), evaluations=FITTED, generator=generator)
     save_solvers(locate_checkpoint(run), fitted)
     return fitted
 
