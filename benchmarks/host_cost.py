@@ -8,13 +8,14 @@ on the CPU and hold one token. Beside each op stands ``torch.nn.functional.rms_n
 token in the same run, which computes it in ATen: on a CPU its forward pass is one call into C++.
 What a real driver adds is not in these figures.
 
-Also the fixed cost of ``generate`` on a warm plan: all but the evaluations, on a network with the
-parameters of base, 397 of them, each of few numbers.
+Also the fixed cost of ``generate`` on a warm plan: all but the evaluations, on a network with as
+many parameter tensors as base, each of few numbers.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -30,24 +31,14 @@ from triton.runtime import driver
 from blip3o_fast import BLIP3oDiT, DiTConfig
 from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
+from blip3o_fast.benchmarking.op_cases import sizes_of
+from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.flow import Trajectory
-from blip3o_fast.ops import OPS, Impl, Op, Sizes, _dispatch
+from blip3o_fast.ops import OPS, Impl, Op, _dispatch
 from blip3o_fast.ops._record import as_tuple
 from blip3o_fast.sampling.cache import find_engine
 
-BASE = Sizes(
-    batch=1,
-    tokens=1,
-    width=768,
-    inner=2048,
-    channels=1024,
-    heads=12,
-    kv_heads=4,
-    head_width=64,
-    adapter=1322,
-    padded=1344,
-    dtype=torch.bfloat16,
-)
+BASE = replace(sizes_of(Shape("base"), torch.bfloat16, "cpu"), tokens=1)
 
 
 def nothing(*arguments: object) -> None:

@@ -90,7 +90,7 @@ class DiTBlock(nn.Module):
             stays: the parameters stay in memory after this call. FSDP frees them, and may have
                 wrapped the block or a module around it. The branch then needs copies.
         """
-        sites = Sites.of(modulations(self.norm_sites(), activated))
+        (sites,) = Sites.of(modulations(self.norm_sites(), activated), 1)
         x, last = network.block(self, x, branch, context, rotary, sites)
         return x, last if stays else _owned(last)
 

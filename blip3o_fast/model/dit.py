@@ -177,9 +177,8 @@ class DiT(nn.Module):
         calls: list[Callable[..., Any]]
         if all(plain) and all(is_plain(cross, CrossAttention) for cross in crosses):
             *found, output = modulations(self.norm_sites(), activated)
-            each = len(found) // len(blocks)
             kept = keys_values(crosses, context, rotary)
-            sites = [Sites.of(found[i : i + each]) for i in range(0, len(found), each)]
+            sites = Sites.of(found, len(blocks))
             calls = [
                 partial(block, part, condition=condition, rotary=rotary, sites=site)
                 for part, condition, site in zip(blocks, kept, sites, strict=True)

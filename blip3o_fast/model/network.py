@@ -54,9 +54,11 @@ class Sites(NamedTuple):
     post: tuple[Modulation | None, ...]
 
     @classmethod
-    def of(cls, found: Sequence[Modulation]) -> "Sites":
-        """The three that open, then the three that close or none."""
-        return cls(tuple(found[:3]), tuple(found[3:]) or (None, None, None))
+    def of(cls, found: Sequence[Modulation], blocks: int) -> list["Sites"]:
+        """Those of each block in turn: the three that open, then the three that close or none."""
+        each = len(found) // blocks
+        parts = (tuple(found[i : i + each]) for i in range(0, len(found), each))
+        return [cls(part[:3], part[3:] or (None, None, None)) for part in parts]
 
 
 class LinearGuess(NamedTuple):

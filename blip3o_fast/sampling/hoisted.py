@@ -146,8 +146,7 @@ def read_modulations(
         Modulation(w1, folded, shift.expand(batch, -1), zero)
         for w1, (folded, shift) in zip(norms, row, strict=True)
     )
-    each = len(sites) // blocks
-    return [Sites.of(sites[i : i + each]) for i in range(0, len(sites), each)], output
+    return Sites.of(sites, blocks), output
 
 
 class HoistedVelocity:

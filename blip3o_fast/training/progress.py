@@ -49,12 +49,11 @@ class ProgressDisplay:
 
     def step(self, record: StepRecord) -> None:
         """Show a step."""
-        values = self._values(record)
         if (bar := self.progress.bar) is not None:
-            bar.set_postfix(values, refresh=False)
+            bar.set_postfix(self._values(record), refresh=False)
         elif record.step % self.every == 0 or record.step in (1, self.total):
-            shown = " ".join(f"{name} {value}" for name, value in values.items())
-            self.say(f"step {record.step}/{self.total}: {shown}")
+            values = " ".join(f"{name} {value}" for name, value in self._values(record).items())
+            self.say(f"step {record.step}/{self.total}: {values}")
         self.progress.update()
 
     def validation(self, result: Validation, *, best: bool) -> None:
