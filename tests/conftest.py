@@ -63,6 +63,13 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     _repair_interpreter()
 
 
+def pytest_configure() -> None:
+    """Choose where to compile before workers start, who inherit it: they share what they build."""
+    from tests.csrc.build import folder
+
+    folder()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, where kernels are interpreted, and a CUDA device where there is one."""

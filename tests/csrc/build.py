@@ -1,8 +1,12 @@
 """Builds ``kernels/csrc`` for the host: its kernels, and their operators."""
 
+import fcntl
+import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,21 +34,36 @@ def host_compiler() -> tuple[str, Path]:
     return compiler, headers
 
 
+FOLDER = "BLIP3O_FAST_EMULATED"
+"""The environment variable that tells the processes of one run where the first of them builds."""
+
+
+@cache
+def folder() -> Path:
+    """Where the processes of one run build; it goes with the first of them."""
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = _temporary().name
+    return Path(os.environ[FOLDER])
+
+
 @cache
 def _temporary() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="blip3o-emulated-")
 
 
-def folder() -> Path:
-    """Where this process builds; it goes with the process."""
-    return Path(_temporary().name)
+@contextmanager
+def _missing(target: Path) -> Iterator[bool]:
+    """Whether ``target`` is still to be built, while no other process builds it."""
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not target.exists()
 
 
 @cache
 def emulated_kernels() -> Path:
     """The library of every kernel, compiled for the host."""
     compiler, headers = host_compiler()
-    target = folder()
+    library = folder() / "libkernels.so"
     flags = ["-x", "c++", "-std=c++17", "-O0", "-fPIC", "-w", f"-I{headers}"]
     flags += ["-U_FORTIFY_SOURCE"]  # its longjmp refuses to leave a stack
     # A misaligned 16-byte access or an index overflow stops the process, as it would stop a GPU.
@@ -54,15 +73,23 @@ def emulated_kernels() -> Path:
         flags += ["-include", str(HERE / header)]
 
     def compiled(source: Path) -> str:
-        object_file = str(target / f"{source.stem}.o")
+        object_file = str(library.with_name(f"{source.stem}.o"))
         subprocess.run([compiler, *flags, "-c", str(source), "-o", object_file], check=True)
         return object_file
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, SOURCES))
-    library = target / "libkernels.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
+    with _missing(library) as missing:
+        if missing:
+            with ThreadPoolExecutor(2) as pool:
+                objects = list(pool.map(compiled, SOURCES))
+            _link([compiler, "-shared", *objects], library)
     return library
+
+
+def _link(command: list[str], target: Path) -> None:
+    """Build a library that is whole as soon as it has its name."""
+    part = target.with_suffix(".part")
+    subprocess.run([*command, "-o", str(part)], check=True)
+    part.rename(target)
 
 
 def emulate_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +113,9 @@ def host_operators() -> dict[str, Fused]:
     sources = [str(CSRC / "binding.cpp"), str(HERE / "host_torch.cpp"), str(kernels)]
     libraries = [f"-L{home}/lib", "-Wl,--no-as-needed", "-ltorch"]
     target = folder() / "libbound.so"
-    subprocess.run([compiler, *flags, *sources, *libraries, "-o", str(target)], check=True)
+    with _missing(target) as missing:
+        if missing:
+            _link([compiler, *flags, *sources, *libraries], target)
     torch.ops.load_library(target)
     ops = (op for op in OPS.values() if op.cuda is not None)
     return {op.name: bind(op, "blip3o_fast_host") for op in ops}

@@ -8,7 +8,7 @@ from golden_data import GOLDEN
 from safetensors.torch import load_file
 
 from blip3o_fast import RectifiedFlowLoss, ops, reference
-from tests.kernels.oracle import DTYPES, check, laid_out, randn
+from tests.kernels.oracle import DTYPES, check, laid_out, randn, repeats
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -162,7 +162,7 @@ def test_bitwise_repeatable(device):
     values = inputs(2, 9, 46, torch.bfloat16, device)
     values[0].requires_grad_()
     runs = []
-    for _ in range(20):
+    for _ in range(repeats(device)):
         terms = RectifiedFlowLoss(impl=TRITON)(*values)
         runs.append((*terms, *torch.autograd.grad(terms.total, values[0])))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
