@@ -81,6 +81,7 @@ def bench(result: Result) -> Iterator[str]:
     yield against_peers(record.measurements)
     groups = groupby(record.measurements, key=lambda m: m.group)
     parts = [f"**{name}**\n\n{contenders(list(rows))}" for name, rows in groups]
+    parts += [record.predictions] if record.predictions else []
     yield details("Every contender", "\n\n".join(parts))
     absent = [f"{name}: {state}" for name, state in record.peers.items() if "absent" in state]
     left = [f"{name}: {reason}" for name, reason in record.left_out.items()]
@@ -121,10 +122,11 @@ def against_peers(rows: Sequence[Measurement]) -> str:
 
 
 def contenders(rows: Sequence[Measurement]) -> str:
-    """Every contender of a group."""
+    """Every contender of a group; with the share of the limit that was predicted, if any was."""
     head = ("what", "contender", "time", "+-", "limit", "of limit", "bound by")
+    predicted = any(m.predicted is not None for m in rows)
     return table(
-        head,
+        (*head, "predicted") if predicted else head,
         [
             (
                 title(m.key[:-1]),
@@ -134,6 +136,7 @@ def contenders(rows: Sequence[Measurement]) -> str:
                 time(m.limit),
                 f"{m.fraction:.0%}",
                 m.bound,
+                *(("" if m.predicted is None else f"{m.predicted:.0%}",) if predicted else ()),
             )
             for m in rows
         ],

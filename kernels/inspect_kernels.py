@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
         JITFunction.run = run
 
 
+@cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,11 +1,15 @@
 """Predicts how much of a copy's bandwidth every Triton kernel reaches, from its machine code.
 
-    python kernels/predict_kernels.py [--arch 90] [--dtype bf16] [--op swiglu ...]
+    python kernels/predict_kernels.py [--gpu H100] [--dtype bf16] [--op swiglu ...]
         [--width 768 ...] [--rows 16384 ...] [--json FILE]
+    python kernels/predict_kernels.py --bench
 
 Nothing is measured: ``static_model.py`` says what is counted and what is assumed. No GPU is needed.
 A line is one call of an operator on the first specimen of its record; its kernels follow with
 ``--kernels``. "Fraction" is of the bandwidth of a copy of the same rows.
+
+``--bench`` predicts what ``blip3o-fast bench`` times on a GPU, for every GPU, and writes the file
+that ``bench`` prints beside its measurements. It takes two minutes.
 """
 
 import argparse
@@ -15,13 +19,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
+import triton
 from inspect_kernels import (
-    ARCHS,
     BASE,
     FUSED,
     PRECISIONS,
@@ -35,7 +41,12 @@ from static_model import DEVICES, Device, Launch, Prediction, fraction, predict
 from torch import Tensor
 from triton import knobs
 
-from blip3o_fast.ops import Op
+from blip3o_fast.atomic import write_json
+from blip3o_fast.benchmarking.environment import describe_commit
+from blip3o_fast.benchmarking.op_cases import op_tasks, sizes_of
+from blip3o_fast.benchmarking.predictions import PREDICTIONS, kernels_digest
+from blip3o_fast.benchmarking.selection import op_shapes
+from blip3o_fast.ops import Op, Sizes
 from blip3o_fast.ops._record import Arguments, Operator, as_tuple
 from blip3o_fast.report.columns import align
 
@@ -65,7 +76,7 @@ class Predicted(NamedTuple):
     width: int
     rows: int
     precision: str
-    arch: int
+    gpu: str
     fraction: float
     microseconds: float
     kernels: list[Kernel]
@@ -74,22 +85,26 @@ class Predicted(NamedTuple):
 def main() -> int:
     """Parse the command line, predict, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=[90])
+    parser.add_argument("--gpu", nargs="+", choices=list(DEVICES), default=["H100"])
     parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=["bf16"])
     parser.add_argument("--op", nargs="+", choices=list(FUSED), default=list(FUSED))
     parser.add_argument("--width", type=int, nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
     parser.add_argument("--rows", type=int, nargs="+", default=[16384], help=f"times {TOKENS}")
     parser.add_argument("--kernels", action="store_true", help="also print each kernel")
     parser.add_argument("--json", type=Path, help="also write all of it to this file")
+    parser.add_argument("--bench", action="store_true", help="what bench times; no other options")
     arguments = parser.parse_args()
+    if arguments.bench:
+        write_json(PREDICTIONS, predict_bench())
+        return 0
     found = [
         predicted
-        for arch in arguments.arch
+        for gpu in arguments.gpu
         for precision in arguments.dtype
         for width in arguments.width
         for rows in arguments.rows
         for name in arguments.op
-        for predicted in predict_op(FUSED[name], width, rows, precision, arch)
+        for predicted in predict_op(FUSED[name], sizes_at(width, rows, precision), gpu)
     ]
     sys.stdout.write("\n".join(table(found, kernels=arguments.kernels)) + "\n")
     if arguments.json is not None:
@@ -99,33 +114,83 @@ def main() -> int:
     return 0
 
 
-def predict_op(op: Op, width: int, rows: int, precision: str, arch: int) -> Iterator[Predicted]:
-    """Every operator of one op, on its first specimen."""
+def predict_bench() -> dict[str, object]:
+    """The content of ``PREDICTIONS``: of every GPU, the fractions by shape and task."""
+    commit, changed = describe_commit()
+    return {
+        "about": "Predicted by kernels/predict_kernels.py --bench, not measured: which fraction of "
+        "the bandwidth of a copy each op reaches with Triton in bf16, where blip3o-fast bench "
+        "times it. Bandwidths and clocks of the GPUs are assumed.",
+        "commit": commit,
+        "changed": changed,
+        "kernels": kernels_digest(),
+        "triton": triton.__version__,
+        "gpus": [
+            {
+                "name": gpu,
+                "architecture": device.arch,
+                "bandwidth": device.bandwidth,
+                "fractions": {
+                    shape.name: {
+                        task.name: shortened(
+                            predict_task(op, sizes, gpu, backward, task.work.bytes)
+                        )
+                        for op, backward, task in op_tasks(shape, "bf16")
+                    }
+                    for shape in op_shapes()
+                    for sizes in [sizes_of(shape, torch.bfloat16, "meta")]
+                },
+            }
+            for gpu, device in DEVICES.items()
+        ],
+    }
+
+
+def predict_task(op: Op, sizes: Sizes, gpu: str, backward: bool, nbytes: float) -> float:
+    """What the forward pass, or the gradient of everything, reaches of a copy of ``nbytes``."""
+    name = op.name + ("_backward" if backward else "")
+    found = next(p for p in predict_op(op, sizes, gpu, only=name) if p.operator == name)
+    return fraction([k.prediction for k in found.kernels], int(nbytes), DEVICES[gpu])
+
+
+def sizes_at(width: int, rows: int, precision: str) -> Sizes:
+    """Sizes of one line of the table."""
     activation, parameter = PRECISIONS[precision]
-    sizes = replace(
+    return replace(
         WIDTHS[width],
         batch=rows // TOKENS,
         tokens=TOKENS,
         dtype=activation,
         parameter_dtype=parameter,
     )
-    device = DEVICES[arch]
+
+
+def predict_op(op: Op, sizes: Sizes, gpu: str, only: str = "") -> Iterator[Predicted]:
+    """Every operator of one op, or ``only`` one, on its first specimen."""
+    device = DEVICES[gpu]
+    rows = sizes.batch * sizes.tokens
+    dtypes = (sizes.dtype, sizes.parameter_dtype or sizes.dtype)
+    precision = next(name for name, pair in PRECISIONS.items() if pair == dtypes)
     specimens = 0
-    for operator, launcher, arguments in calls(op, sizes, arch):
+    for operator, launcher, arguments in calls(op, sizes, device.arch):
         specimens += operator.launcher == "forward"
         if specimens > 1:
             return
-        with compiling_for(arch) as launches:
-            results = as_tuple(launcher(*arguments)) or written(operator, arguments)
-        moved = rows_of(results)
+        if only and operator.name != only:
+            continue
+        with compiling_for(device.arch) as launches:
+            results = as_tuple(launcher(*arguments))
+        moved = rows_of(results or written(operator, arguments))
         kernels = [predict_launch(launch, moved // rows, device) for launch in launches]
-        unavoidable = rows_of(arguments) + moved
+        # A result that was given as the last argument is among the arguments already.
+        again = moved if results or operator.launcher == "forward_" else 0
+        unavoidable = rows_of(arguments) + again
         of_copy = fraction([k.prediction for k in kernels], unavoidable, device)
         seconds = unavoidable / device.bandwidth / of_copy
         name = operator.name
-        if arguments[-1] is False and operator.launcher == "backward":
-            name += ", inputs only"
-        yield Predicted(name, width, rows, precision, arch, of_copy, seconds * 1e6, kernels)
+        if operator.launcher == "backward" and op.backward and op.backward.chooses:
+            name += "" if arguments[-1] else ", inputs only"
+        yield Predicted(name, sizes.width, rows, precision, gpu, of_copy, seconds * 1e6, kernels)
 
 
 def written(operator: Operator, arguments: Arguments) -> Arguments:
@@ -164,6 +229,7 @@ def trips_of_sums(integers: dict[str, int]) -> int:
     return -(-integers.get("count", count) // integers["ROWS"])
 
 
+@cache
 def code_of(cubin: bytes) -> Code:
     """The machine code of a cubin, counted."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -175,7 +241,7 @@ def code_of(cubin: bytes) -> Code:
 
 def table(found: list[Predicted], *, kernels: bool) -> list[str]:
     """A line for each operator; with ``kernels``, one for each of its kernels."""
-    head = ["operator", "width", "rows", "dtype", "arch", "fraction", "us", "binds"]
+    head = ["operator", "width", "rows", "dtype", "gpu", "fraction", "us", "binds"]
     detail = [
         "registers",
         "resident",
@@ -190,7 +256,7 @@ def table(found: list[Predicted], *, kernels: bool) -> list[str]:
     for p in found:
         longest = max(p.kernels, key=lambda k: k.prediction.seconds)
         shown = p.kernels if kernels else [longest]
-        whole = [p.operator, p.width, p.rows, p.precision, p.arch, f"{p.fraction:.0%}"]
+        whole = [p.operator, p.width, p.rows, p.precision, p.gpu, f"{p.fraction:.0%}"]
         lines.append([*map(str, whole), f"{p.microseconds:.1f}", *of_kernel(longest)])
         if len(p.kernels) > 1 and kernels:
             for k in shown:

@@ -81,19 +81,25 @@ def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) 
         compiled: also time the reference under ``torch.compile``, which takes long to compile.
     """
     sizes = sizes_of(shape, DTYPES[dtype], device)
+    for op, backward, task in op_tasks(shape, dtype):
+        contenders = [
+            make_contender(name, call, ours, typical(op, sizes), device, backward)
+            for name, call, ours in implementations(
+                op, shape, dtype, device, compiled=compiled, backward=backward
+            )
+        ]
+        yield Case(task, tuple(contenders))
+
+
+def op_tasks(shape: Shape, dtype: str) -> Iterator[tuple[Op, bool, Task]]:
+    """Each op with a Triton kernel, whether its gradient is timed, and the task."""
     for op in OPS.values():
         if not op.triton:
             continue  # it replaces several ops; ``attention_cases`` times it beside them
         for backward in (False, True) if op.backward is not None else (False,):
             needed = op_work(op, shape, DTYPES[dtype], backward=backward)
             name = op.name + (" backward" if backward else "")
-            contenders = [
-                make_contender(name, call, ours, typical(op, sizes), device, backward)
-                for name, call, ours in implementations(
-                    op, shape, dtype, device, compiled=compiled, backward=backward
-                )
-            ]
-            yield Case(Task("ops", name, shape.name, dtype, needed), tuple(contenders))
+            yield op, backward, Task("ops", name, shape.name, dtype, needed)
 
 
 def implementations(

@@ -21,6 +21,7 @@ class Measurement:
     them decides: ``memory``, ``compute`` or ``transfer``. ``host``, ``warm`` and ``queued`` are as
     in ``clock.Timing``, ``rotation`` as in ``watch.Prepared``. ``median`` is cold unless
     ``rotation`` is 0. ``peak`` is the most bytes that a call allocates (None on a CPU).
+    ``predicted`` is the fraction of the limit that ``predictions`` expects, None without one.
     """
 
     group: str
@@ -44,6 +45,7 @@ class Measurement:
     warm: float | None = None
     peak: int | None = None
     queued: bool | None = None
+    predicted: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
@@ -71,6 +73,7 @@ class Record:
         left_out: what was not measured, and why.
         failures: what was not measured because this library or the run failed, and how. Older
             records have none.
+        predictions: for which device and from what the predicted fractions are; empty on a CPU.
     """
 
     settings: dict[str, Any]
@@ -82,6 +85,7 @@ class Record:
     measurements: tuple[Measurement, ...]
     left_out: dict[str, str]
     failures: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    predictions: str = ""
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all."""

@@ -24,6 +24,8 @@ def render_record(record: Record) -> str:
     for group in dict.fromkeys(m.group for m in record.measurements):
         rows = [m for m in record.measurements if m.group == group]
         lines += ["", *render_group(group, rows)]
+        if group == "ops" and record.predictions:
+            lines.append(record.predictions)
     absent = {name: state for name, state in record.peers.items() if state.startswith("absent")}
     present = [f"{name} {state}" for name, state in record.peers.items() if name not in absent]
     lines += ["", f"peers present: {', '.join(present) or 'none'}"]
@@ -37,8 +39,10 @@ def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
     """Times beside their limit. The contenders of a task are together.
 
     Where there is a ``warm`` time, on the same tensors in every call, the other times are cold.
+    Beside a prediction of the share of the limit stands how far the measured share is from it.
     """
-    head = ("", "contender", "time", "+-", "limit", "of limit", "bound by", "warm", "host")
+    head = ("", "contender", "time", "+-", "limit", "of limit", "predicted", "off")
+    head += ("bound by", "warm", "host")
     cells: list[Sequence[str]] = []
     previous = ""
     for m in rows:
@@ -51,6 +55,8 @@ def render_group(group: str, rows: Sequence[Measurement]) -> list[str]:
             f"{spread:.0%}",
             seconds(m.limit),
             f"{m.fraction:.0%}" + ("!" if m.fraction > BEYOND else ""),
+            "" if m.predicted is None else f"{m.predicted:.0%}",
+            "" if m.predicted is None else f"{m.fraction / m.predicted - 1:+.0%}",
             m.bound,
             "" if m.warm is None else seconds(m.warm),
             "" if m.host is None else seconds(m.host),

@@ -21,6 +21,7 @@ from blip3o_fast.benchmarking.checkout import describe_checkout
 from blip3o_fast.benchmarking.clock import Timing, time_together
 from blip3o_fast.benchmarking.environment import clocks, describe_environment
 from blip3o_fast.benchmarking.peers import find_peers
+from blip3o_fast.benchmarking.predictions import Predictions, find_predictions
 from blip3o_fast.benchmarking.record import Measurement, Record
 from blip3o_fast.benchmarking.selection import Settings, choose_sources, dtypes, omissions
 from blip3o_fast.benchmarking.watch import Watch, make_watch
@@ -154,7 +155,7 @@ class Run:
 
     def record(self) -> Record:
         """The record so far."""
-        settings = self.settings
+        settings, predictions = self.settings, self._predictions()
         return Record(
             settings={
                 "quick": settings.quick,
@@ -167,9 +168,13 @@ class Run:
             rates=self.ceilings.rates,
             transfer=self.ceilings.transfer,
             peers=self.peers,
-            measurements=tuple(measured(result, self.ceilings) for result in self.results),
+            measurements=tuple(
+                measured(r, self.ceilings, predictions.fraction(r.task, r.contender))
+                for r in self.results
+            ),
             left_out=dict(self.left_out),
             failures=dict(self.failures),
+            predictions=predictions.about,
         )
 
     def _time(self, case: Case, stack: ExitStack) -> None:
@@ -211,6 +216,12 @@ class Run:
                 f"{explain(error)}; measure the groups that follow by themselves"
             ) from None
 
+    def _predictions(self) -> Predictions:
+        if self.device.type != "cuda":
+            return Predictions("", {})
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return find_predictions(10 * major + minor, self.ceilings.bandwidth)
+
     def _ceilings(self) -> Ceilings:
         seconds = 0.2 if self.settings.quick else 1.0
         return measure_ceilings(self.device, dtypes(self.device), seconds=seconds)
@@ -226,8 +237,8 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def measured(result: Result, ceilings: Ceilings) -> Measurement:
-    """A timing beside its limit."""
+def measured(result: Result, ceilings: Ceilings, predicted: float | None = None) -> Measurement:
+    """A timing beside its limit, and beside the fraction of it that was predicted."""
     task, timing = result.task, result.timing
     return Measurement(
         group=task.group,
@@ -251,4 +262,5 @@ def measured(result: Result, ceilings: Ceilings) -> Measurement:
         warm=timing.warm,
         peak=result.peak,
         queued=timing.queued,
+        predicted=predicted,
     )

@@ -23,8 +23,9 @@ def changed(path, change):
 
 def test_there_and_back(path):
     run = record(
-        measurement("plan", host=1e-5, warm=2e-3, peak=3, queued=True, rotation=7),
+        measurement("plan", host=1e-5, warm=2e-3, peak=3, queued=True, rotation=7, predicted=0.9),
         measurement("published", 0.1, ours=False),
+        predictions="for a GPU",
     )
     run.write(path)
     assert read_record(path) == run

@@ -47,6 +47,16 @@ def test_what_only_some_know_has_a_column_then():
     assert second.endswith("compute")
 
 
+def test_a_prediction_stands_beside_the_measurement():
+    rows = [measurement("triton", group="ops", predicted=0.4), measurement("cuda", group="ops")]
+    lines = render_record(record(*rows, predictions="predicted for some GPU")).splitlines()
+    start = lines.index("ops")
+    assert " ".join(lines[start + 1].split()).endswith("of limit predicted off bound by")
+    assert lines[start + 2].split()[-4:] == ["50%", "40%", "+25%", "compute"]
+    assert lines[start + 3].split()[-2:] == ["50%", "compute"]
+    assert lines[start + 4] == "predicted for some GPU"
+
+
 def test_a_device_that_waited_for_the_host_is_said():
     texts = [render_group("ops", [measurement(queued=q)])[2] for q in (None, True, False)]
     assert ["(host-bound)" in text for text in texts] == [False, False, True]

@@ -296,6 +296,7 @@ def install(gpu: FakeGpu) -> None:
     # Lists of fakes go through one op, as lists of tensors do.
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     torch.backends.cuda.is_flash_attention_available = lambda: True
+    torch.backends.cudnn.version = lambda: 91900
     fake_tensor.init_gpu_context = lambda device: None
     torch.Generator = Generator
     Tensor.record_stream = lambda self, stream: None

@@ -10,10 +10,11 @@ from collections import Counter
 import pytest
 import torch
 
+from blip3o_fast.benchmarking.predictions import find_predictions
 from blip3o_fast.benchmarking.selection import GROUPS
 from tests.modules import MODELS
 from tests.rehearsal.gpu import start
-from tests.rehearsal.walk import BAITS
+from tests.rehearsal.walk import BAITS, BANDWIDTH, PREDICTED, SECONDS
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU: the thing itself"
@@ -34,7 +35,7 @@ def walked():
         pytest.skip(str(error))
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    kinds = ("module", "bait", "script", "contender")
+    kinds = ("module", "bait", "script", "bench", "contender")
     return {kind: [line for line in lines if line["walked"] == kind] for kind in kinds}
 
 
@@ -59,6 +60,16 @@ def test_every_contender_is_prepared(walked):
     assert not failed, "\n".join(failed)
 
 
+def test_every_attention_of_torch_takes_turns(walked):
+    for task in ("attention", "attention backward"):
+        lines = [c for c in walked["contender"] if c["task"].startswith(f"{task}, base-b16, ")]
+        ours = {c["name"]: c["ours"] for c in lines}
+        assert ours == {"cudnn": True, "flash": False, "sdpa": False, "reference": False}
+        (chosen,) = [c for c in lines if c["ours"]]
+        (name,) = [op for op in chosen["call"]["launches"] if "scaled_dot_product" in op]
+        assert name.startswith("aten::_scaled_dot_product_cudnn_attention")
+
+
 def test_models_are_made_on_the_gpu(walked):
     found = {line["name"]: line["devices"] for line in walked["module"]}
     assert found == {name: ["cuda"] for name in MODELS}
@@ -69,6 +80,23 @@ def test_every_op_runs(walked):
     checked = [line for line in script["lines"] if "WRONG" in line]
     # Eight ops by Triton and five by CUDA C++ in two dtypes, and rope with attention in one kernel.
     assert len(checked) >= 2 * (8 + 5) + 1
+
+
+def test_predictions_stand_beside_measurements(walked):
+    (bench,) = walked["bench"]
+    assert bench["failures"] == {}
+    fractions = find_predictions(90, BANDWIDTH).fractions[PREDICTED.name]
+    rows = {m["name"]: m for m in bench["measurements"] if m["contender"] == "triton"}
+    assert {name: m["predicted"] for name, m in rows.items()} == fractions
+    assert all(m["predicted"] is None for m in bench["measurements"] if m not in rows.values())
+    title = f"swiglu, {PREDICTED.name}, bf16"
+    start = next(i for i, line in enumerate(bench["text"]) if line.startswith(title))
+    line = next(line for line in bench["text"][start:] if " triton " in line)
+    measured = rows["swiglu"]["bytes"] / BANDWIDTH / SECONDS
+    predicted = fractions["swiglu"]
+    shown = [f"{measured:.0%}", f"{predicted:.0%}", f"{measured / predicted - 1:+.0%}"]
+    assert " ".join(shown) in " ".join(line.split())
+    assert any(line.startswith("predicted: from machine code") for line in bench["text"])
 
 
 def test_the_rehearsal_sees_the_host_wait(walked):

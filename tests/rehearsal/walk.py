@@ -12,12 +12,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
-from blip3o_fast.benchmarking import selection
+from blip3o_fast.benchmarking import selection, suite
 from blip3o_fast.benchmarking.cases import Case, Contender
+from blip3o_fast.benchmarking.ceilings import Ceilings
+from blip3o_fast.benchmarking.clock import Timing
+from blip3o_fast.benchmarking.op_cases import op_cases
+from blip3o_fast.benchmarking.record_text import render_record
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import OPS, Impl, _cuda
 from blip3o_fast.ops._registration import bind
@@ -26,6 +32,7 @@ from tests.rehearsal.gpu import FakeGpu, Record
 
 BATCH = 16
 STEPS = 2
+PREDICTED, SECONDS, BANDWIDTH = Shape("base", 64), 1e-4, 3e12
 GPU = torch.device("cuda")
 
 
@@ -45,9 +52,23 @@ def main() -> None:
                 bait(torch.ones(3, device=GPU))
             say(walked="bait", name=name, waits=record.waits)
         say(walked="script", name="every_op", lines=script("every_op"))
+        say(walked="bench", **bench())
         for case in cases():
             for contender in case.contenders:
                 say(walked="contender", **walk(gpu, case, contender))
+
+
+def bench() -> dict[str, Any]:
+    """What ``bench`` makes of the ops of one shape, were each call to take ``SECONDS``."""
+    timing = Timing(SECONDS, SECONDS, SECONDS, 1, None, None, None)
+    suite.time_together = lambda watches, budget: [timing for _ in watches]
+    suite.measure_ceilings = lambda *_, **__: Ceilings(BANDWIDTH, {"bf16": 8e14}, 5e10)
+    source = partial(op_cases, PREDICTED, "bf16", GPU, compiled=False)
+    suite.choose_sources = lambda settings: [("ops", source)]
+    record = suite.run_suite(selection.Settings(GPU, quick=True, groups=("ops",)))
+    measurements = [asdict(m) | {"fraction": m.fraction} for m in record.measurements]
+    text = render_record(record).splitlines()
+    return {"measurements": measurements, "failures": record.failures, "text": text}
 
 
 def cases() -> Iterator[Case]:
