@@ -29,12 +29,12 @@ def attention_cases(shape: Shape, dtype: str, device: torch.device) -> Iterator[
         return partial(ops.attention, backend=backend)
 
     subject = Subject("attention", arguments, by(ops.AttentionBackend.REFERENCE), 3)
-    sample = arguments()
-    runnable = [b for b in ops.AttentionBackend if peers.backend_refusal(b, *sample) is None]
-    chosen = ops.attention_backend(*sample)[0]
     for backward in (False, True):
         name = "attention" + (" backward" if backward else "")
         needed = work.attention(config, B, size, backward=backward)
+        sample = [x.requires_grad_(backward) for x in arguments()]
+        runnable = [b for b in ops.AttentionBackend if peers.backend_refusal(b, *sample) is None]
+        chosen = ops.attention_backend(*sample)[0]
         contenders = [
             make_contender(b.value, by(b), b is chosen, subject, device, backward) for b in runnable
         ]

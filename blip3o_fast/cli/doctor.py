@@ -116,8 +116,9 @@ def op_choices(device: str) -> list[Choice]:
         rows.append(Choice(op.name, device, runs, why))
     q = torch.empty(1, 256, 12, 64, device=device, dtype=torch.bfloat16)
     k = torch.empty(1, 256, 4, 64, device=device, dtype=torch.bfloat16)
-    backend, reason = ops.attention_backend(q, k, k)
-    rows.append(Choice("attention", device, backend.value, reason))
+    for name, training in (("attention", False), ("attention in training", True)):
+        backend, reason = ops.attention_backend(q.requires_grad_(training), k, k)
+        rows.append(Choice(name, device, backend.value, reason))
     refusal = ops.e4m3_refusal(q.device)
     runs = "none" if refusal else "torch._scaled_mm"
     return [*rows, Choice("FP8 products", device, runs, refusal or "the hardware multiplies e4m3")]

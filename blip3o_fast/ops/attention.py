@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.ops._attention_backends import AttentionBackend, choose, run
+from blip3o_fast.ops._attention_backends import AttentionBackend, choose, order_of, run
 from blip3o_fast.ops._dispatch import check_tensors, outside_autocast
 
 
@@ -63,6 +63,10 @@ def attention_backend(
     why = [f"not {', '.join(names)}: {reason}" for reason, names in passed.items()]
     if chosen is AttentionBackend.SDPA:
         why.append(f"torch would use {_kernel_of_sdpa(q, k, v, dropout)}")
+    order = order_of(q, k, v)
+    if order.why:
+        basis = f"measured in {order.measured}" if order.measured else "not measured"
+        why.append(f"the order is {basis}: {order.why}")
     return chosen, "; ".join(why) or "first choice"
 
 

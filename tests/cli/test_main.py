@@ -136,6 +136,7 @@ def test_doctor_says_what_runs_and_why(capsys, monkeypatch):
         "ops",
         "sandwich_join on cpu",
         "attention on cpu",
+        "attention in training on cpu",
         "FP8 products",
         "flash-attn",
     ):

@@ -3,6 +3,7 @@
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ def inputs(batch=2, tokens=5, keys=7, heads=4, kv_heads=2, width=16, **options):
 def h100(monkeypatch):
     """The choice on an H100, of packages that no other test has installed."""
     monkeypatch.setattr(backends, "_compute_major", lambda device: 9)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     backends.package_function.cache_clear()
     yield
     backends.package_function.cache_clear()
@@ -46,10 +49,22 @@ def install(monkeypatch, module, function):
         sys.modules[module].flash_attn_func = function
 
 
-def choose(width=64, tokens=5, dtype=torch.bfloat16, device="cuda", dropout=0.0):
-    """Backend, and what speaks against the packages before it, for tensors without values."""
+def choose(
+    width=64,
+    tokens=5,
+    dtype=torch.bfloat16,
+    device="cuda",
+    dropout=0.0,
+    keys=None,
+    heads=(4, 2),
+    training=False,
+):
+    """Backend, and what speaks against those before it, for tensors without values."""
     with FakeTensorMode():
-        q, k = (torch.empty(2, tokens, n, width, dtype=dtype, device=device) for n in (4, 2))
+        q, k = (
+            torch.empty(2, rows, n, width, dtype=dtype, device=device, requires_grad=training)
+            for rows, n in zip((tokens, tokens if keys is None else keys), heads, strict=True)
+        )
         chosen, passed = backends.choose(None, q, k, k, dropout)
     return chosen, "; ".join(passed)
 
@@ -136,6 +151,8 @@ def test_the_backend_is_queryable():
         (AttentionBackend.FLASH_ATTN_2, "needs CUDA tensors, got cpu; pass backend=None"),
         (AttentionBackend.FLASH_ATTN_3, "needs CUDA tensors"),
         (AttentionBackend.FLASH_ATTN_4, "needs CUDA tensors"),
+        (AttentionBackend.CUDNN, "needs CUDA tensors"),
+        (AttentionBackend.FLASH, "needs CUDA tensors"),
     ],
 )
 def test_a_backend_that_cannot_run(backend, message):
@@ -210,15 +227,111 @@ def test_traced():
     assert torch.equal(traced(*values), ops.attention(*values))
 
 
-def test_order_of_the_chain(h100, monkeypatch):
-    backend, reason = choose()
-    assert backend is AttentionBackend.SDPA and "flash-attn is not installed" in reason
+def test_order_on_an_h100(h100, monkeypatch):
+    """cuDNN, which shares keys in both directions, stands before flash-attention 2."""
+    for training in (False, True):
+        backend, reason = choose(training=training)
+        assert backend is AttentionBackend.CUDNN and "flash_attn_3 is not installed" in reason
     install(monkeypatch, "flash_attn", reference.attention)
     backends.package_function.cache_clear()
-    assert choose()[0] is AttentionBackend.FLASH_ATTN_2
+    assert choose()[0] is AttentionBackend.CUDNN
     install(monkeypatch, "flash_attn_interface", reference.attention)
     backends.package_function.cache_clear()
     assert choose() == (AttentionBackend.FLASH_ATTN_3, "")
+
+
+def test_every_row_of_the_table_says_what_it_rests_on():
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    generations = {major for major, _ in backends.ORDERS}
+    assert set(backends.ORDERS) == {(major, way) for major in generations for way in (False, True)}
+    for order in backends.ORDERS.values():
+        assert order.why and (not order.measured or (results / order.measured).is_file())
+        # Else SDPA would choose cuDNN where it was refused.
+        assert order.backends.index(AttentionBackend.CUDNN) < order.backends.index(
+            AttentionBackend.FLASH
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"version": 91500}, "needs cuDNN 91501 or newer, got 91500"),
+        ({"version": None}, "got 0"),
+        ({"width": 192}, "heads of up to 128, got 192"),
+        ({"keys": 1}, "at least two keys"),
+        ({"keys": 576, "training": True}, "may be NaN"),
+        ({"tokens": 1, "keys": 256, "training": True}, "may be NaN"),
+        ({"training": True, "deterministic": True}, "differ from run to run"),
+        ({"major": 10}, "may be wrong with fewer than 8 heads of keys"),
+        ({"off": True}, "cuDNN attention is switched off"),
+    ],
+    ids=str,
+)
+def test_where_cudnn_is_not_trusted(h100, monkeypatch, changes, why):
+    changes = dict(changes)
+    version, major = changes.pop("version", 91900), changes.pop("major", 9)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(backends, "_compute_major", lambda device: major)
+    repeats = changes.pop("deterministic", False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: repeats)
+    on = not changes.pop("off", False)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: on)
+    backend, reason = choose(**changes)
+    assert backend is AttentionBackend.FLASH and why in reason
+
+
+def test_where_cudnn_is_trusted(h100, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for tokens in (256, 257, 576):
+        assert choose(tokens=tokens)[0] is AttentionBackend.CUDNN
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    assert choose(tokens=257, training=True)[0] is AttentionBackend.CUDNN
+    monkeypatch.setattr(backends, "_compute_major", lambda device: 10)
+    assert choose(heads=(32, 8))[0] is AttentionBackend.CUDNN
+
+
+@pytest.mark.parametrize("backend", [AttentionBackend.CUDNN, AttentionBackend.FLASH], ids=str)
+def test_torchs_kernels_are_given_grouped_heads(monkeypatch, backend):
+    """The operators of torch, stood in for by what they compute."""
+    seen = []
+
+    def operator(q, k, v, *options):
+        seen.append((k.shape[1], *options))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True), None
+
+    for name in ("cudnn", "flash"):
+        monkeypatch.setattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention", operator)
+    q, k, v = inputs()
+    out = backends.run(backend, q, k, v, 0.0)
+    torch.testing.assert_close(out, reference.attention(q, k, v))
+    backends.run(backend, q.requires_grad_(), k, v, 0.0)
+    cudnn = backend is AttentionBackend.CUDNN
+    assert seen == ([(2, None, False), (2, None, True)] if cudnn else [(2,), (2,)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [AttentionBackend.CUDNN, AttentionBackend.FLASH], ids=str)
+@pytest.mark.parametrize("tokens, keys", [(256, 256), (257, 257), (63, 255)])
+def test_torchs_kernels_on_a_gpu(backend, tokens, keys):
+    values = inputs(2, tokens, keys, 12, 4, 64, dtype=torch.bfloat16, device="cuda")
+    try:
+        ops.attention_backend(*values, backend=backend)
+    except ValueError as error:
+        pytest.skip(str(error))
+    check(lambda *x: ops.attention(*x, backend=backend), reference.attention, values)
+
+
+def test_on_a_gpu_of_another_maker(h100, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose()[0] is AttentionBackend.SDPA
+
+
+def test_the_order_is_said(h100):
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 5, n, 64, dtype=torch.half, device="cuda") for n in (4, 2))
+        assert "the order is not measured: others saw" in ops.attention_backend(q, k, k)[1]
+        q.requires_grad_()
+        assert "not measured: flash 2 expands dk and dv" in ops.attention_backend(q, k, k)[1]
 
 
 @pytest.mark.parametrize(
@@ -275,8 +388,9 @@ def test_old_gpu(h100, monkeypatch):
 def test_a_package_that_does_not_load(h100, monkeypatch):
     """flash-attn-4 alone leaves a flash_attn folder without the function of flash-attn."""
     install(monkeypatch, "flash_attn", None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     backend, reason = choose()
-    assert backend is AttentionBackend.SDPA
+    assert backend is AttentionBackend.FLASH
     assert "flash-attn is not installed or does not load" in reason
 
 
