@@ -1,6 +1,6 @@
 """Predicts how much of a copy's bandwidth every Triton kernel reaches, from its machine code.
 
-    python kernels/predict_kernels.py [--gpu H100] [--dtype bf16] [--op swiglu ...]
+    python kernels/predict_kernels.py [--arch 90] [--dtype bf16] [--op swiglu ...]
         [--width 768 ...] [--rows 16384 ...] [--json FILE]
     python kernels/predict_kernels.py --bench
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import triton
 from inspect_kernels import (
+    ARCHS,
     BASE,
     FUSED,
     PRECISIONS,
@@ -37,7 +38,7 @@ from inspect_kernels import (
     resources,
 )
 from sass import Code, read
-from static_model import DEVICES, Device, Launch, Prediction, fraction, predict
+from static_model import DEVICES, GPUS, Device, Launch, Prediction, fraction, predict
 from torch import Tensor
 from triton import knobs
 
@@ -46,6 +47,7 @@ from blip3o_fast.benchmarking.environment import describe_commit
 from blip3o_fast.benchmarking.op_cases import op_tasks, sizes_of
 from blip3o_fast.benchmarking.predictions import PREDICTIONS, kernels_digest
 from blip3o_fast.benchmarking.selection import op_shapes
+from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import Op, Sizes
 from blip3o_fast.ops._record import Arguments, Operator, as_tuple
 from blip3o_fast.report.columns import align
@@ -76,7 +78,7 @@ class Predicted(NamedTuple):
     width: int
     rows: int
     precision: str
-    gpu: str
+    arch: int
     fraction: float
     microseconds: float
     kernels: list[Kernel]
@@ -85,7 +87,7 @@ class Predicted(NamedTuple):
 def main() -> int:
     """Parse the command line, predict, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--gpu", nargs="+", choices=list(DEVICES), default=["H100"])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=[90])
     parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=["bf16"])
     parser.add_argument("--op", nargs="+", choices=list(FUSED), default=list(FUSED))
     parser.add_argument("--width", type=int, nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
@@ -99,12 +101,12 @@ def main() -> int:
         return 0
     found = [
         predicted
-        for gpu in arguments.gpu
+        for arch in arguments.arch
         for precision in arguments.dtype
         for width in arguments.width
         for rows in arguments.rows
         for name in arguments.op
-        for predicted in predict_op(FUSED[name], sizes_at(width, rows, precision), gpu)
+        for predicted in predict_op(FUSED[name], sizes_at(width, rows, precision), arch)
     ]
     sys.stdout.write("\n".join(table(found, kernels=arguments.kernels)) + "\n")
     if arguments.json is not None:
@@ -127,30 +129,27 @@ def predict_bench() -> dict[str, object]:
         "triton": triton.__version__,
         "gpus": [
             {
-                "name": gpu,
-                "architecture": device.arch,
+                "name": name,
+                "architecture": arch,
                 "bandwidth": device.bandwidth,
                 "fractions": {
-                    shape.name: {
-                        task.name: shortened(
-                            predict_task(op, sizes, gpu, backward, task.work.bytes)
-                        )
-                        for op, backward, task in op_tasks(shape, "bf16")
-                    }
-                    for shape in op_shapes()
-                    for sizes in [sizes_of(shape, torch.bfloat16, "meta")]
+                    shape.name: dict(predict_tasks(shape, arch, device)) for shape in op_shapes()
                 },
             }
-            for gpu, device in DEVICES.items()
+            for name, (arch, device) in GPUS.items()
         ],
     }
 
 
-def predict_task(op: Op, sizes: Sizes, gpu: str, backward: bool, nbytes: float) -> float:
-    """What the forward pass, or the gradient of everything, reaches of a copy of ``nbytes``."""
-    name = op.name + ("_backward" if backward else "")
-    found = next(p for p in predict_op(op, sizes, gpu, only=name) if p.operator == name)
-    return fraction([k.prediction for k in found.kernels], int(nbytes), DEVICES[gpu])
+def predict_tasks(shape: Shape, arch: int, device: Device) -> Iterator[tuple[str, object]]:
+    """What each op that ``arch`` can run reaches, forward and with the gradient of everything."""
+    sizes = sizes_of(shape, torch.bfloat16, "meta")
+    for op, backward, task in op_tasks(shape, "bf16"):
+        name = op.name + ("_backward" if backward else "")
+        for found in predict_op(op, sizes, arch, device, only=name):
+            if found.operator == name:
+                kernels = [k.prediction for k in found.kernels]
+                yield task.name, shortened(fraction(kernels, int(task.work.bytes), device))
 
 
 def sizes_at(width: int, rows: int, precision: str) -> Sizes:
@@ -165,20 +164,25 @@ def sizes_at(width: int, rows: int, precision: str) -> Sizes:
     )
 
 
-def predict_op(op: Op, sizes: Sizes, gpu: str, only: str = "") -> Iterator[Predicted]:
-    """Every operator of one op, or ``only`` one, on its first specimen."""
-    device = DEVICES[gpu]
+def predict_op(
+    op: Op, sizes: Sizes, arch: int, device: Device | None = None, *, only: str = ""
+) -> Iterator[Predicted]:
+    """Every operator of one op, or ``only`` one, on its first specimen.
+
+    ``device`` is one of ``arch``; None is that of ``DEVICES``.
+    """
+    device = device or DEVICES[arch]
     rows = sizes.batch * sizes.tokens
     dtypes = (sizes.dtype, sizes.parameter_dtype or sizes.dtype)
     precision = next(name for name, pair in PRECISIONS.items() if pair == dtypes)
     specimens = 0
-    for operator, launcher, arguments in calls(op, sizes, device.arch):
+    for operator, launcher, arguments in calls(op, sizes, arch):
         specimens += operator.launcher == "forward"
         if specimens > 1:
             return
         if only and operator.name != only:
             continue
-        with compiling_for(device.arch) as launches:
+        with compiling_for(arch) as launches:
             results = as_tuple(launcher(*arguments))
         moved = rows_of(results or written(operator, arguments))
         kernels = [predict_launch(launch, moved // rows, device) for launch in launches]
@@ -190,7 +194,7 @@ def predict_op(op: Op, sizes: Sizes, gpu: str, only: str = "") -> Iterator[Predi
         name = operator.name
         if operator.launcher == "backward" and op.backward and op.backward.chooses:
             name += "" if arguments[-1] else ", inputs only"
-        yield Predicted(name, sizes.width, rows, precision, gpu, of_copy, seconds * 1e6, kernels)
+        yield Predicted(name, sizes.width, rows, precision, arch, of_copy, seconds * 1e6, kernels)
 
 
 def written(operator: Operator, arguments: Arguments) -> Arguments:
@@ -241,7 +245,7 @@ def code_of(cubin: bytes) -> Code:
 
 def table(found: list[Predicted], *, kernels: bool) -> list[str]:
     """A line for each operator; with ``kernels``, one for each of its kernels."""
-    head = ["operator", "width", "rows", "dtype", "gpu", "fraction", "us", "binds"]
+    head = ["operator", "width", "rows", "dtype", "arch", "fraction", "us", "binds"]
     detail = [
         "registers",
         "resident",
@@ -256,7 +260,7 @@ def table(found: list[Predicted], *, kernels: bool) -> list[str]:
     for p in found:
         longest = max(p.kernels, key=lambda k: k.prediction.seconds)
         shown = p.kernels if kernels else [longest]
-        whole = [p.operator, p.width, p.rows, p.precision, p.gpu, f"{p.fraction:.0%}"]
+        whole = [p.operator, p.width, p.rows, p.precision, p.arch, f"{p.fraction:.0%}"]
         lines.append([*map(str, whole), f"{p.microseconds:.1f}", *of_kernel(longest)])
         if len(p.kernels) > 1 and kernels:
             for k in shown:

@@ -46,12 +46,8 @@ LAUNCH = 1e-6
 
 
 class Device(NamedTuple):
-    """One GPU: multiprocessors, clock in Hz, bandwidth of a copy in B/s, and what one holds.
+    """One GPU: multiprocessors, clock in Hz, bandwidth of a copy in B/s, and what one holds."""
 
-    ``arch`` is its architecture, 90 for sm_90.
-    """
-
-    arch: int
     multiprocessors: int
     clock: float
     bandwidth: float
@@ -63,12 +59,19 @@ class Device(NamedTuple):
 
 
 DEVICES = {
-    "A100": Device(80, 108, 1.41e9, 1.75e12, fp32=64, shared=164 * 1024),
-    "H100": Device(90, 132, 1.755e9, 3.0e12, fp32=128, shared=228 * 1024),
-    "H200": Device(90, 132, 1.755e9, 4.2e12, fp32=128, shared=228 * 1024),
-    "B200": Device(100, 148, 1.85e9, 7.0e12, fp32=128, shared=228 * 1024),
+    80: Device(108, 1.41e9, 1.75e12, fp32=64, shared=164 * 1024),
+    90: Device(132, 1.755e9, 3.0e12, fp32=128, shared=228 * 1024),
+    100: Device(148, 1.85e9, 7.0e12, fp32=128, shared=228 * 1024),
 }
-"""A100 of 80 GB, H100 SXM, H200 SXM and B200."""
+"""A100 80 GB, H100 SXM and B200, by architecture."""
+
+GPUS = {
+    "A100": (80, DEVICES[80]),
+    "H100": (90, DEVICES[90]),
+    "H200": (90, DEVICES[90]._replace(bandwidth=4.2e12)),
+    "B200": (100, DEVICES[100]),
+}
+"""Architecture and device by name: an H200 is an H100 with more bandwidth."""
 
 
 class Launch(NamedTuple):

@@ -68,7 +68,7 @@ def test_a_second_load_is_of_the_cache():
 
 def test_resident_programs():
     """Registers are given to warps in eights, shared memory with 1 KiB for the system."""
-    device = model.DEVICES["H100"]
+    device = model.DEVICES[90]
     assert model.resident(device, launch(registers=168)) == 3
     assert model.resident(device, launch(registers=161)) == 3
     assert model.resident(device, launch(registers=32)) == 16
@@ -78,7 +78,7 @@ def test_resident_programs():
 
 def test_limits_of_one_kernel():
     """Each limit binds where its cause is large; the fraction of a copy is never above 1."""
-    code, device = sass.read(SASS), model.DEVICES["H100"]
+    code, device = sass.read(SASS), model.DEVICES[90]
     free = model.predict(code, launch(), device)
     assert free.fraction < 1 and free.barriers == 8 / 8
     assert free.instructions == pytest.approx(4 * (3 + 8 * 8) / 8)
@@ -91,14 +91,14 @@ def test_limits_of_one_kernel():
 
 
 def test_more_of_one_limit_is_never_faster():
-    code, device = sass.read(SASS), model.DEVICES["A100"]
+    code, device = sass.read(SASS), model.DEVICES[80]
     times = [model.predict(code, launch(registers=r), device).seconds for r in (32, 64, 128, 255)]
     assert times == sorted(times)
 
 
 def test_an_op_pays_for_each_launch():
     """Two kernels of half the bytes reach less than one."""
-    code, device = sass.read(SASS), model.DEVICES["H100"]
+    code, device = sass.read(SASS), model.DEVICES[90]
     whole = model.predict(code, launch(), device)
     nbytes = launch().traffic
     assert model.fraction([whole], nbytes, device) == pytest.approx(whole.fraction)
