@@ -9,11 +9,11 @@ from typing import Any
 
 import fp8_quality
 from read_results import Kind, Result, as_result
-from tables import duration, number, table, three_digits
+from tables import number, table
 
 from blip3o_fast.atomic import json_text
 from blip3o_fast.benchmarking.record import Measurement, Record
-from blip3o_fast.quantities import count
+from blip3o_fast.quantities import count, duration, three_digits
 
 HEADLINES = ("evaluation", "generate", "training")
 """Groups of ``blip3o-fast bench`` that a reader asks for first."""

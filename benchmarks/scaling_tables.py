@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import scale_counts as counts
 from scale_counts import H100, SAMPLES, STORED, TOKENS
-from tables import duration, number, table, three_digits
+from tables import number, table
 
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig, Size
 from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
+from blip3o_fast.quantities import duration, three_digits
 from blip3o_fast.training.options import TrainingOptions
 
 SIZES: tuple[Size, ...] = ("tiny", "small", "base", "large")

@@ -13,6 +13,7 @@ from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flags import add_flags, given
 from blip3o_fast.flow import FittedSolver, save_solvers
+from blip3o_fast.model_card import refresh_solvers
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.report.columns import align
 from blip3o_fast.sampling import SamplingPlan, fit_solvers
@@ -89,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(table(model, fitted, held_out, generator, dtype)))
     found = locate_checkpoint(Path(options.model_path))
     folder = found if found.is_dir() else found.parent
-    save_solvers(folder, {**model.fitted, **fitted})
+    solvers = {**model.fitted, **fitted}
+    save_solvers(folder, solvers)
+    refresh_solvers(folder, solvers)
     print(f"\nSolvers: {folder / SOLVER_NAME}")
     return 0
 

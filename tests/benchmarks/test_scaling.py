@@ -74,7 +74,3 @@ def test_the_flags_named_in_sentences_exist():
 )
 def test_numbers(value, unit, text):
     assert tables.number(value, unit) == text
-
-
-def test_durations():
-    assert [tables.duration(x) for x in (5.5, 90, 5400)] == ["5.5 s", "1.5 min", "1.5 h"]
