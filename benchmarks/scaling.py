@@ -15,8 +15,8 @@ from tables import number
 
 from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
 from blip3o_fast.data.sidecar import MARK_EVERY
+from blip3o_fast.options.train import TrainingOptions
 from blip3o_fast.quantities import duration
-from blip3o_fast.training.options import TrainingOptions
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "SCALING.md"

@@ -9,8 +9,8 @@ from tables import number, table
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig, Size
 from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
+from blip3o_fast.options.train import TrainingOptions
 from blip3o_fast.quantities import duration, three_digits
-from blip3o_fast.training.options import TrainingOptions
 
 SIZES: tuple[Size, ...] = ("tiny", "small", "base", "large")
 TOKEN_COUNTS = (256, 1024, 4096)

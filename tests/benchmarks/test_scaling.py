@@ -9,7 +9,8 @@ import pytest
 import scaling
 import tables
 
-from blip3o_fast.cli import extract, generate, main, train
+from blip3o_fast.cli import main
+from blip3o_fast.options import extract, generate, train
 
 
 def test_the_committed_page_is_what_is_made():
