@@ -8,10 +8,8 @@ from blip3o_fast.quantities import three_digits
 def number(value: float, unit: str) -> str:
     """Three digits and a prefix: ``70.8 TB``."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale and unit != "s":
+        if value >= scale:
             return f"{three_digits(value / scale)} {prefix}{unit}"
-    if unit == "s" and value < 1:
-        return f"{three_digits(value * 1e3)} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
     return f"{three_digits(value)} {unit}"
 
 

@@ -17,11 +17,11 @@ def three_digits(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours with three digits: ``4.2 s``, ``3.08 min``, ``2.5 h``."""
-    for unit, scale in (("h", 3600), ("min", 60)):
+    """Time with three digits: ``52 us``, ``4.2 s``, ``3.08 min``, ``2.5 h``."""
+    for unit, scale in (("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
             return f"{three_digits(seconds / scale)} {unit}"
-    return f"{three_digits(seconds)} s"
+    return "0 s"
 
 
 def size(number: float) -> str:

@@ -9,6 +9,8 @@ from blip3o_fast.quantities import count, duration, size
     ("seconds", "text"),
     [
         (0, "0 s"),
+        (52.4e-6, "52.4 us"),
+        (0.0571, "57.1 ms"),
         (4.2, "4.2 s"),
         (185, "3.08 min"),
         (3599.6, "60 min"),

@@ -68,9 +68,6 @@ def test_the_flags_named_in_sentences_exist():
         (70.8e12, "B", "70.8 TB"),
         (999.6, "B", "1,000 B"),
         (1e9, "B/s", "1 GB/s"),
-        (0.0571, "s", "57.1 ms"),
-        (52e-6, "s", "52 us"),
-        (0.495, "s", "495 ms"),
     ],
 )
 def test_numbers(value, unit, text):
