@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.add_arguments(command)
             answers = getattr(options, "ANSWERS", answers)
     if completing:
-        import argcomplete
+        import argcomplete  # pyright: ignore[reportMissingImports]
 
         argcomplete.autocomplete(parser)  # answers the shell and ends the process
     if chosen is not None and chosen not in COMMANDS:
