@@ -29,7 +29,6 @@ from torch import Tensor
 from blip3o_fast import BLIP3oDiT, FittedSolver, SamplingPlan, load_trained_model
 from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_environment
-from blip3o_fast.conventions import GridName
 from blip3o_fast.data import Batch, EmbeddingDataset
 from blip3o_fast.evaluation import MetricAccumulator
 from blip3o_fast.evaluation.baselines import MeanPredictor
@@ -38,6 +37,7 @@ from blip3o_fast.ops import Impl, e4m3_refusal
 from blip3o_fast.sampling import fit_solvers
 from blip3o_fast.sampling.fit import default_reference, solver_errors
 from blip3o_fast.seeds import sample_seed
+from blip3o_fast.words import GridName
 
 PEERS = ("heun", "adams_bashforth2", "adams_bashforth4")
 MANY = 100  # evaluations of Heun's method, as the published sampler has

@@ -9,11 +9,11 @@ from typing import Any
 
 import fp8_quality
 from read_results import Kind, Result, as_result
-from tables import duration, number, table, three_digits
+from tables import number, table
 
 from blip3o_fast.atomic import json_text
 from blip3o_fast.benchmarking.record import Measurement, Record
-from blip3o_fast.quantities import count
+from blip3o_fast.quantities import count, duration, three_digits
 
 HEADLINES = ("evaluation", "generate", "training")
 """Groups of ``blip3o-fast bench`` that a reader asks for first."""
@@ -113,10 +113,10 @@ def against_peers(rows: Sequence[Measurement]) -> str:
         peer, ratio = "none in this run", ""
         if others:
             other = min(others, key=lambda m: m.median)
-            peer = f"{other.contender}, {time(other.median)}"
+            peer = f"{other.contender}, {duration(other.median)}"
             ratio = f"{three_digits(other.median / best.median)}x"
-        limit = (time(best.limit), f"{best.fraction:.0%}", best.bound)
-        lines.append((title(task), best.contender, time(best.median), *limit, peer, ratio))
+        limit = (duration(best.limit), f"{best.fraction:.0%}", best.bound)
+        lines.append((title(task), best.contender, duration(best.median), *limit, peer, ratio))
     head = ("what", "ours", "time", "limit", "of limit", "bound by", "fastest peer", "peer / ours")
     return table(head, lines)
 
@@ -131,9 +131,9 @@ def contenders(rows: Sequence[Measurement]) -> str:
             (
                 title(m.key[:-1]),
                 m.contender + (" (host-bound)" if m.queued is False else ""),
-                time(m.median),
+                duration(m.median),
                 f"{(m.high - m.low) / 2 / m.median:.0%}",
-                time(m.limit),
+                duration(m.limit),
                 f"{m.fraction:.0%}",
                 m.bound,
                 *(("" if m.predicted is None else f"{m.predicted:.0%}",) if predicted else ()),
@@ -155,10 +155,10 @@ def published(result: Result) -> Iterator[str]:
     rows = [
         (
             name,
-            time(value),
-            time(content["fastest"][name]),
+            duration(value),
+            duration(content["fastest"][name]),
             f"{three_digits(content['ratio'][name])}x",
-            time(limit),
+            duration(limit),
             f"{limit / value:.0%}",
         )
         for name, value in content["seconds"].items()
@@ -181,7 +181,7 @@ def sampling(result: Result) -> Iterator[str]:
     yield table(
         ("a batch translated", "time", "published / it", "error"),
         [
-            (name, time(value), f"{three_digits(content['ratio'][name])}x", f"{error:.1e}")
+            (name, duration(value), f"{three_digits(content['ratio'][name])}x", f"{error:.1e}")
             for name, value in content["seconds"].items()
             for error in (content["error"][name],)
         ],
@@ -191,7 +191,7 @@ def sampling(result: Result) -> Iterator[str]:
         f"Base with {content['layers']} blocks and random weights, {content['batch']} samples, "
         f"medians of {count(content['rounds'], 'turn')}; errors are relative, of the final state, "
         f"to the first line. Fitting the solver to {fit['conditions']} conditions took "
-        f"{time(fit['seconds'])} and {number(fit['bytes'], 'B')} more memory."
+        f"{duration(fit['seconds'])} and {number(fit['bytes'], 'B')} more memory."
     )
 
 
@@ -332,18 +332,20 @@ def profile(result: Result) -> Iterator[str]:
     content = result.content
     task, total = content["task"], content["seconds"]
     yield (
-        f"{task['name'].capitalize()} of {task['shape']} in {task['dtype']}: {time(total)} in "
-        f"{content['launches']:g} launches, limit {time(content['limit'])}."
+        f"{task['name'].capitalize()} of {task['shape']} in {task['dtype']}: {duration(total)} in "
+        f"{content['launches']:g} launches, limit {duration(content['limit'])}."
     )
     rows: list[Sequence[str]] = []
     for launch in content["dearest"]:
         limit = launch["limit"]
-        beside = ("", "") if limit is None else (time(limit), f"{limit / launch['seconds']:.0%}")
+        beside = (
+            ("", "") if limit is None else (duration(limit), f"{limit / launch['seconds']:.0%}")
+        )
         shapes = " ".join("x".join(map(str, shape)) for shape in launch["shapes"][:3])
-        times = (f"{launch['calls']:g}", time(launch["seconds"]), f"{launch['share']:.0%}")
+        times = (f"{launch['calls']:g}", duration(launch["seconds"]), f"{launch['share']:.0%}")
         rows.append((f"`{launch['op']}`", shapes, *times, *beside))
     rest = content["rest_seconds"]
-    rows.append(("all others", "", "", time(rest), f"{rest / total:.0%}", "", ""))
+    rows.append(("all others", "", "", duration(rest), f"{rest / total:.0%}", "", ""))
     yield table(("operator", "inputs", "calls", "time", "of all", "limit", "of limit"), rows)
 
 
@@ -356,8 +358,8 @@ def long(result: Result) -> Iterator[str]:
         f"{content['steps']:,} training steps of {task['shape']} in {task['dtype']} on random "
         f"embeddings of standard deviations {eva:g} (EVA) and {clip:g} (CLIP): "
         f"{content['skipped']:,} with NaN or Inf, {content['clipped']:,} clipped, "
-        f"{time(content['seconds'])} a step of which {time(content['data_wait'])} waiting for data"
-        + ("." if peak is None else f", {number(peak, 'B')} allocated at most.")
+        f"{duration(content['seconds'])} a step of which {duration(content['data_wait'])} waiting "
+        "for data" + ("." if peak is None else f", {number(peak, 'B')} allocated at most.")
     )
 
 
@@ -427,11 +429,6 @@ def microseconds(value: float | None) -> str:
 def details(summary: str, text: str) -> str:
     """Text behind a line to click on."""
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
-
-
-def time(value: float) -> str:
-    """A time of any length."""
-    return duration(value) if value >= 60 else number(value, "s")
 
 
 SECTIONS: dict[Kind, Callable[[Result], Iterator[str]]] = {

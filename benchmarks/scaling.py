@@ -11,11 +11,12 @@ import scale_counts as counts
 import scaling_tables as page
 from scale_counts import FP32, H100, SAMPLES, TOKENS
 from scaling_tables import BACKWARD, DISK, GLOBAL_BATCHES, GPUS, HALF, config, step_seconds
-from tables import duration, number
+from tables import number
 
 from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
 from blip3o_fast.data.sidecar import MARK_EVERY
-from blip3o_fast.training.options import TrainingOptions
+from blip3o_fast.options.train import TrainingOptions
+from blip3o_fast.quantities import duration
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "SCALING.md"

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import scale_counts as counts
 from scale_counts import H100, SAMPLES, STORED, TOKENS
-from tables import duration, number, table, three_digits
+from tables import number, table
 
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig, Size
 from blip3o_fast.data.dataset import _OPEN_SHARDS  # pyright: ignore[reportPrivateUsage]
-from blip3o_fast.training.options import TrainingOptions
+from blip3o_fast.options.train import TrainingOptions
+from blip3o_fast.quantities import duration, three_digits
 
 SIZES: tuple[Size, ...] = ("tiny", "small", "base", "large")
 TOKEN_COUNTS = (256, 1024, 4096)
@@ -79,7 +80,7 @@ def bounds_table() -> str:
     for tokens, batch in [(TOKENS, b) for b in (1, 8, 64)] + [(n, 1) for n in TOKEN_COUNTS[1:]]:
         flops, moved = counts.evaluation_seconds("base", tokens, batch)
         bound = "compute" if flops > moved else "memory"
-        rows.append((str(tokens), str(batch), number(flops, "s"), number(moved, "s"), bound))
+        rows.append((str(tokens), str(batch), duration(flops), duration(moved), bound))
     return table(("tokens", "batch", "products", "HBM", "bound by"), rows)
 
 
@@ -90,8 +91,8 @@ def fusions_table() -> str:
             fusion.name,
             str(fusion.launches),
             number(fusion.bytes, "B"),
-            number(fusion.bytes / H100.bandwidth, "s"),
-            number(fusion.flops / H100.flops, "s"),
+            duration(fusion.bytes / H100.bandwidth),
+            duration(fusion.flops / H100.flops),
         )
         for fusion in counts.fusions(config("base"))
     ]
@@ -188,9 +189,9 @@ def reduce_table() -> str:
             _, alone = counts.all_reduce_seconds(base, gpus, adapters=1)
             hidden = "yes" if within + between < step * BACKWARD else "no"
             hidden_alone = "yes" if within + alone < step * BACKWARD else "no"
-            network = (number(between, "s"), number(alone, "s")) if between else ("none", "none")
-            each = (str(batch), str(gpus), str(batch // gpus), number(step, "s"))
-            rows.append((*each, number(within, "s"), *network, f"{hidden}, {hidden_alone}"))
+            network = (duration(between), duration(alone)) if between else ("none", "none")
+            each = (str(batch), str(gpus), str(batch // gpus), duration(step))
+            rows.append((*each, duration(within), *network, f"{hidden}, {hidden_alone}"))
     head = ("`--batch_size`", "GPUs", "samples a GPU", "step at 50%", "NVLink")
     return table((*head, "8 adapters", "1 adapter", "hidden with 8, with 1"), rows)
 

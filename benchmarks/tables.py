@@ -1,33 +1,16 @@
 """Numbers and tables as Markdown."""
 
-import math
 from collections.abc import Iterable, Sequence
+
+from blip3o_fast.quantities import three_digits
 
 
 def number(value: float, unit: str) -> str:
     """Three digits and a prefix: ``70.8 TB``."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale and unit != "s":
-            return f"{three_digits(value / scale)} {prefix}{unit}"
-    if unit == "s" and value < 1:
-        return f"{three_digits(value * 1e3)} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
-    return f"{three_digits(value)} {unit}"
-
-
-def three_digits(value: float) -> str:
-    """``70.8``, ``156``, ``18,300``."""
-    if round(value) >= 1000:
-        step = 10 ** (int(math.log10(round(value))) - 2)
-        return f"{round(value / step) * step:,}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def duration(value: float) -> str:
-    """Seconds, minutes or hours."""
-    for unit, scale in (("h", 3600), ("min", 60)):
         if value >= scale:
-            return f"{three_digits(value / scale)} {unit}"
-    return f"{three_digits(value)} s"
+            return f"{three_digits(value / scale)} {prefix}{unit}"
+    return f"{three_digits(value)} {unit}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

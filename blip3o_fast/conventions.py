@@ -27,8 +27,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from blip3o_fast.words import GridName
+
 ConventionsName = Literal["consistent", "published"]
-GridName = Literal["ascending", "published", "published_trainer"]
 
 
 def clean_coefficient(t: Tensor) -> Tensor:

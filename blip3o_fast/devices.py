@@ -1,13 +1,8 @@
 """Names of devices and element types, as options and files spell them."""
 
-from typing import Literal
-
 import torch
 
 from blip3o_fast.errors import OptionError
-
-DeviceName = Literal["auto", "cpu", "cuda"]
-DtypeName = Literal["fp32", "bf16", "fp16"]
 
 DTYPES = {
     "fp32": torch.float32,

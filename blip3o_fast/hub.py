@@ -13,6 +13,8 @@ from pathlib import Path
 from blip3o_fast.installation import install
 
 PREFIX = "hf:"
+EVA_REPOSITORY = f"{PREFIX}BAAI/EVA-CLIP-8B"
+CLIP_REPOSITORY = f"{PREFIX}openai/clip-vit-large-patch14"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _log = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ model = load_trained_model("FOLDER")  # or "hf:owner/name"
 clip = model.generate(eva, num_inference_steps=1, use_heun=False)  # {eva} -> {clip}
 ```"""
 _UNKNOWN = "not recorded"
+_SOLVERS = "## Fitted solvers"
 
 
 def make_card(
@@ -68,7 +69,7 @@ def make_card(
         _table(("fact", "value"), _facts(config, parameters, manifest)),
         "## Results",
         _results(results),
-        "## Fitted solvers",
+        _SOLVERS,
         _solvers(solvers),
     ]
     return "\n\n".join(parts) + "\n"
@@ -79,6 +80,18 @@ def write_card(folder: str | Path, card: str) -> None:
     path = Path(folder) / CARD_NAME
     if not path.is_file() or _MARK in path.read_text(encoding="utf-8", errors="replace"):
         write_atomically(path, card.encode())
+
+
+def refresh_solvers(folder: str | Path, solvers: Mapping[int, FittedSolver]) -> None:
+    """List these solvers in the card of a folder, if there is one that ``write_card`` wrote.
+
+    The rest of it stays: what it says of data and results is not known here.
+    """
+    path = Path(folder) / CARD_NAME
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    before, heading, _ = card.rpartition(f"{_SOLVERS}\n")  # the last section
+    if _MARK in before:
+        write_card(folder, f"{before}{heading}\n{_solvers(solvers)}\n")
 
 
 def _facts(

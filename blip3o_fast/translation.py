@@ -8,18 +8,15 @@ write the last ones while the device computes.
 
 from collections.abc import Iterator, Set
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from blip3o_fast.atomic import locked
-from blip3o_fast.checked import Count, check
 from blip3o_fast.checkpoint import content_digest
-from blip3o_fast.conventions import GridName
 from blip3o_fast.data import (
     BackgroundWriter,
     BatchReader,
@@ -31,11 +28,11 @@ from blip3o_fast.data import (
     read_ahead,
 )
 from blip3o_fast.data.verified import verify_once
-from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
+from blip3o_fast.devices import DTYPES, find_device
 from blip3o_fast.errors import NonFiniteSamples, OptionError
 from blip3o_fast.flow import FittedSolver
-from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.hub import typed
+from blip3o_fast.options.generate import TranslationOptions
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.processes import World, join_world
 from blip3o_fast.progress import Progress
@@ -47,69 +44,6 @@ _STRETCH = 8192  # records in memory at once
 _DIGITS = 16  # of a digest
 _PATIENCE = timedelta(days=1)  # processes finish their shares at different times
 _LISTED = 8  # keys named in an error
-
-
-@dataclass(frozen=True)
-class TranslationOptions:
-    """What to translate, by what, and how.
-
-    Attributes:
-        model_path: checkpoint folder, training run, .pt file, or hf:owner/name on the hub.
-        embeddings_dir: folder of shards with EVA embeddings.
-        output_dir: folder for the CLIP shards; continued if unfinished.
-        split: side to translate.
-
-    Attributes: Model
-        revision: commit, tag or branch of a repository of the hub.
-        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
-        dtype: element type of weights and activations; fp8: most matrix products in e4m3, less
-            exact, on GPUs that have it; None: as stored.
-
-    Attributes: Sampling
-        num_inference_steps: solver steps; a single euler step gives the conditional mean.
-        solver: solver of the ODE; heun and midpoint call the network twice per step.
-        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
-        time_grid: times of the solver's steps; None: those of the model's conventions.
-        seed: decides the noise of a sample together with its key.
-
-    Attributes: Execution
-        batch_size: samples that a process translates at once.
-        device: device to run on; auto: cuda if there is a GPU.
-        graph: replay steps as CUDA graphs; None: only on CUDA.
-        compile: apply torch.compile to each call of the network.
-        progress: show a bar with samples/s and time left.
-
-    Attributes: Output
-        store_dtype: element type of the shards.
-        samples_per_shard: rows of a full shard.
-
-    Raises:
-        OptionError: naming the option, what was expected and what came.
-    """
-
-    model_path: str
-    embeddings_dir: str
-    output_dir: str
-    split: Literal["all", "train", "heldout"] = "all"
-    num_inference_steps: Count = 50
-    solver: SolverName = "heun"
-    guidance_scale: float = 1.0
-    time_grid: GridName | None = None
-    seed: int = 0
-    batch_size: Count = 64
-    samples_per_shard: Count = 256
-    dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
-    store_dtype: DtypeName = "fp16"
-    revision: str | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    device: DeviceName = "auto"
-    graph: bool | None = None
-    compile: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        check(self, error=OptionError)
 
 
 class Translated(NamedTuple):

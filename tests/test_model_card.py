@@ -10,7 +10,7 @@ from small_data import small_model, small_report, write_shards
 
 from blip3o_fast import FittedSolver
 from blip3o_fast.data import Encoder
-from blip3o_fast.model_card import CARD_NAME
+from blip3o_fast.model_card import CARD_NAME, refresh_solvers
 
 
 def solver(count=2):
@@ -65,6 +65,26 @@ def test_a_card_of_ones_own_is_kept(tmp_path):
     (tmp_path / CARD_NAME).write_text("# My model\n")
     small_model().save_pretrained(tmp_path)
     assert (tmp_path / CARD_NAME).read_text() == "# My model\n"
+
+
+def test_new_solvers_change_their_section_only(tmp_path):
+    write_shards(tmp_path / "shards")
+    model = small_model()
+    model.save_pretrained(tmp_path, shards=tmp_path / "shards")
+    before = (tmp_path / CARD_NAME).read_text()
+    refresh_solvers(tmp_path, {2: solver()})
+    after = (tmp_path / CARD_NAME).read_text()
+    model.fitted = {2: solver()}
+    model.save_pretrained(tmp_path, shards=tmp_path / "shards")
+    assert before != after == (tmp_path / CARD_NAME).read_text()
+
+
+def test_new_solvers_leave_a_card_of_ones_own(tmp_path):
+    refresh_solvers(tmp_path, {2: solver()})
+    assert not (tmp_path / CARD_NAME).exists()
+    (tmp_path / CARD_NAME).write_text("# Mine\n\n## Fitted solvers\n\nTwo.\n")
+    refresh_solvers(tmp_path, {2: solver()})
+    assert (tmp_path / CARD_NAME).read_text().endswith("\nTwo.\n")
 
 
 def test_what_is_named_must_be_there(tmp_path):

@@ -29,9 +29,9 @@ def test_lines_every_ten_seconds_and_at_the_end(clock, capsys):
     err = capsys.readouterr().err
     assert "\r" not in err
     assert err.splitlines() == [
-        "generate: 10/30 samples, 1 samples/s, 10.0 s so far, 20.0 s left",
-        "generate: 20/30 samples, 1 samples/s, 20.0 s so far, 10.0 s left",
-        "generate: 30/30 samples, 1 samples/s, 30.0 s so far",
+        "generate: 10/30 samples, 1 samples/s, 10 s so far, 20 s left",
+        "generate: 20/30 samples, 1 samples/s, 20 s so far, 10 s left",
+        "generate: 30/30 samples, 1 samples/s, 30 s so far",
     ]
 
 
@@ -39,7 +39,7 @@ def test_work_of_an_earlier_run_is_no_rate_of_this_one(clock, capsys):
     with Progress("extract", None, "image", done=5) as bar:
         clock[0] += 2.0
         bar.update()
-    assert capsys.readouterr().err == "extract: 6 images, 0.5 images/s, 2.0 s so far\n"
+    assert capsys.readouterr().err == "extract: 6 images, 0.5 images/s, 2 s so far\n"
 
 
 def test_steps_that_are_repeated(clock, capsys):

@@ -8,81 +8,21 @@ than noise.
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from blip3o_fast.checked import Positive, check
-from blip3o_fast.devices import DeviceName, find_device
+from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
-from blip3o_fast.flags import add_flags, given
+from blip3o_fast.flags import given
+from blip3o_fast.options.bench import BenchOptions
 
 if TYPE_CHECKING:
     from blip3o_fast.benchmarking.record import Record
     from blip3o_fast.benchmarking.selection import Settings
 
 RECORD_NAME = "bench.json"
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """Options of ``bench``.
-
-    Attributes:
-        quick: few samples and no compilation: under 2 minutes on two cores.
-        output_dir: folder for bench.json and the pictures.
-        compare: bench.json of an earlier run on the same device.
-        groups: of ops, attention, block, evaluation, generate, training, loader; None: all.
-        published: checkout of the published implementation, to be timed too.
-        device: device to run on; auto: cuda if there is a GPU.
-        seconds: of measurement for a task.
-        plots: draw the pictures (needs matplotlib).
-
-    Raises:
-        OptionError: naming the option, what was expected and what came.
-    """
-
-    quick: bool = False
-    output_dir: str = "bench"
-    compare: str | None = None
-    groups: tuple[str, ...] | None = None
-    published: str | None = None
-    device: DeviceName = "auto"
-    seconds: Positive = 2.0
-    plots: bool = True
-
-    def __post_init__(self) -> None:
-        check(self, error=OptionError)
-
-    def settings(self) -> "Settings":
-        """What to measure.
-
-        Raises:
-            OptionError: for a group, a device or a checkout that there is not.
-        """
-        from blip3o_fast.benchmarking.checkout import check_checkout
-        from blip3o_fast.benchmarking.selection import GROUPS, Settings
-
-        for group in self.groups or ():
-            if group not in GROUPS:
-                raise OptionError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
-        published = None if self.published is None else Path(self.published)
-        if published is not None:
-            check_checkout(published)
-        return Settings(
-            device=find_device(self.device),
-            quick=self.quick,
-            groups=tuple(g for g in GROUPS if self.groups is None or g in self.groups),
-            published=published,
-            seconds=self.seconds,
-        )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench``."""
-    add_flags(parser, BenchOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from blip3o_fast.report.style import require_plots
 
     options = BenchOptions(**given(BenchOptions, args))
-    settings = options.settings()
+    settings = settings_of(options)
     if options.plots:
         require_plots()
     earlier = None if options.compare is None else read_earlier(options.compare, settings.device)
@@ -117,6 +57,30 @@ def run(args: argparse.Namespace) -> int:
         print(render_comparison(comparison))
         failed |= bool(comparison.regressions)
     return int(failed)
+
+
+def settings_of(options: BenchOptions) -> "Settings":
+    """What to measure.
+
+    Raises:
+        OptionError: for a group, a device or a checkout that there is not.
+    """
+    from blip3o_fast.benchmarking.checkout import check_checkout
+    from blip3o_fast.benchmarking.selection import GROUPS, Settings
+
+    for group in options.groups or ():
+        if group not in GROUPS:
+            raise OptionError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
+    published = None if options.published is None else Path(options.published)
+    if published is not None:
+        check_checkout(published)
+    return Settings(
+        device=find_device(options.device),
+        quick=options.quick,
+        groups=tuple(g for g in GROUPS if options.groups is None or g in options.groups),
+        published=published,
+        seconds=options.seconds,
+    )
 
 
 def read_earlier(path: str, device: torch.device) -> "Record":

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from blip3o_fast.demo.pipeline import (
-    DemoOptions,
     evaluate,
     extract_tokens,
     find_photos,
@@ -21,14 +20,10 @@ from blip3o_fast.demo.pipeline import (
 )
 from blip3o_fast.devices import find_device
 from blip3o_fast.evaluation import require_plots, terminal_table, write_report
-from blip3o_fast.flags import add_flags, given
+from blip3o_fast.flags import given
+from blip3o_fast.options.demo import DemoOptions
 from blip3o_fast.quantities import duration
 from blip3o_fast.training import TrainingInterrupted
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``demo``."""
-    add_flags(parser, DemoOptions)
 
 
 def run(args: argparse.Namespace) -> int:

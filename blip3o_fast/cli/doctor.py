@@ -52,11 +52,6 @@ class Choice:
     why: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``doctor``."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print versions, hardware, the implementation of every op, and optional packages."""
     versions = find_versions()

@@ -1,64 +1,24 @@
 """``blip3o-fast fit-solver``: solvers of few evaluations for a model, beside its checkpoint."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from blip3o_fast.checked import Count, check
 from blip3o_fast.checkpoint import SOLVER_NAME, locate_checkpoint
 from blip3o_fast.data import EmbeddingDataset
-from blip3o_fast.devices import DTYPES, DeviceName, DtypeName, find_device
+from blip3o_fast.devices import DTYPES, find_device
 from blip3o_fast.errors import OptionError
-from blip3o_fast.flags import add_flags, given
+from blip3o_fast.flags import given
 from blip3o_fast.flow import FittedSolver, save_solvers
+from blip3o_fast.model_card import refresh_solvers
+from blip3o_fast.options.fit_solver import FitOptions
 from blip3o_fast.pretrained import BLIP3oDiT, load_trained_model
 from blip3o_fast.report.columns import align
 from blip3o_fast.sampling import SamplingPlan, fit_solvers
 from blip3o_fast.sampling.fit import default_reference, solver_errors
 
 PEERS = ("heun", "adams_bashforth2", "adams_bashforth4")
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """What to fit, to which model, on what.
-
-    Attributes:
-        model_path: checkpoint folder, training run or .pt file; ``solver.json`` is written there.
-        embeddings_dir: folder of shards with EVA embeddings to fit on; photos that its manifest
-            holds out are left to ``evaluate``.
-        evaluations: calls of the network, one solver for each number.
-        conditions: samples to fit on and to measure with; a quarter is held out.
-        guidance_scale: weight of the condition over the empty condition; 1: no guidance.
-        seed: decides the samples and their noise.
-        num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
-        dtype: element type of weights and activations; None: as stored.
-        device: device to run on; auto: cuda if there is a GPU.
-
-    Raises:
-        OptionError: naming the option, what was expected and what came.
-    """
-
-    model_path: str
-    embeddings_dir: str
-    evaluations: tuple[Count, ...] = (3, 5, 8, 12)
-    conditions: Count = 16
-    guidance_scale: float = 1.0
-    seed: int = 0
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    dtype: DtypeName | None = None
-    device: DeviceName = "auto"
-
-    def __post_init__(self) -> None:
-        check(self, error=OptionError)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``fit-solver``."""
-    add_flags(parser, FitOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(table(model, fitted, held_out, generator, dtype)))
     found = locate_checkpoint(Path(options.model_path))
     folder = found if found.is_dir() else found.parent
-    save_solvers(folder, {**model.fitted, **fitted})
+    solvers = {**model.fitted, **fitted}
+    save_solvers(folder, solvers)
+    refresh_solvers(folder, solvers)
     print(f"\nSolvers: {folder / SOLVER_NAME}")
     return 0
 

@@ -6,14 +6,10 @@ One flag for every field of ``TranslationOptions``.
 import argparse
 import sys
 
-from blip3o_fast.flags import add_flags, given
+from blip3o_fast.flags import given
+from blip3o_fast.options.generate import TranslationOptions
 from blip3o_fast.signals import STOPPED
-from blip3o_fast.translation import TranslationOptions, translate_folder
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``generate``."""
-    add_flags(parser, TranslationOptions)
+from blip3o_fast.translation import translate_folder
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,15 +1,17 @@
-"""``blip3o-fast COMMAND``: each command is a module of this package.
+"""``blip3o-fast COMMAND``: each command is a module of this package, with ``run(args) -> int``.
 
-A command module has ``add_arguments(parser)`` and ``run(args) -> int``, and may have ``ANSWERS``,
-what to say to flags that it does not take. Only the module of the command that was typed is
-imported.
+What it takes is in the module of the same name in ``blip3o_fast.options``. Only that of the command
+that was typed is imported, and the command itself, which needs torch, when all flags are right.
 
 Exit status: 0 done, 1 failed with one line that says why, 2 bad arguments, 130 interrupted,
 143 stopped by SIGTERM after saving.
 """
 
+# PYTHON_ARGCOMPLETE_OK (argcomplete looks for these words where it is active for all programs)
+
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +37,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    completing = "_ARGCOMPLETE" in os.environ  # the place of our name in a line that is being typed
+    if completing:
+        argv = os.environ["COMP_LINE"].split()[int(os.environ["_ARGCOMPLETE"]) :]
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parsers: dict[str, argparse.ArgumentParser] = {}
     parser = argparse.ArgumentParser(
@@ -44,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"blip3o-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run, answers = None, {}
+    answers: dict[str, str] = {}
     for name, summary in COMMANDS.items():
         parsers[name] = command = commands.add_parser(
             name,
@@ -53,20 +58,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=Help,
         )
         if name == chosen:
-            module = importlib.import_module(f"blip3o_fast.cli.{name.replace('-', '_')}")
-            module.add_arguments(command)
-            run, answers = module.run, getattr(module, "ANSWERS", {})
+            options = importlib.import_module(f"blip3o_fast.options.{module_name(name)}")
+            options.add_arguments(command)
+            answers = getattr(options, "ANSWERS", answers)
+    if completing:
+        import argcomplete  # pyright: ignore[reportMissingImports]
+
+        argcomplete.autocomplete(parser)  # answers the shell and ends the process
     if chosen is not None and chosen not in COMMANDS:
         parser.error(f"unknown command {chosen!r}{question(chosen, COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
-    assert run is not None
     if unknown:
         flags = parsers[args.command]._option_string_actions  # pyright: ignore[reportPrivateUsage]
         words = [word.partition("=")[0] for word in unknown]
         hint = next((f"; {answers[word]}" for word in words if word in answers), "")
         hint = hint or next((h for word in words if (h := question(word, flags))), "")
         parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return guarded(lambda: run(args), f"blip3o-fast {args.command}")
+    module = importlib.import_module(f"blip3o_fast.cli.{module_name(args.command)}")
+    return guarded(lambda: module.run(args), f"blip3o-fast {args.command}")
+
+
+def module_name(command: str) -> str:
+    """The name of a command's two modules."""
+    return command.replace("-", "_")
 
 
 def guarded(body, name: str) -> int:  # noqa: ANN001

@@ -14,7 +14,8 @@ from blip3o_fast.data.legacy import TrainingMode, published_files, read_publishe
 from blip3o_fast.data.manifest import Encoder, Manifest, Split
 from blip3o_fast.data.sidecar import SampleRecord
 from blip3o_fast.data.tars import tar_source
-from blip3o_fast.devices import DTYPES, DtypeName
+from blip3o_fast.devices import DTYPES
+from blip3o_fast.words import DtypeName
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from typing import Any
 
 from blip3o_fast.atomic import write_json
 from blip3o_fast.checked import Count, Share, check, check_names, from_json, json_object, read_json
-from blip3o_fast.devices import DTYPES, DtypeName
+from blip3o_fast.devices import DTYPES
 from blip3o_fast.untrusted import reading
+from blip3o_fast.words import DtypeName
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

@@ -3,29 +3,25 @@
 Every stage continues where an interrupted run stopped.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 
 from blip3o_fast.benchmarking.environment import describe_environment
-from blip3o_fast.checked import Count, check
 from blip3o_fast.checkpoint import locate_checkpoint
 from blip3o_fast.data import EmbeddingDataset, SampleRecord
 from blip3o_fast.data.manifest import Split
 from blip3o_fast.demo.photos import demo_photos, folder_photos, heldout_scenes
-from blip3o_fast.devices import DeviceName, cpu_has_bf16
-from blip3o_fast.errors import OptionError
+from blip3o_fast.devices import cpu_has_bf16
 from blip3o_fast.evaluation import Report
 from blip3o_fast.evaluation.evaluate import EvaluationSettings, chosen, evaluate_model
 from blip3o_fast.extraction.encoders import load_towers
 from blip3o_fast.extraction.extract import extract
 from blip3o_fast.extraction.image_sources import ImageRef
 from blip3o_fast.extraction.views import ExtractionSettings, open_view
-from blip3o_fast.flags import Flag
 from blip3o_fast.flow import FittedSolver, save_solvers
+from blip3o_fast.options.demo import DemoOptions
 from blip3o_fast.pretrained import load_trained_model
 from blip3o_fast.sampling import fit_solvers
 from blip3o_fast.training import TrainingOptions, train
@@ -64,39 +60,6 @@ TRAINING = {
 
 FITTED = (3, 5, 8)  # evaluations of the solvers that are fitted to the model
 CONDITIONS = 12  # training crops that they are fitted on
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Options of ``demo``.
-
-    Attributes:
-        output_dir: folder for everything the demo makes.
-        images: folder of your own images; None: photos of installed packages.
-        max_images: use at most so many images; None: all.
-        steps: optimizer steps of 16 samples.
-        max_samples: held-out crops that are translated.
-        evaluations: numbers of calls of the network to sample with.
-        device: device to run on; auto: cuda if there is a GPU.
-        plots: draw the pictures of the report (needs matplotlib).
-        progress: show bars.
-
-    Raises:
-        OptionError: naming the option, what was expected and what came.
-    """
-
-    output_dir: str = "demo"
-    images: Annotated[str | None, Flag("DIR")] = None
-    max_images: int | None = None
-    steps: Count = 600
-    max_samples: Count = 96
-    evaluations: tuple[Count, ...] = (1, 2, 4, 10, 25, 50, 100)
-    device: DeviceName = "auto"
-    plots: bool = True
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        check(self, error=OptionError)
 
 
 def find_photos(options: DemoOptions) -> list[ImageRef]:

@@ -9,18 +9,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blip3o_fast.checked import Count, Index, check
-from blip3o_fast.conventions import GridName
 from blip3o_fast.data import Batch, EmbeddingDataset, SampleRecord
 from blip3o_fast.evaluation.accumulator import MetricAccumulator
 from blip3o_fast.evaluation.baselines import Baselines
 from blip3o_fast.evaluation.metrics import token_cosines
 from blip3o_fast.evaluation.report import Photo, Report, Result, spread_samples, token_map
 from blip3o_fast.flow import FittedSolver, find_solver
-from blip3o_fast.flow.solvers import SolverName
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.progress import Progress
 from blip3o_fast.quantities import count
 from blip3o_fast.seeds import sample_seed
+from blip3o_fast.words import GridName, SolverName
 
 ImageOf = Callable[[SampleRecord], NDArray[np.uint8] | None]
 """The crop that a sample was encoded from, ``[height, width, 3]``; None if it is unknown."""

@@ -9,7 +9,7 @@ Both published towers read the pixels of CLIP's image processor, as for the publ
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,10 @@ from blip3o_fast.data.manifest import Encoder
 from blip3o_fast.extraction.clip import CLIPVisionTower
 from blip3o_fast.extraction.efficientnet import STRIDE, VARIANTS, load_efficientnet
 from blip3o_fast.extraction.eva import EVAVisionTower
-from blip3o_fast.hub import PREFIX
+from blip3o_fast.hub import CLIP_REPOSITORY, EVA_REPOSITORY, PREFIX
+from blip3o_fast.words import PairName
 
-PairName = Literal["clip+eva", "lite"]
-
-EVA_REPOSITORY = "hf:BAAI/EVA-CLIP-8B"
 EVA_REVISION = "0e4dca944e8ece27eb9dfe4a488c0ed0c4644fc9"
-CLIP_REPOSITORY = "hf:openai/clip-vit-large-patch14"
 CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 LITE_SIDE = 256
 """Pixels of the lite towers' image: 16 x 16 tokens of stride 16."""

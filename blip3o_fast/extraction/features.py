@@ -9,9 +9,10 @@ from torch import Tensor
 
 from blip3o_fast.axes import check_shape
 from blip3o_fast.devices import find_device
-from blip3o_fast.extraction.encoders import EVA_REPOSITORY, Tower, eva_tower, wrap_eva
+from blip3o_fast.extraction.encoders import Tower, eva_tower, wrap_eva
 from blip3o_fast.extraction.eva import EVAVisionTower
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels, to_rgb
+from blip3o_fast.hub import EVA_REPOSITORY
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from blip3o_fast.checked import Count, check
 from blip3o_fast.data.manifest import Split
-from blip3o_fast.devices import DtypeName
 from blip3o_fast.extraction.image_sources import ImageRef
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, pillow
+from blip3o_fast.words import DtypeName
 
 if TYPE_CHECKING:
     from PIL.Image import Image

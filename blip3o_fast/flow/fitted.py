@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.atomic import write_json
 from blip3o_fast.checked import read_json
 from blip3o_fast.flow.schedule import TimeGrid
 from blip3o_fast.flow.solvers import Evaluation
@@ -199,12 +200,7 @@ def save_solvers(folder: str | Path, solvers: dict[int, FittedSolver]) -> None:
     """Write ``solver.json``, complete or not at all."""
     path = Path(folder) / SOLVER_NAME
     rows = [solvers[count].to_dict() for count in sorted(solvers)]
-    text = json.dumps(
-        {"format_version": FORMAT_VERSION, "solvers": rows}, indent=1, allow_nan=False
-    )
-    partial = path.with_name(f".{SOLVER_NAME}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, {"format_version": FORMAT_VERSION, "solvers": rows})
 
 
 def load_solvers(folder: str | Path) -> dict[int, FittedSolver]:

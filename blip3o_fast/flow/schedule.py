@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blip3o_fast.conventions import GridName
+from blip3o_fast.words import GridName
 
 
 @dataclass(frozen=True)

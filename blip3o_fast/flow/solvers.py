@@ -11,7 +11,7 @@ order for Adams-Bashforth methods. Adding a solver is adding one entry to ``SOLV
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -187,13 +187,6 @@ SOLVERS: dict[str, Solver] = {
         use="order 4 after its first steps, one evaluation a step; for smooth velocities", order=4
     ),
 }
-
-
-if TYPE_CHECKING:
-    SolverName = str
-else:
-    SolverName = Literal[(*SOLVERS, "fitted")]
-"""A name of ``SOLVERS``, or ``fitted``; command lines offer all of them."""
 
 
 def find_solver(name: str) -> Solver:

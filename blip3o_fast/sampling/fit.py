@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_fast.conventions import GridName
 from blip3o_fast.flow import AdamsBashforth, FittedSolver, TimeGrid
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl
 from blip3o_fast.sampling.cache import weights_digest
 from blip3o_fast.sampling.inputs import starting_noise
 from blip3o_fast.sampling.plan import SamplingPlan
+from blip3o_fast.words import GridName
 
 WARPS = (2 / 3, 1.0, 1.5, 2.0, 3.0, 4.0)
 DAMPINGS = (1e-8, 1e-6, 1e-4)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.axes import check_shape
-from blip3o_fast.conventions import GridName
 from blip3o_fast.devices import cpu_has_bf16
 from blip3o_fast.flow import Callback, FittedSolver, Trajectory, choose_fitted, find_solver
 from blip3o_fast.flow import time_grid as make_grid
@@ -41,6 +40,7 @@ from blip3o_fast.sampling.inputs import (
     warn_of_guidance,
 )
 from blip3o_fast.sampling.packed import E4M3
+from blip3o_fast.words import GridName
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3)
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from blip3o_fast.errors import OptionError
+from blip3o_fast.options.train import TrainingOptions
 from blip3o_fast.training.clipping import Clip
 from blip3o_fast.training.ema import local
-from blip3o_fast.training.options import TrainingOptions
 
 WARMUP_START = 0.1
 FINAL_SHARE = 0.01

@@ -17,9 +17,9 @@ from blip3o_fast.checked import read_json
 from blip3o_fast.data.verified import verify_once
 from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
+from blip3o_fast.options.train import TrainingOptions
 from blip3o_fast.processes import World, join_world
 from blip3o_fast.training.checkpoints import BEST, LATEST, damaged_checkpoints
-from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.randomness import determinism
 from blip3o_fast.training.run_page import REPORT_NAME, render_page
 from blip3o_fast.training.run_plan import TrainingPlan, make_plan

@@ -17,9 +17,9 @@ from blip3o_fast.devices import find_device
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flow import RectifiedFlowLoss
 from blip3o_fast.hub import typed
+from blip3o_fast.options.train import TrainingOptions
 from blip3o_fast.processes import World
 from blip3o_fast.training.optimizer import OptimizerKind, Schedule, choose_optimizer
-from blip3o_fast.training.options import TrainingOptions
 from blip3o_fast.training.precision import Precision, choose_precision
 
 DEFAULT_WARMUP = 100

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from blip3o_fast.atomic import json_text, write_atomically
 from blip3o_fast.errors import OptionError
 from blip3o_fast.installation import install
-from blip3o_fast.training.options import TrainingOptions
+from blip3o_fast.options.train import TrainingOptions
 from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.validation import Validation
 

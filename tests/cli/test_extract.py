@@ -20,6 +20,7 @@ from blip3o_fast.cli import extract as command
 from blip3o_fast.cli.main import main
 from blip3o_fast.data import EmbeddingDataset, Manifest
 from blip3o_fast.extraction.encoders import Preprocessing, Tower, TowerPair
+from blip3o_fast.options.extract import add_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,7 +316,7 @@ def test_what_several_processes_cannot_do(
 
 def test_every_option_is_explained():
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    add_arguments(parser)
     for action in parser._actions:
         assert action.help, action.option_strings
 

@@ -1,6 +1,7 @@
 """``blip3o-fast fit-solver``: a table of errors, and solvers that ``generate`` finds."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from small_data import E, small_model, write_shards
 
 from blip3o_fast import load_trained_model
 from blip3o_fast.cli.main import main
+from blip3o_fast.model_card import CARD_NAME
 
 
 @pytest.fixture
@@ -40,6 +42,8 @@ def test_a_second_fit_keeps_the_first(command, tmp_path):
     assert main([*command, "--evaluations", "2"]) == 0
     assert main([*command, "--evaluations", "3"]) == 0
     assert sorted(load_trained_model(tmp_path / "model").fitted) == [2, 3]
+    listed = (tmp_path / "model" / CARD_NAME).read_text().partition("## Fitted solvers")[2]
+    assert re.findall(r"^\| (\d+) \|", listed, re.MULTILINE) == ["2", "3"], "as the card says"
 
 
 def test_generate_uses_it(command, tmp_path, capsys):

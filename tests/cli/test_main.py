@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,47 @@ def test_every_option_is_explained_in_80_columns(command, capsys, monkeypatch):
         # The help of an option begins in column 25, beside its name or below it.
         explained = [line[24:].strip() for line in out[start:end].splitlines()]
         assert any(explained), out[start:end]
+
+
+ALONE = """
+import contextlib, os, sys
+sys.argv = ["/usr/bin/blip3o-fast", "train"]
+from blip3o_fast.cli.main import COMMANDS, main
+for argv in ([], ["--help"], ["--version"], ["trian"], *([c, "--help"] for c in COMMANDS)):
+    with contextlib.suppress(SystemExit), open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            main(argv)
+print(sorted({"torch", "numpy", "tqdm", "safetensors", "argcomplete"} & sys.modules.keys()))
+print(main(["doctor", "--json"]))
+"""
+
+
+def test_help_and_refusals_import_nothing_heavy_and_commands_still_run():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    first, *report, status = done.stdout.splitlines()
+    assert (first, status) == ("[]", "0"), done.stderr
+    assert json.loads("\n".join(report))["ops"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("blip3o-fast ev", ["evaluate "]),
+        ("blip3o-fast train --model_size ", ["tiny", "small", "base", "large"]),
+        ("sudo blip3o-fast generate --num_at", ["--num_attention_heads "]),
+    ],
+)
+def test_completion(line, words, tmp_path):
+    """As ``register-python-argcomplete`` has the shell ask."""
+    pytest.importorskip("argcomplete")
+    code = "import sys; sys.argv = ['blip3o-fast']; from blip3o_fast.cli.main import main; main()"
+    asked = {
+        **{"_ARGCOMPLETE": str(1 + line.split().index("blip3o-fast")), "_ARGCOMPLETE_IFS": "\n"},
+        **{"COMP_LINE": line, "COMP_POINT": str(len(line))},
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer"),
+    }
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, check=True)
+    assert (tmp_path / "answer").read_text().splitlines() == words
 
 
 def test_options_of_train_are_in_groups(capsys):

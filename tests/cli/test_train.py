@@ -12,8 +12,7 @@ import pytest
 from small_data import write_shards
 
 from blip3o_fast.cli.main import main
-from blip3o_fast.cli.train import ANSWERS
-from blip3o_fast.training.options import TrainingOptions
+from blip3o_fast.options.train import ANSWERS, TrainingOptions
 
 ROOT = Path(__file__).parents[2]
 FIELDS = dataclasses.fields(TrainingOptions)

@@ -2,12 +2,14 @@
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from walking import walk
 
 from blip3o_fast.flow import SOLVERS, RungeKutta, find_solver, time_grid
+from blip3o_fast.words import SolverName
 
 ORDERS = {
     "euler": 1,
@@ -18,6 +20,11 @@ ORDERS = {
     "adams_bashforth3": 3,
     "adams_bashforth4": 4,
 }
+NAMES = tuple(SOLVERS)  # before a test adds some
+
+
+def test_command_lines_offer_every_solver():
+    assert get_args(SolverName) == (*NAMES, "fitted")
 
 
 def solve(velocity, x, solver, steps, grid="ascending"):

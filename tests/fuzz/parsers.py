@@ -42,12 +42,12 @@ from blip3o_fast.extraction.image_sources import coco_images, folder_images, web
 from blip3o_fast.extraction.images import UnreadableImage, load_rgb, to_pixels
 from blip3o_fast.flow import FittedSolver, load_solvers
 from blip3o_fast.model_card import make_card
+from blip3o_fast.options.train import read_options_file
 from blip3o_fast.pretrained import load_trained_model
 from blip3o_fast.processes import World
 from blip3o_fast.published import BLIP3oCLIPDiTConfig
 from blip3o_fast.training import TrainingOptions
 from blip3o_fast.training.checkpoints import complete_checkpoints
-from blip3o_fast.training.options import read_options_file
 from blip3o_fast.training.run import _read_saved
 from blip3o_fast.training.step_records import StepRecord
 from blip3o_fast.training.summary import summarise

@@ -8,7 +8,7 @@ import pytest
 
 from blip3o_fast.errors import OptionError
 from blip3o_fast.flags import help_texts
-from blip3o_fast.training.options import FREE, TrainingOptions, read_options_file
+from blip3o_fast.options.train import FREE, TrainingOptions, read_options_file
 
 PUBLISHED_DEFAULTS = {
     "model_size": "base",

@@ -5,6 +5,7 @@ the flag takes, the docstring is its help. Names shared with the published ``tra
 their meaning.
 """
 
+import argparse
 import dataclasses
 import tomllib
 from collections.abc import Mapping
@@ -25,9 +26,10 @@ from blip3o_fast.checked import (
     from_json,
     parse_json,
 )
-from blip3o_fast.devices import DeviceName
 from blip3o_fast.errors import OptionError
+from blip3o_fast.flags import Flag, add_flags
 from blip3o_fast.untrusted import reading
+from blip3o_fast.words import DeviceName
 
 FREE = frozenset(
     (
@@ -40,6 +42,24 @@ FREE = frozenset(
     )
 )
 """Options that may change on resume: they do not alter what is trained."""
+
+_LAUNCH = (
+    "torchrun starts the processes and tells them: torchrun --nproc_per_node N -m blip3o_fast "
+    "train; batch_size counts the samples of all of them"
+)
+_FOLDER = "checkpoints go to --output_dir alone"
+ANSWERS = {
+    **dict.fromkeys(("--distributed", "--world_size", "--rank", "--master_port"), _LAUNCH),
+    "--fsdp_sharding_strategy": "--parallel fsdp shards like FULL_SHARD, ddp not at all",
+    "--fsdp_mixed_precision": "--precision bf16 is what it means",
+    "--fsdp_cpu_offload": "nothing is offloaded; --gradient_checkpointing saves memory",
+    **dict.fromkeys(("--temp_checkpoint_dir", "--auto_detect_temp_dir"), _FOLDER),
+    "--keep_local_checkpoints": "--keep_last is what it means",
+    "--save_to_temp_every_n_steps": "--save_every_n_steps is the nearest",
+    "--max_batches_per_epoch": "--max_steps ends a run early",
+    "--progress_tracking": "--progress is what it means",
+}
+"""Flags of the published ``train_dit_distributed.py`` that ``train`` has under other names."""
 
 
 @dataclass(frozen=True)
@@ -308,3 +328,24 @@ def read_options_file(path: str | Path) -> dict[str, Any]:
         raise OptionError(f"{path}: expected an object of options, got {type(values).__name__}")
     check_names(TrainingOptions, values, "option", OptionError)
     return values
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """What the command takes beside the options of the run.
+
+    Attributes:
+        config: JSON or TOML file of options; flags override it.
+        print_config: print all options as JSON, and stop.
+        dry_run: check everything, print the plan, and stop.
+    """
+
+    config: Annotated[str | None, Flag("FILE")] = None
+    print_config: bool = False
+    dry_run: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``train``."""
+    add_flags(parser, TrainFlags)
+    add_flags(parser, TrainingOptions, partial=True)
