@@ -30,6 +30,8 @@ import pytest
 def _repair_interpreter() -> None:
     """Make the interpreter's casts round to nearest even, as devices do; it truncates to bf16.
 
+    Make its products of bf16 those of the numbers; it multiplies their bits as integers.
+
     And let a device function call another without looking again through all of ``triton.language``
     for what an earlier call has patched: half of the interpreter's time.
     """
@@ -55,6 +57,17 @@ def _repair_interpreter() -> None:
             return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         raise NotImplementedError(f"{source} to {target}")
 
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = convert(x.data, tl.bfloat16, tl.float32, None)
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return multiply(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+    interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpretedFunction.__call__ = call
     interpreter._convert_float = convert
 
