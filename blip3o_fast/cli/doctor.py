@@ -104,7 +104,7 @@ def op_choices(device: str) -> list[Choice]:
         with torch.no_grad():
             impl = ops.resolve_impl(None, arguments[0], op=op.name)
         runs, why = impl.value, REASONS.get(impl, "fused kernel")
-        if impl is ops.Impl.REFERENCE and not op.triton:
+        if impl is ops.Impl.REFERENCE and op.combines:
             runs, why = "several ops", UNMEASURED
         elif impl is ops.Impl.REFERENCE and device == "cuda":
             why = f"Triton is not installed: {install('triton')}"

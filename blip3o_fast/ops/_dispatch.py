@@ -100,13 +100,16 @@ def choose(op: "Op", impl: Impl | None, x: Tensor) -> Impl:
             return Impl.REFERENCE if refusal(op, Impl.ATEN, x) else Impl.ATEN
         if _transformed():
             return Impl.REFERENCE
-        installed = _TRITON_INSTALLED and op.triton
+        if op.combines:
+            kernel = Impl.TRITON if op.cuda is None else Impl.CUDA
+            runs = _cuda.is_measured(op.name, x) and refusal(op, kernel, x) is None
+            return kernel if runs else Impl.REFERENCE
         if refusal(op, Impl.CUDA, x) is None and (
-            (op.triton and not (installed and (_eager is Impl.TRITON or _recorded_once())))
+            not (_TRITON_INSTALLED and (_eager is Impl.TRITON or _recorded_once()))
             or _cuda.is_measured(op.name, x)
         ):
             return Impl.CUDA
-        return Impl.TRITON if installed else Impl.REFERENCE
+        return Impl.TRITON if _TRITON_INSTALLED else Impl.REFERENCE
     if not isinstance(impl, Impl):
         raise ValueError(f"impl: expected an Impl or None, got {impl!r}")
     if reason := refusal(op, impl, x):
@@ -159,7 +162,7 @@ def _aten_refusal(op: "Op", x: Tensor) -> str | None:
 
 
 def _triton_refusal(op: "Op", x: Tensor) -> str | None:
-    if not op.triton:
+    if op.triton is None:
         return "this op has no Triton kernel; pass impl=None"
     if not _TRITON_INSTALLED:
         return f"Triton is not installed: {install('triton')}; or pass impl=Impl.REFERENCE"
@@ -168,7 +171,8 @@ def _triton_refusal(op: "Op", x: Tensor) -> str | None:
             "Triton needs a CUDA tensor, or TRITON_INTERPRET=1 set before Python starts; pass "
             "impl=Impl.REFERENCE on a CPU"
         )
-    return None
+    reason = op.triton(x)
+    return reason and f"{reason}; pass impl=Impl.REFERENCE"
 
 
 def _cuda_refusal(op: "Op", x: Tensor) -> str | None:

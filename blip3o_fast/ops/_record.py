@@ -20,6 +20,11 @@ Arguments = tuple[Any, ...]
 ANY = ["..."]
 
 
+def takes_all(x: Tensor) -> None:
+    """No reason to refuse any tensor."""
+    del x
+
+
 def like_first(x: Tensor, *others: Any) -> Tensor:
     """An empty tensor of the shape and dtype of the first argument."""
     del others
@@ -138,10 +143,11 @@ class Op:
         quantised: whether there is an operator ``NAME_quantised``. It returns the last result as
             two: e4m3 and scales.
         aten: the op in few passes of ATen, for inference on a CPU, or None.
-        triton: whether there is a Triton kernel. Without one, the op is a faster way to do what
-            several other ops do.
-        cuda: for a tensor, the reason why the CUDA C++ kernel does not take it, or None if it does.
+        triton: for a tensor, the reason why the Triton kernel does not take it, or None if it does.
             The field is None if there is no such kernel.
+        cuda: the same of the CUDA C++ kernel.
+        combines: whether one kernel does what several ops do. It runs where it is asked for by name
+            or was measured to be faster. Elsewhere those ops run.
         flops: of given arguments; 0 for ops that memory bounds.
         fused: the registered implementations.
         differentiable: how many of the first arguments receive gradients.
@@ -159,8 +165,9 @@ class Op:
     inplace: bool = False
     quantised: bool = False
     aten: Callable[..., Any] | None = None
-    triton: bool = True
+    triton: Callable[[Tensor], str | None] | None = takes_all
     cuda: Callable[[Tensor], str | None] | None = None
+    combines: bool = False
     flops: Callable[..., float] = lambda *_: 0.0
     fused: dict[Impl, Fused] = field(default_factory=dict, init=False, compare=False, repr=False)
     differentiable: int = field(init=False)

@@ -25,7 +25,7 @@ OPS: dict[str, Op] = {}
 
 def register(op: Op) -> Op:
     """Define the operators of ``op`` and add it to ``OPS``."""
-    if op.triton:
+    if op.triton is not None:
         library = _library("blip3o_fast")
         for operator in op.operators:
             library.define(operator.name + operator.schema)
@@ -64,7 +64,8 @@ def resolve_impl(impl: Impl | None, x: Tensor, *, op: str) -> Impl:
 
     None chooses. For a CUDA tensor that is the CUDA C++ kernel, if it was built, in eager calls
     (``prefer_eager`` changes that), where it was measured to be faster, and where Triton is not
-    installed; and Triton otherwise. On a CPU it is ATen's few passes if the op has
+    installed; and Triton otherwise. An op that combines others is the reference, for these others,
+    unless its kernel was measured to be faster. On a CPU it is ATen's few passes if the op has
     them and no gradient is recorded, and the reference otherwise. A named implementation is never
     replaced by another.
 

@@ -21,8 +21,9 @@ for _module in iter_modules([str(Path(__file__).parent)]):
 class ImplTable:
     """The implementation of each op of one model. None leaves the choice to ``resolve_impl``.
 
-    ``rope_attention`` is used by sampling only. If it is None, sampling runs ``rope`` and attention
-    unless one kernel was measured to be faster.
+    ``rope_attention`` and ``gemm_swiglu`` are used by sampling only. With None, sampling runs the
+    ops that they combine unless one kernel was measured to be faster; with ``Impl.REFERENCE``, it
+    always does.
     """
 
     __annotations__ = dict.fromkeys(OPS, Impl | None)  # the fields; the defaults follow
@@ -35,9 +36,14 @@ class ImplTable:
         def __getattr__(self, op: str) -> Impl | None: ...
 
     def set(self, impl: Impl | None = None, **per_op: Impl | None) -> None:
-        """Choose ``impl`` for every op, then the exceptions named in ``per_op``."""
+        """Choose ``impl`` for every op, then the exceptions named in ``per_op``.
+
+        Of ops that combine others, ``impl`` is for these others: one kernel must be asked for by
+        name.
+        """
         for name in per_op:
             if name not in OPS:
                 raise ValueError(f"unknown op {name!r}; expected one of {', '.join(OPS)}")
-        for name in OPS:
-            setattr(self, name, per_op.get(name, impl))
+        for name, op in OPS.items():
+            default = Impl.REFERENCE if op.combines and impl is not None else impl
+            setattr(self, name, per_op.get(name, default))

@@ -43,7 +43,7 @@ def rope_attention(
         impl: CUDA runs one kernel that does both, for 16-bit heads of width 64 and no gradient. Any
             other runs two: ``rope`` by that implementation, then ``attention``. None runs one
             kernel where that was measured to be faster, and two otherwise.
-        rope_impl: of ``rope``, if ``impl`` is None and two kernels run.
+        rope_impl: of ``rope`` where two kernels run; None is ``impl``.
         inplace: ``qkv`` may be overwritten, as by ``rope``.
 
     Returns:
@@ -73,7 +73,7 @@ def rope_attention(
         *(qkv, cos, sin),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        impl=rope_impl if impl is None else impl,
+        impl=rope_impl or impl,
         inplace=inplace,
     )
     heads = _heads(turned, cos.shape[1], num_heads, kept)
@@ -131,8 +131,9 @@ ROPE_ATTENTION = register(
         axes={"q": "B N H d", "k": "B M K d", "v": "B M K d", "cos": "N d", "sin": "N d"},
         reference=reference.rope_attention,
         specimens=_specimens,
-        triton=False,
+        triton=None,
         cuda=_cuda_refusal,
+        combines=True,
         flops=_flops,
     )
 )
