@@ -76,7 +76,7 @@ def main() -> None:
     driver.set_active(STUB_DRIVER)
     _dispatch.interpreting = lambda: True  # accept CPU tensors; nothing is interpreted
     for op in OPS.values():
-        if op.triton:
+        if not op.combines:
             facts["ops"].append({"op": op.name, **cost(op, args.calls)})
     write_json(Path(args.json), facts)
     print(show(facts))

@@ -182,6 +182,11 @@ def count_work(launch: Launch, config: DiTConfig, batch: int, size: int) -> work
         (rows, inner), (_, columns) = launch.shapes[-2:]
         elements = rows * inner + inner * columns + rows * columns
         return work.Work(2.0 * rows * inner * columns, elements * size)
+    if name == "gemm_swiglu":
+        *_, (columns, inner) = (shape for shape in launch.shapes if len(shape) == 2)
+        rows = torch.Size(launch.shapes[0]).numel() // inner
+        elements = rows * inner + inner * columns + rows * columns // 2
+        return work.Work(2.0 * rows * inner * columns, elements * size)
     rows = [torch.Size(shape).numel() for shape in launch.shapes if len(shape) > 2]
     if rows and name in (moved := bytes_moved(size)):
         return work.Work(0.0, moved[name] * rows[0])
@@ -198,7 +203,7 @@ def bytes_moved(size: int) -> dict[str, float]:
     for op in OPS.values():
         arguments = op.specimens(Sizes(dtype=dtype, device="meta"))[0]
         if op.flops(*arguments):
-            continue  # counted with other attentions
+            continue  # products are counted from their shapes
         forward = op.work(*arguments)[1] / arguments[0].numel()
         found |= {op.name: forward, f"{op.name}_": forward}
         if op.backward is not None:

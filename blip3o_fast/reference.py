@@ -117,6 +117,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gemm_swiglu(x: Tensor, weight: Tensor, tile: int | None = None) -> Tensor:
+    """``swiglu`` of ``x W^T``, with rows ``[..., D]`` and a weight ``[2I, D]``, gate first.
+
+    ``tile`` says how a kernel cuts the product.
+    """
+    del tile
+    return swiglu(F.linear(x, weight))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention: q ``[B, N, H, d]``, k and v ``[B, M, K, d]`` with K dividing H."""
     group = q.shape[2] // k.shape[2]

@@ -42,6 +42,9 @@ ARCHS = (80, 90, 100)
 E4M3_ARCH = 89
 """The first architecture that converts to e4m3."""
 
+TMA_ARCH = 90
+"""The first architecture with TMA."""
+
 BASE = Sizes(
     batch=2,
     tokens=256,
@@ -75,7 +78,11 @@ PRECISIONS = {
 
 
 class Report(NamedTuple):
-    """One compiled kernel."""
+    """One compiled kernel.
+
+    ``tma`` counts loads and stores of tiles, ``products`` those of a whole warp group on tensor
+    cores, and ``waited`` those that a warp of sm_90 waits for before its next one.
+    """
 
     op: str
     kernel: str
@@ -89,6 +96,9 @@ class Report(NamedTuple):
     wide_loads: int
     wide_stores: int
     half_stores: int
+    tma: int
+    products: int
+    waited: int
     fp64: int
     local: int
     atomics: int
@@ -168,11 +178,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
 @cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of a thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = cuobjdump(cubin, "--dump-resource-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
@@ -180,9 +186,19 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What NVIDIA's tool prints about a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
     """The report of one kernel, from its PTX and its cubin."""
     registers, stack = resources(kernel.cubin)
+    sass = cuobjdump(kernel.cubin, "--dump-sass") if "wgmma" in kernel.ptx else ""
     return Report(
         op=op,
         kernel=kernel.name,
@@ -196,6 +212,9 @@ def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
         wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", kernel.ptx)),
         wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", kernel.ptx)),
         half_stores=len(re.findall(r"st\.global\S*\.v2\.b32|st\.global\.b64", kernel.ptx)),
+        tma=kernel.ptx.count("cp.async.bulk.tensor"),
+        products=len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", kernel.ptx)),
+        waited=len(re.findall(r"HGMMA[^;]*gsb0", sass)),
         fp64=kernel.ptx.count(".f64"),
         local=len(re.findall(r"\.local\b", kernel.ptx)),
         atomics=len(re.findall(r"\b(?:atom|red)\.", kernel.ptx)),
@@ -210,8 +229,9 @@ def problems(reports: list[Report]) -> list[str]:
             "fp64 arithmetic": r.fp64 > 0,
             "local memory": r.local > 0 or r.stack > 0,
             "atomics": r.atomics > 0,
-            "no 16-byte load": not r.wide_loads and not _is_stage(r),
-            "no 16-byte store": not (r.wide_stores or _is_stage(r) or _is_quantised(r)),
+            "no 16-byte load": not (r.wide_loads or r.tma or _is_stage(r)),
+            "no 16-byte store": not (r.wide_stores or r.tma or _is_stage(r) or _is_quantised(r)),
+            "every product is waited for": r.products > 0 and r.waited == r.products,
             "no 8-byte store": _is_quantised(r) and not (r.wide_stores or r.half_stores),
         }
         name = f"{r.kernel} {r.variant or 'plain'} {r.precision} sm_{r.arch}"
@@ -253,8 +273,17 @@ def calls(op: Op, sizes: Sizes, arch: int) -> Iterator[tuple[Operator, Any, Argu
     with compiling_for(arch):
         given = list(op.calls(replace(sizes, device="meta")))
     for operator, arguments in given:
-        if arch >= E4M3_ARCH or operator.launcher != "forward_quantised":
+        if runs(op, operator, arguments[0], arch):
             yield operator, getattr(module, operator.launcher), arguments
+
+
+def runs(op: Op, operator: Operator, x: torch.Tensor, arch: int) -> bool:
+    """Whether ``arch`` has what an operator needs, and the op takes tensors like ``x``."""
+    if operator.launcher == "forward_quantised":
+        return arch >= E4M3_ARCH
+    if op.name == "gemm_swiglu" and arch < TMA_ARCH:
+        return False
+    return op.triton is not None and op.triton(x) is None
 
 
 def main() -> int:

@@ -14,9 +14,7 @@ that ``bench`` prints beside its measurements. It takes two minutes.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -35,12 +33,12 @@ from inspect_kernels import (
     Compiled,
     calls,
     compiling_for,
+    cuobjdump,
     resources,
 )
 from sass import Code, read
 from static_model import DEVICES, GPUS, Device, Launch, Prediction, fraction, predict
 from torch import Tensor
-from triton import knobs
 
 from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_commit
@@ -51,6 +49,9 @@ from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import Op, Sizes
 from blip3o_fast.ops._record import Arguments, Operator, as_tuple
 from blip3o_fast.report.columns import align
+
+ROW_OPS = [name for name, op in FUSED.items() if not op.combines]
+"""The ops that memory bounds, unlike a matrix product."""
 
 TOKENS = 256
 WIDTHS = {
@@ -89,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=[90])
     parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=["bf16"])
-    parser.add_argument("--op", nargs="+", choices=list(FUSED), default=list(FUSED))
+    parser.add_argument("--op", nargs="+", choices=ROW_OPS, default=ROW_OPS)
     parser.add_argument("--width", type=int, nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
     parser.add_argument("--rows", type=int, nargs="+", default=[16384], help=f"times {TOKENS}")
     parser.add_argument("--kernels", action="store_true", help="also print each kernel")
@@ -236,11 +237,7 @@ def trips_of_sums(integers: dict[str, int]) -> int:
 @cache
 def code_of(cubin: bytes) -> Code:
     """The machine code of a cubin, counted."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        return read(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return read(cuobjdump(cubin, "--dump-sass"))
 
 
 def table(found: list[Predicted], *, kernels: bool) -> list[str]:

@@ -15,6 +15,7 @@ from blip3o_fast.benchmarking.ceilings import DTYPES
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import Prepared, rotation_bytes
 from blip3o_fast.ops import OPS, Impl, Op, Sizes
+from blip3o_fast.ops.gemm_swiglu import GEMM_SWIGLU, TILES
 
 MOST_COPIES = 64
 
@@ -72,7 +73,7 @@ def op_work(op: Op, shape: Shape, dtype: torch.dtype, *, backward: bool = False)
 
 
 def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) -> Iterator[Case]:
-    """Every op with a Triton kernel at one shape, forward and backward.
+    """Every op at one shape, forward and backward, and the gate-up product with ``swiglu``.
 
     Args:
         shape: widths and rows.
@@ -89,17 +90,45 @@ def op_cases(shape: Shape, dtype: str, device: torch.device, *, compiled: bool) 
             )
         ]
         yield Case(task, tuple(contenders))
+    yield _gemm_swiglu_case(shape, dtype, device)
 
 
 def op_tasks(shape: Shape, dtype: str) -> Iterator[tuple[Op, bool, Task]]:
-    """Each op with a Triton kernel, whether its gradient is timed, and the task."""
+    """Each op that moves rows, whether its gradient is timed, and the task."""
     for op in OPS.values():
-        if not op.triton:
-            continue  # it replaces several ops; ``attention_cases`` times it beside them
+        if op.combines:
+            continue  # timed beside the ops that it combines: below, and by ``attention_cases``
         for backward in (False, True) if op.backward is not None else (False,):
             needed = op_work(op, shape, DTYPES[dtype], backward=backward)
             name = op.name + (" backward" if backward else "")
             yield op, backward, Task("ops", name, shape.name, dtype, needed)
+
+
+def _gemm_swiglu_case(shape: Shape, dtype: str, device: torch.device) -> Case:
+    """The gate-up product and SwiGLU by two kernels and by one, cut by itself and as told."""
+    op, where = GEMM_SWIGLU, (DTYPES[dtype], device)
+    subject = typical(op, sizes_of(shape, *where))
+
+    def two(impl: Impl) -> Callable[..., Tensor]:
+        return lambda x, weight, _: ops.gemm_swiglu(
+            x, weight, impl=Impl.REFERENCE, swiglu_impl=impl
+        )
+
+    def one(tile: int | None) -> Callable[..., Tensor]:
+        return lambda x, weight, _: op(x, weight, tile, impl=Impl.TRITON)
+
+    made = [("reference", two(Impl.REFERENCE), device.type == "cpu")]
+    if device.type == "cuda":
+        for impl in (Impl.TRITON, Impl.CUDA):
+            if has_impl(impl, "swiglu", *where):
+                made.append((f"product, then swiglu by {impl.value}", two(impl), True))
+        # Where it cannot run that is no failure of ours, and the record says why it was left out.
+        runs = has_impl(Impl.TRITON, op.name, *where)
+        made.append(("one kernel", one(None), runs))
+        made += [(f"one kernel, tile {i}", one(i), True) for i in range(TILES) if runs]
+    contenders = (make_contender(*contender, subject, device, False) for contender in made)
+    needed = work.gate_up(shape.config, shape.batch, DTYPES[dtype].itemsize)
+    return Case(Task("ops", "gate_up + swiglu", shape.name, dtype, needed), tuple(contenders))
 
 
 def implementations(

@@ -57,6 +57,12 @@ def attention(config: DiTConfig, batch: int, size: int, *, backward: bool = Fals
     return Work(2 * product, 2 * q + kv)
 
 
+def gate_up(config: DiTConfig, batch: int, size: int) -> Work:
+    """The gate-up product of one MLP, and its activation."""
+    rows, D, inner = batch * config.num_tokens, config.hidden_size, config.intermediate_size
+    return Work(4.0 * rows * D * inner, (rows * (D + inner) + 2 * inner * D) * size)
+
+
 def block(config: DiTConfig, batch: int, size: int) -> Work:
     """One block of the plain model, with its keys and values and five of its modulations."""
     rows = batch * config.num_tokens

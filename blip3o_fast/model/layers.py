@@ -230,6 +230,10 @@ class SwiGLU(nn.Module):
         """The first projections, the gate first."""
         return project(h, self.gate_proj, self.up_proj)
 
+    def activated(self, h: Tensor) -> Tensor:
+        """Both projections and their product, by two kernels: the backward pass needs both."""
+        return ops.swiglu(self.gate_up(h), impl=self.impls.swiglu)
+
     def down(self, activated: Tensor) -> Tensor:
         """The last projection, dropped out in training."""
         return self.dropout(self.down_proj(activated))

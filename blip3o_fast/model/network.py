@@ -115,6 +115,10 @@ class SwiGLUParts(Protocol):
         """``[B, N, D]`` to ``[B, N, 2I]``, the gate first."""
         ...
 
+    def activated(self, h: Any) -> Tensor:
+        """``silu(gate(h)) * up(h)`` ``[B, N, I]``."""
+        ...
+
     def down(self, activated: Any) -> Tensor:
         """``[B, N, I]`` to ``[B, N, D]``."""
         ...
@@ -202,8 +206,9 @@ def attend(p: AttentionParts, h: Rows, rotary: Rotary, kept: KeysValues | None =
 
 def swiglu(p: SwiGLUParts, h: Rows) -> Tensor:
     """``down(silu(gate(h)) * up(h))`` (arXiv:2002.05202)."""
-    activate = ops.swiglu_quantised if p.quantised else ops.swiglu
-    return p.down(activate(p.gate_up(h), impl=p.impls.swiglu))
+    if p.quantised:
+        return p.down(ops.swiglu_quantised(p.gate_up(h), impl=p.impls.swiglu))
+    return p.down(p.activated(h))
 
 
 def block(

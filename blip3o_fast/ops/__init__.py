@@ -11,6 +11,7 @@ from blip3o_fast.ops.adapter_mix import adapter_mix
 from blip3o_fast.ops.adapter_norm import adapter_norm
 from blip3o_fast.ops.attention import attention, attention_backend
 from blip3o_fast.ops.flow_loss import flow_loss
+from blip3o_fast.ops.gemm_swiglu import gemm_swiglu
 from blip3o_fast.ops.quantised import (
     e4m3_refusal,
     sandwich_join_quantised,
@@ -43,6 +44,7 @@ __all__ = [
     "sandwich_join",
     "rope",
     "swiglu",
+    "gemm_swiglu",
     "AttentionBackend",
     "attention",
     "attention_backend",

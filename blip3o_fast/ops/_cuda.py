@@ -30,7 +30,10 @@ class CudaBuild:
 
 
 class Choice(NamedTuple):
-    """Rows of ``narrowest`` to ``widest`` elements, on which the CUDA kernel was the fastest."""
+    """Rows of ``narrowest`` to ``widest`` elements, on which a kernel was the fastest.
+
+    That is the CUDA C++ kernel of ``op``. If ``op`` combines several, it is their one kernel.
+    """
 
     op: str
     capability: str
@@ -60,7 +63,7 @@ def norm_refusal(x: Tensor) -> str | None:
 
 
 def is_measured(op: str, x: Tensor) -> bool:
-    """Whether the CUDA kernel was measured to be the fastest on rows like those of ``x``."""
+    """Whether a kernel was measured to be the fastest on rows like those of ``x``."""
     return any(_matches(choice, op, x) for choice in _MEASURED)
 
 

@@ -46,6 +46,10 @@ class Sizes:
         """``[width]``, around 1."""
         return self._normal(width, dtype=self._parameter).mul_(0.3).add_(1.0)
 
+    def projection(self, out: int, width: int) -> Tensor:
+        """``[out, width]``, so that a product is about as large as its input."""
+        return self._normal(out, width, dtype=self.dtype).mul_(width**-0.5)
+
     def modulation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Two weights ``[D]``; shift and scale ``[B, D]``, the halves of one tensor as in AdaLN."""
         both = self._normal(self.batch, 2 * self.width, dtype=self._parameter).mul_(0.5)

@@ -97,6 +97,12 @@ class PackedSwiGLU:
         """The first projections."""
         return multiply(h, self.gate_up_weight, self.impls.sandwich_join)
 
+    def activated(self, h: Tensor) -> Tensor:
+        """The first projections and their product, by one kernel or by two."""
+        weight, impls = self.gate_up_weight, self.impls
+        assert isinstance(weight, Tensor)
+        return ops.gemm_swiglu(h, weight, impl=impls.gemm_swiglu, swiglu_impl=impls.swiglu)
+
     def down(self, activated: Rows) -> Tensor:
         """The last projection, layer scale included."""
         return multiply(activated, self.down_weight, self.impls.swiglu)

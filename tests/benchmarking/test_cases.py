@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blip3o_fast import ops
 from blip3o_fast.benchmarking import network_cases
@@ -20,6 +21,7 @@ from blip3o_fast.benchmarking.network_cases import (
 from blip3o_fast.benchmarking.op_cases import op_cases
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.benchmarking.watch import CPU_ROTATION
+from blip3o_fast.benchmarking.work import Work
 from blip3o_fast.ops import OPS, Impl
 from blip3o_fast.sampling.hoisted import HoistedVelocity
 
@@ -53,14 +55,32 @@ def test_every_op_has_its_directions():
     expected = [
         name
         for op in OPS.values()
-        if op.triton
+        if not op.combines
         for name in (op.name, f"{op.name} backward")[: 1 + (op.backward is not None)]
     ]
-    assert [task.name for task in tasks] == expected and "swiglu backward" in expected
+    *single, product = tasks
+    assert [task.name for task in single] == expected and "swiglu backward" in expected
+    assert product.name == "gate_up + swiglu"
     assert {(task.group, task.shape, task.dtype) for task in tasks} == {
         ("ops", "tiny-b1-n16", "fp32")
     }
-    assert all(task.work.bytes > 0 and task.work.flops == 0 for task in tasks)
+    assert all(task.work.bytes > 0 and task.work.flops == 0 for task in single)
+    # 16 tokens of tiny, D = 384 and I = 1024, in fp32.
+    rows, weights = 16 * (384 + 1024), 2 * 1024 * 384
+    assert product.work == Work(2 * 16 * weights, 4 * (rows + weights))
+
+
+@pytest.mark.parametrize("capability, runs", [((9, 0), True), ((8, 0), False)])
+def test_a_kernel_that_cannot_run_is_left_out_and_says_why(monkeypatch, capability, runs):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(op_module, "rotation_bytes", lambda device: 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        *_, case = op_cases(SHAPE, "bf16", torch.device("cuda"), compiled=False)
+        one = {c.name: c for c in case.contenders if c.name.startswith("one kernel")}
+        assert len(one) == (4 if runs else 1) and one["one kernel"].ours is runs
+        if not runs:
+            with pytest.raises(ValueError, match=r"needs compute capability 9 or 10, got 8\.0"):
+                one["one kernel"].prepare()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -19,6 +19,7 @@ def test_every_op_case_of_a_gpu_is_predicted(quick, monkeypatch):
     monkeypatch.setattr(op_module, "compile_reference", lambda *_: None)
     settings = Settings(torch.device("meta"), quick=quick, groups=("ops",))  # as a GPU's
     tasks = [case.task for _, make in choose_sources(settings) for case in make()]
+    tasks = [task for task in tasks if not task.work.flops]  # products are not
     assert len(tasks) > 20
     for gpu in GPUS:
         found = Predictions("", gpu["fractions"])

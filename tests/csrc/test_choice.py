@@ -95,6 +95,24 @@ def test_what_stands_for_several_ops_is_chosen_by_measurement_alone(
     assert ops.resolve_impl(None, x, op="rope_attention") is ops.Impl.CUDA
 
 
+def test_one_kernel_of_triton_is_chosen_by_measurement_alone(
+    loaded: None, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ops.resolve_impl(None, x, op="gemm_swiglu") is ops.Impl.REFERENCE
+    entries = [
+        Choice("gemm_swiglu", capability, dtype, 768, 768, "gemm_swiglu.json")
+        for capability in ("9.0", "8.0")
+        for dtype in ("bfloat16", "float32")
+    ]
+    monkeypatch.setattr(_cuda, "_MEASURED", tuple(entries))
+    assert ops.resolve_impl(None, x, op="gemm_swiglu") is ops.Impl.TRITON
+    assert ops.resolve_impl(None, x.float(), op="gemm_swiglu") is ops.Impl.REFERENCE
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert ops.resolve_impl(None, x, op="gemm_swiglu") is ops.Impl.REFERENCE
+    with pytest.raises(ValueError, match=r"needs compute capability 9 or 10, got 8\.0; pass"):
+        ops.resolve_impl(ops.Impl.TRITON, x, op="gemm_swiglu")
+
+
 def test_what_cannot_run_says_why_and_what_to_do(loaded: None, x: torch.Tensor) -> None:
     wide = x.new_empty(1, 1, 3080)
     refused = (

@@ -44,6 +44,12 @@ def test_every_kernel_for_the_target(tmp_path):
     for r in reports:
         assert not (r["stack"] or r["fp64"] or r["local"] or r["atomics"]), r
         assert 0 < r["registers"] <= 255 and r["kernel"] in table
+    tiles = [r for r in reports if r["op"] == "gemm_swiglu"]
+    assert [r["num_warps"] for r in tiles] == [8, 4, 4]
+    for r in tiles:
+        # wgmma one after another, and TMA in both directions.
+        assert r["tma"] and r["products"] > r["waited"], r
+        assert r["shared"] <= 227 * 1024
     assert quantised(reports) == {
         ("swiglu.forward_kernel", "quantised"),
         ("sandwich_norm.forward_kernel", "quantised"),
@@ -88,7 +94,7 @@ def test_the_rules_can_fail(tmp_path):
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); import inspect_kernels as k\n"
         "fields = dict.fromkeys(k.Report._fields, 1)\n"
-        "stores = dict.fromkeys(('wide_loads', 'wide_stores', 'half_stores'), 0)\n"
+        "stores = dict.fromkeys(('wide_loads', 'wide_stores', 'half_stores', 'tma'), 0)\n"
         "fields.update(kernel='swiglu.forward_kernel', **stores)\n"
         "bad = [k.Report(**fields | {'variant': v}) for v in ('', 'quantised')]\n"
         "print(json.dumps(k.problems(bad)))"
@@ -97,7 +103,8 @@ def test_the_rules_can_fail(tmp_path):
         [sys.executable, "-c", code, INSPECT.parent], capture_output=True, text=True, check=True
     )
     always = ["fp64 arithmetic", "local memory", "atomics", "no 16-byte load"]
+    waited = "every product is waited for"
     assert [line.rpartition(": ")[2] for line in json.loads(done.stdout)] == [
-        *(*always, "no 16-byte store"),
-        *(*always, "no 8-byte store"),
+        *(*always, "no 16-byte store", waited),
+        *(*always, waited, "no 8-byte store"),
     ]

@@ -245,6 +245,9 @@ def test_table_of_implementations():
     table = ImplTable()
     table.set(Impl.TRITON, rope=Impl.REFERENCE)
     assert table.rope is Impl.REFERENCE and table.swiglu is Impl.TRITON
+    assert table.gemm_swiglu is table.rope_attention is Impl.REFERENCE  # those that they combine
+    table.set(Impl.TRITON, gemm_swiglu=Impl.TRITON)
+    assert table.gemm_swiglu is Impl.TRITON
     with pytest.raises(ValueError, match=r"unknown op 'norm'; expected one of .*, sandwich_norm, "):
         table.set(norm=Impl.TRITON)
     assert table.swiglu is Impl.TRITON
