@@ -124,22 +124,26 @@ struct Columns {
     return load(row, row != nullptr, absent);
   }
 
+  /// Element `i` of this thread's share.
+  template <typename S>
+  __device__ __forceinline__ void put(S* row, int i, float value) const {
+    const int column = first(i / kPack<T>) + i % kPack<T>;
+    if (column < width) row[column] = narrow<S>(value);
+  }
+
   template <typename S>
   __device__ __forceinline__ void store(S* row, const Share& share) const {
+    if constexpr (kAligned) {
 #pragma unroll
-    for (int pack = 0; pack < kPacks; ++pack) {
-      const int column = first(pack);
-      float part[kPack<T>];
+      for (int pack = 0; pack < kPacks; ++pack) {
+        float part[kPack<T>];
 #pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) part[i] = share[pack * kPack<T> + i];
-      if constexpr (kAligned) {
-        if (column < width) blip3o::store(row + column, part);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPack<T>; ++i) {
-          if (column + i < width) row[column + i] = narrow<S>(part[i]);
-        }
+        for (int i = 0; i < kPack<T>; ++i) part[i] = share[pack * kPack<T> + i];
+        if (first(pack) < width) blip3o::store(row + first(pack), part);
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) put(row, i, share[i]);
     }
   }
 

@@ -164,14 +164,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1) join_backward(const JoinBackwa
     const JoinScales scales = join_scales(sums, a, has_h);
     Share dx = rows.read(turn, 0), dy = rows.read(turn, 3);
     const Share dh = rows.read(turn, 1), x = rows.read(turn, 2);
+    const int64_t at = a.cut.row(range.batch, token) * a.width;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       dx[i] += of_pre.add(i, dh[i], x[i], pre, scales.pre, scales.pull_pre);
       dy[i] = of_post.add(i, dx[i], dy[i], post, scales.post, scales.pull_post);
+      if constexpr (!kAligned) {  // at once, for want of registers
+        columns.put(a.dx + at, i, dx[i]);
+        columns.put(a.dy + at, i, dy[i]);
+      }
     }
-    const int64_t at = a.cut.row(range.batch, token) * a.width;
-    columns.store(a.dx + at, dx);
-    columns.store(a.dy + at, dy);
+    if constexpr (kAligned) {
+      columns.store(a.dx + at, dx);
+      columns.store(a.dy + at, dy);
+    }
   }
   await_copies();
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * a.slots * kSums * a.width;

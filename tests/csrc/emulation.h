@@ -41,6 +41,16 @@ struct Barrier {
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+  int barriers = 0;  // that the thread has passed since
+
+  void arrive() const {
+    constexpr size_t kBytes = 16;
+    if (from) {
+      std::memcpy(to, from, kBytes);
+    } else {
+      std::memset(to, 0, kBytes);
+    }
+  }
 };
 
 struct Thread {
@@ -165,7 +175,15 @@ inline void run(dim3 threads) {
 inline uint3 blockIdx;
 inline dim3 blockDim;
 
-inline void __syncthreads() { emulation::wait(emulation::block.all); }
+/// Copies that nobody has waited for arrive at the second barrier, on top of what was written since.
+inline void __syncthreads() {
+  for (auto& batch : emulation::block.running->batches) {
+    for (emulation::Copy& copy : batch) {
+      if (copy.barriers++ > 0) copy.arrive();
+    }
+  }
+  emulation::wait(emulation::block.all);
+}
 
 inline float __shfl_sync(unsigned, float value, int lane) {
   using namespace emulation;
@@ -219,13 +237,7 @@ inline void copy_async(void* to, const void* from, bool present) {
 inline void commit_copies() { emulation::block.running->batches.push_back({}); }
 
 inline void arrive(std::vector<emulation::Copy>& batch) {
-  for (const emulation::Copy& copy : batch) {
-    if (copy.from) {
-      std::memcpy(copy.to, copy.from, 16);
-    } else {
-      std::memset(copy.to, 0, 16);
-    }
-  }
+  for (const emulation::Copy& copy : batch) copy.arrive();
   batch.clear();
 }
 
