@@ -110,8 +110,12 @@ __device__ __forceinline__ JoinScales join_scales(const float (&sums)[6],
   return out;
 }
 
+/// Scalar access to fp32 needs more than 128 registers; its blocks have fewer threads.
+template <typename T, bool kAligned>
+inline constexpr int kBackwardThreads = sizeof(T) == 4 && !kAligned ? kMaxGroup : kMaxThreads;
+
 template <typename T, typename P, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads, 1) join_backward(const JoinBackward<T, P> a) {
+__global__ void __launch_bounds__(kBackwardThreads<T, kAligned>, 1) join_backward(const JoinBackward<T, P> a) {
   await_previous();
   const Range range = a.cut.here();
   const Columns<T, kAligned> columns{a.cut.group, a.width};
