@@ -12,6 +12,9 @@ MEMORY = 1200
 CACHED = 40
 """Clocks from a load to its data: in memory under load (0.7 us), and in L1."""
 
+STEADY = 12
+"""Trips of a loop that are averaged: a multiple of the batches that may be under way."""
+
 LANES = {"alu": 64, "mufu": 16, "convert": 64, "lsu": 32, "fp64": 32}
 """Lanes of a unit, in results a clock and multiprocessor. That of "fma" is ``Device.fp32``."""
 
@@ -36,6 +39,7 @@ class Instruction(NamedTuple):
 
     Attributes:
         target: the address that a branch goes to.
+        pending: batches of copies to shared memory that a wait leaves under way.
         unit: that executes it.
         reads, writes: registers and predicates.
     """
@@ -43,6 +47,7 @@ class Instruction(NamedTuple):
     address: int
     opcode: str
     target: int | None
+    pending: int | None
     unit: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -85,9 +90,10 @@ def instructions(sass: str) -> list[Instruction]:
         goes = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
         if opcode == "NOP" or (goes and goes[1] == address.lstrip("0")):
             continue
+        waits = re.search(r"SB0, 0x([0-9a-f]+)\s*$", operands) if opcode == "DEPBAR.LE" else None
         unit = next(unit for unit, pattern in UNITS if re.match(pattern, opcode))
         parts = operands.split(",")
-        results = 0 if re.match("ST|BRA|BAR|EXIT|RED", opcode) else 1
+        results = 0 if re.match("ST|BRA|BAR|EXIT|RED|LDGSTS", opcode) else 1
         # Carries and comparisons have a second result, and a shuffle says first whether it worked.
         results += results and any(re.match(r"\s*U?P[T\d]", part) for part in parts[:2])
         wide = max(1, width(opcode) // 4 if "128" in opcode or ".64" in opcode else 1)
@@ -101,6 +107,7 @@ def instructions(sass: str) -> list[Instruction]:
                 int(address, 16),
                 opcode,
                 int(goes[1], 16) if goes else None,
+                int(waits[1], 16) if waits else None,
                 unit,
                 (*reads, guard) if guard else tuple(reads),
                 tuple(writes),
@@ -137,10 +144,10 @@ def section(lines: Sequence[Instruction], *, again: bool) -> Section:
     return Section(
         len(lines),
         Counter(line.unit for line in lines),
-        sum(32 * width(x.opcode) for x in lines if x.opcode.startswith("LDG")),
+        sum(32 * width(x.opcode) for x in lines if re.match(r"LDG(STS)?\.", x.opcode)),
         sum(32 * width(x.opcode) for x in lines if x.opcode.startswith("STG")),
         sum(x.opcode.startswith("BAR") for x in lines),
-        alone(lines, 3) - alone(lines, 2) if again else alone(lines, 1),
+        (alone(lines, 2 + STEADY) - alone(lines, 2)) // STEADY if again else alone(lines, 1),
     )
 
 
@@ -149,6 +156,8 @@ def alone(lines: Sequence[Instruction], trips: int) -> int:
     ready: dict[str, int] = {}
     free: dict[str, int] = {}
     from_memory: dict[str, int] = {}
+    arrives = 0
+    batches: list[int] = []
     clock = 0
     for trip in range(trips):
         waited = False
@@ -159,6 +168,12 @@ def alone(lines: Sequence[Instruction], trips: int) -> int:
             waited = waited or any(from_memory.get(r) == trip for r in line.reads)
             free[line.unit] = start + 128 // min(LANES.get(line.unit, 128), 128)
             clock = start + (READY["lsu"] if line.opcode.startswith("BAR") else 0)
+            if line.opcode.startswith("LDGSTS"):
+                arrives = start + MEMORY
+            elif line.opcode == "LDGDEPBAR":
+                batches.append(arrives)
+            elif line.pending is not None and line.pending < len(batches):
+                clock = max(clock, batches[-1 - line.pending])
             memory = line.opcode.startswith("LDG")
             wait = READY[line.unit] if not memory else CACHED if waited else MEMORY
             for name in line.writes:

@@ -11,8 +11,9 @@ counted by the unit that executes them (``sass.UNITS``).
 **One warp alone** issues in order. An instruction starts one clock after the one before it, once
 its unit is free and its registers are ready, ``READY`` clocks after their instruction started.
 Loads of global memory take ``MEMORY`` clocks, and ``CACHED`` once the same trip of the loop has
-waited for one: later loads are of parameters, or of rows that were read before. ``alone`` is the
-time of a trip in the steady state, times the trips.
+waited for one: later loads are of parameters, or of rows that were read before. Copies to shared
+memory take as long, until a wait for their batch. ``alone`` is the time of a trip in the steady
+state, times the trips.
 
 **One multiprocessor** holds R programs of W warps, as registers, shared memory, warps and programs
 allow. With n instructions of a warp and program, n_unit of them for a unit, R programs take
@@ -84,7 +85,7 @@ class Launch(NamedTuple):
         shared: bytes of a program.
         rows: that a program walks; 0 for a kernel that does not walk rows. Its loops, if it has
             any, then read its share of ``traffic``.
-        trips: of the loops of a kernel that does not walk rows; 0 where traffic tells.
+        trips: of the loops; 0 where rows or traffic tell.
         row_stored: bytes of a row's results.
         traffic: bytes that the kernel must move in all, without repeated reads from cache.
     """
@@ -147,7 +148,7 @@ def resident(device: Device, launch: Launch) -> int:
 
 def looped(code: Code, launch: Launch) -> list[tuple[Section, float]]:
     """The loops, and how often one program runs each."""
-    if launch.rows and code.loops:
+    if launch.rows and code.loops and not launch.trips:
         loop = max(code.loops, key=lambda s: (s.stored, s.instructions))
         at_once = max(1, loop.stored * launch.num_warps // max(1, launch.row_stored))
         return [(loop, launch.rows / min(at_once, launch.rows))]

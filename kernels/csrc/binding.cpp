@@ -195,8 +195,8 @@ Tensor given_back(const Optional& gradient, const Optional& of, const Tensor& li
   return gradient && of ? as(*gradient, dtype(*of)) : nothing(like);
 }
 
-Tensor workspace(blip3o_shape shape, int modulations, const Tensor& like) {
-  const int64_t floats = blip3o_sandwich_workspace(shape, modulations);
+Tensor workspace(int activation, blip3o_shape shape, int modulations, const Tensor& like) {
+  const int64_t floats = blip3o_sandwich_workspace(activation, shape, modulations);
   return fresh(Sizes(&floats, 1), BLIP3O_FLOAT32, like);
 }
 
@@ -329,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_backward(
   Tensor dx = fresh(x, activation);
   const blip3o_shape shape = shape_of(x, x.size(2));
   Optional scratch;
-  if (parameters) scratch = workspace(shape, 1, x);
+  if (parameters) scratch = workspace(activation, shape, 1, x);
   check(blip3o_sandwich_norm_backward(
             {activation, parameter}, shape, dh.c, rows.c, modulation->c, static_cast<float>(eps),
             dx.data_ptr(), grads.c, static_cast<float*>(scratch ? scratch->data_ptr() : nullptr),
@@ -393,7 +393,7 @@ Eleven sandwich_join_backward(Optional dx_out, Optional dh, Tensor x_out, Tensor
   if (ls && parameters) dls = fresh(*ls, parameter);
   Tensor dx = fresh(x_out, activation), dy = fresh(y, activation);
   const blip3o_shape shape = shape_of(x_out, x_out.size(2));
-  if (parameters) scratch = workspace(shape, 2, x_out);
+  if (parameters) scratch = workspace(activation, shape, 2, x_out);
   check(blip3o_sandwich_join_backward(
             {activation, parameter}, shape, of_x_out.c, of_h.c, stream.c, branch.c, address(ls),
             address(post), address(pre), static_cast<float>(eps), dx.data_ptr(),

@@ -57,7 +57,7 @@ BLIP3O_API int blip3o_sandwich_norm_forward(blip3o_dtypes dtypes, blip3o_shape s
                                             void* h, cudaStream_t stream);
 
 /*
- * modulation.shift is not read. `workspace` holds blip3o_sandwich_workspace(shape, 1) floats; NULL:
+ * modulation.shift is not read. `workspace` holds blip3o_sandwich_workspace(dtype, shape, 1) floats; NULL:
  * only dx is wanted.
  */
 BLIP3O_API int blip3o_sandwich_norm_backward(blip3o_dtypes dtypes, blip3o_shape shape,
@@ -78,7 +78,7 @@ BLIP3O_API int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape s
 
 /*
  * dx_out or dh absent: zero. Gradients of what the forward was not given are not written.
- * `workspace` holds blip3o_sandwich_workspace(shape, 2) floats; NULL: only dx and dy are wanted.
+ * `workspace` holds blip3o_sandwich_workspace(dtype, shape, 2) floats; NULL: only dx and dy are wanted.
  */
 BLIP3O_API int blip3o_sandwich_join_backward(
     blip3o_dtypes dtypes, blip3o_shape shape, blip3o_rows dx_out, blip3o_rows dh,
@@ -87,8 +87,8 @@ BLIP3O_API int blip3o_sandwich_join_backward(
     blip3o_modulation_grads dpost, blip3o_modulation_grads dpre, float* workspace,
     cudaStream_t stream);
 
-/* Floats of scratch for the backward of an op with so many modulations. */
-BLIP3O_API int64_t blip3o_sandwich_workspace(blip3o_shape shape, int modulations);
+/* Floats of scratch on the current device for the backward of an op with so many modulations. */
+BLIP3O_API int64_t blip3o_sandwich_workspace(int activation, blip3o_shape shape, int modulations);
 
 /*
  * Rotates H query and K key heads of packed rows [(H + 2K) d] and copies the value heads. cos, sin

@@ -30,10 +30,4 @@ __device__ __forceinline__ float double_norm_pull(float r, float c, float invers
   return r * r * r * (c * inverse_width);
 }
 
-/// One element of dx.
-__device__ __forceinline__ float double_norm_dx(float g, float x, float square, float r,
-                                                float pull) {
-  return r * g - square * x * pull;
-}
-
 }  // namespace blip3o

@@ -1,4 +1,5 @@
-// The grid of elementwise kernels: rows of equal items, an item a thread, several short rows a block.
+// The grid of elementwise kernels: rows of equal items, an item a thread; a block takes several short
+// rows, or a long one in several turns.
 #pragma once
 
 #include "launch.cuh"
@@ -6,20 +7,30 @@
 
 namespace blip3o {
 
+/// The most of a block.
 inline constexpr int kElementwiseThreads = 256;
 
 struct Items {
-  int tokens, rows, per_row;
+  int tokens, rows, per_row, most;
 
   Items() = default;
-  Items(blip3o_shape shape, int64_t per_row)
+  Items(blip3o_shape shape, int64_t per_row, int most_threads = kElementwiseThreads)
       : tokens(static_cast<int>(shape.tokens)),
         rows(static_cast<int>(shape.batch * shape.tokens)),
-        per_row(static_cast<int>(per_row)) {}
+        per_row(static_cast<int>(per_row)),
+        most(most_threads) {}
 
+  /// Turns of one row are equal. Rows fill whole warps, or leave as few threads without one as can be.
   dim3 threads() const {
-    const int columns = per_row < kElementwiseThreads ? per_row : kElementwiseThreads;
-    return dim3(columns, kElementwiseThreads / columns);
+    constexpr int kWarp = 32;
+    const int turns = (per_row + most - 1) / most;
+    const int columns = (per_row + turns - 1) / turns;
+    int best = 1;
+    for (int count = 2; count * columns <= most; ++count) {
+      const auto idle = [&](int of) { return (kWarp - of * columns % kWarp) % kWarp; };
+      if (idle(count) * best <= idle(best) * count) best = count;
+    }
+    return dim3(columns, best);
   }
 
   int64_t blocks() const {

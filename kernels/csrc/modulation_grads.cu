@@ -3,8 +3,9 @@
 namespace blip3o {
 namespace {
 
-inline constexpr int kColumns = 32;
-inline constexpr int kStrides = 16;
+inline constexpr int kColumns = 8;  // 32 bytes of fp32, which memory hands out together
+inline constexpr int kStrides = 64;
+inline constexpr int kWarps = kColumns * kStrides / kWarp;
 
 template <typename P>
 struct GradTarget {
@@ -32,92 +33,66 @@ __device__ __forceinline__ void put(P* row, int64_t index, float value) {
   if (row != nullptr) row[index] = narrow<P>(value);
 }
 
-/// The block's two sums of a column, added over kStrides threads in order; valid where threadIdx.y == 0.
+/// The block's two sums of a column, in a fixed order; valid where threadIdx.y == 0.
 __device__ __forceinline__ float2 sum_over_strides(float2 mine) {
-  __shared__ float2 of_stride[kStrides][kColumns];
-  of_stride[threadIdx.y][threadIdx.x] = mine;
+  __shared__ float2 of_warp[kWarps][kColumns];
+#pragma unroll
+  for (int offset = kWarp / 2; offset >= kColumns; offset /= 2) {
+    mine.x += __shfl_xor_sync(~0u, mine.x, offset);
+    mine.y += __shfl_xor_sync(~0u, mine.y, offset);
+  }
+  constexpr int kOfWarp = kWarp / kColumns;  // strides
+  if (threadIdx.y % kOfWarp == 0) of_warp[threadIdx.y / kOfWarp][threadIdx.x] = mine;
   __syncthreads();
   float2 total = make_float2(0.f, 0.f);
 #pragma unroll
-  for (int stride = 0; stride < kStrides; ++stride) {
-    total.x += of_stride[stride][threadIdx.x].x;
-    total.y += of_stride[stride][threadIdx.x].y;
+  for (int warp = 0; warp < kWarps; ++warp) {
+    total.x += of_warp[warp][threadIdx.x].x;
+    total.y += of_warp[warp][threadIdx.x].y;
   }
   return total;
 }
 
-/// Q and P of one sample: dshift and dscale.
+/// Blocks: modulation, then tile of columns. A thread adds the sums of every kStrides-th sample.
 template <typename P>
-__device__ __forceinline__ void sample_grads(const GradArguments<P>& a, const GradTarget<P>& out,
-                                             int batch, int column) {
-  float2 sums = make_float2(0.f, 0.f);
-  const int64_t unit_stride = static_cast<int64_t>(a.slots) * kSums * a.width;
-  const float* partial =
-      a.partial + batch * a.per_sample * unit_stride + out.slot * kSums * a.width;
-  if (column < a.width) {
+__global__ void __launch_bounds__(kColumns* kStrides) modulation_grads(const GradArguments<P> a) {
+  await_previous();
+  const int which = static_cast<int>(blockIdx.x) / a.tiles;
+  const int column = (static_cast<int>(blockIdx.x) - which * a.tiles) * kColumns + threadIdx.x;
+  const GradTarget<P>& out = a.targets[which];
+  const int64_t stride = static_cast<int64_t>(a.slots) * kSums * a.width;
+  const bool inside = column < a.width;
+  const float w1 = at(inside ? out.modulation.w1 : nullptr, column, 1.f);
+  const float w2 = at(inside ? out.modulation.w2 : nullptr, column, 1.f);
+  const float layer_scale = at(inside ? out.layer_scale : nullptr, column, 1.f);
+  float2 of_weights = make_float2(0.f, 0.f);  // sum_b (1 + scale) P and R
+  for (int sample = threadIdx.y; inside && sample < a.batch; sample += kStrides) {
+    const float* partial =
+        a.partial + sample * a.per_sample * stride + out.slot * kSums * a.width + column;
+    float q = 0.f, p = 0.f, r = 0.f;
 #pragma unroll 4
-    for (int unit = threadIdx.y; unit < a.per_sample; unit += kStrides) {
-      const float* of_unit = partial + unit * unit_stride + column;
-      sums.x += of_unit[0];
-      sums.y += of_unit[a.width];
+    for (int block = 0; block < a.per_sample; ++block, partial += stride) {
+      q += partial[0];
+      p += partial[a.width];
+      r += partial[2 * a.width];
     }
+    const int64_t index = static_cast<int64_t>(sample) * a.width + column;
+    put(out.dshift, index, q);
+    put(out.dscale, index, w1 * w2 * layer_scale * p);
+    const P* scale = out.modulation.present() ? out.modulation.scale_row(sample) : nullptr;
+    of_weights.x += (1.f + at(scale, column, 0.f)) * p;
+    of_weights.y += r;
   }
-  sums = sum_over_strides(sums);
-  if (threadIdx.y != 0 || column >= a.width) return;
-  const float w1 = at(out.modulation.w1, column, 1.f), w2 = at(out.modulation.w2, column, 1.f);
-  const float layer_scale = at(out.layer_scale, column, 1.f);
-  const int64_t index = static_cast<int64_t>(batch) * a.width + column;
-  put(out.dshift, index, sums.x);
-  put(out.dscale, index, w1 * w2 * layer_scale * sums.y);
-}
-
-/// sum_b (1 + scale) P and R of all samples: dw1, dw2 and the gradient of the layer scale.
-template <typename P>
-__device__ __forceinline__ void weight_grads(const GradArguments<P>& a, const GradTarget<P>& out,
-                                             int column) {
-  float2 sums = make_float2(0.f, 0.f);
-  const int64_t unit_stride = static_cast<int64_t>(a.slots) * kSums * a.width;
-  const float* partial = a.partial + out.slot * kSums * a.width;
-  if (column < a.width) {
-#pragma unroll 4
-    for (int unit = threadIdx.y; unit < a.batch * a.per_sample; unit += kStrides) {
-      const float* of_unit = partial + unit * unit_stride + column;
-      const P* scale_row =
-          out.modulation.present() ? out.modulation.scale_row(unit / a.per_sample) : nullptr;
-      const float scale = at(scale_row, column, 0.f);
-      sums.x += (1.f + scale) * of_unit[a.width];
-      sums.y += of_unit[2 * a.width];
-    }
-  }
-  sums = sum_over_strides(sums);
-  if (threadIdx.y != 0 || column >= a.width) return;
-  const float w1 = at(out.modulation.w1, column, 1.f), w2 = at(out.modulation.w2, column, 1.f);
-  const float layer_scale = at(out.layer_scale, column, 1.f);
+  const float2 sums = sum_over_strides(of_weights);
+  if (threadIdx.y != 0 || !inside) return;
   put(out.dw1, column, w2 * layer_scale * sums.x - w1 * layer_scale * layer_scale * sums.y);
   put(out.dw2, column, w1 * layer_scale * sums.x);
   put(out.dlayer_scale, column, w1 * w2 * sums.x - layer_scale * (w1 * w1 + a.eps) * sums.y);
 }
 
-/// Blocks: modulation, then sample with one more for the weights, then tile of columns.
-template <typename P>
-__global__ void __launch_bounds__(kColumns* kStrides) modulation_grads(const GradArguments<P> a) {
-  await_previous();
-  const int block = blockIdx.x;
-  const int which = block / a.tiles;
-  const int column = (block - which * a.tiles) * kColumns + threadIdx.x;
-  const int second = which > a.batch;
-  const int sample = which - second * (a.batch + 1);
-  const GradTarget<P>& out = a.targets[second];
-  if (sample == a.batch) {
-    weight_grads(a, out, column);
-  } else if (out.dshift != nullptr) {
-    sample_grads(a, out, sample, column);
-  }
-}
-
 }  // namespace
 
-int launch_modulation_grads(int parameter_dtype, blip3o_shape shape, const Units& units,
+int launch_modulation_grads(int parameter_dtype, blip3o_shape shape, const Cut& cut,
                             const float* partial, int slots, const ModulationGrads* wanted,
                             int count, float eps, cudaStream_t stream) {
   return with_dtype(parameter_dtype, [&](auto parameter) {
@@ -125,7 +100,7 @@ int launch_modulation_grads(int parameter_dtype, blip3o_shape shape, const Units
     GradArguments<P> a{};
     a.partial = partial;
     a.batch = static_cast<int>(shape.batch);
-    a.per_sample = units.per_sample;
+    a.per_sample = cut.per_sample;
     a.slots = slots;
     a.width = static_cast<int>(shape.width);
     a.tiles = ceil_div(a.width, kColumns);
@@ -141,7 +116,7 @@ int launch_modulation_grads(int parameter_dtype, blip3o_shape shape, const Units
                     static_cast<P*>(from.dlayer_scale),
                     from.slot};
     }
-    const int64_t blocks = count * (shape.batch + 1) * a.tiles;
+    const int64_t blocks = static_cast<int64_t>(count) * a.tiles;
     return launch<modulation_grads<P>>(blocks, dim3(kColumns, kStrides), a, stream);
   });
 }

@@ -8,6 +8,7 @@
 //
 // Per head and tile of queries: reads the tile, all keys and values and their rows of the tables, writes
 // the tile. A query's result does not depend on the tile that holds it.
+#include "async_copy.cuh"
 #include "launch.cuh"
 #include "rotation.cuh"
 #include "tensor_core.cuh"

@@ -1,11 +1,13 @@
 // What sandwich_norm and sandwich_join share: who computes what, and the parameters of a norm.
 //
-// A *unit* is a group of threads (whole warps) that owns some consecutive rows of one sample. Every
-// thread owns the same kElements columns of each of them, in packs of 16 bytes of the activation, so
-// parameters are read once a unit and gradients over rows need no exchange. Which thread adds what
-// depends on the width alone: a row's result does not depend on the batch around it.
+// A *group* of threads (whole warps) works on one row at a time. Every thread owns the same kElements
+// columns of each row, in packs of 16 bytes of the activation. A block has several groups and owns
+// consecutive rows of one sample, which its groups take in turn: parameters are read once a block, and
+// gradients over rows are added in registers. Rows travel to shared memory while others are worked on.
+// Which thread adds what of a row depends on the width alone, not on the batch around it.
 #pragma once
 
+#include "async_copy.cuh"
 #include "double_norm.cuh"
 #include "launch.cuh"
 #include "vector.cuh"
@@ -14,54 +16,72 @@ namespace blip3o {
 
 inline constexpr int kElements = 8;
 inline constexpr int kWarp = 32;
-inline constexpr int kMaxThreads = BLIP3O_MAX_WIDTH / kElements;
-inline constexpr int kMaxWarps = kMaxThreads / kWarp;
+inline constexpr int kMaxGroup = BLIP3O_MAX_WIDTH / kElements;
+inline constexpr int kMaxGroupWarps = kMaxGroup / kWarp;
 
-/// Rows that a unit works on at a time: their loads are in flight together.
-inline constexpr int kRows = 2;
+/// Threads of the largest block. One fits on a multiprocessor, with 128 registers a thread: launch bounds
+/// say so, or ptxas saves registers for a second block at the cost of instructions and spills.
+inline constexpr int kMaxThreads = 512;
 
 template <typename Integer>
 constexpr Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
-/// The rows of one unit: `token` and the following ones of sample `batch`, up to `end`.
-struct Unit {
+/// The rows of a block: `token` and the following ones of sample `batch`, up to `end`.
+struct Range {
   int batch, token, end;
-
-  __device__ __forceinline__ bool has(int row) const { return token + row < end; }
 };
 
-/// The cut of [B, N] into units; blocks are (group, units_per_block) threads.
-struct Units {
-  int tokens, rows, per_sample, group, per_block, count;
+/// The cut of [B, N] into blocks of (group, groups) threads.
+struct Cut {
+  int tokens, rows, per_sample, group, groups;
+  int64_t blocks;
 
-  Units() = default;
-  Units(blip3o_shape shape, int rows_per_unit)
+  Cut() = default;
+
+  /// `threads`: of a block, unless a group has more. `resident`: that a multiprocessor holds. Blocks fill
+  /// the device in whole waves, as far as that goes. `cost`: what a block spends besides its rows, in rows.
+  Cut(blip3o_shape shape, int threads, int resident, int cost)
       : tokens(static_cast<int>(shape.tokens)),
-        rows(rows_per_unit),
-        per_sample(ceil_div(tokens, rows)),
         group(ceil_div(static_cast<int>(shape.width), kElements * kWarp) * kWarp),
-        per_block(group < 128 ? 128 / group : 1),
-        count(static_cast<int>(shape.batch) * per_sample) {}
+        groups(group < threads ? threads / group : 1) {
+    constexpr int kMostWaves = 8;
+    const int64_t at_once = multiprocessors() * (resident / (group * groups));
+    const int64_t turns = ceil_div(tokens, groups);
+    int64_t least = INT64_MAX;
+    rows = tokens;
+    for (int64_t wave = 1; wave <= kMostWaves && shape.batch > 0; ++wave) {
+      const int64_t fit = at_once * wave / shape.batch;
+      const int64_t blocks_of_sample = fit < 1 ? 1 : fit < turns ? fit : turns;
+      const int64_t turns_of_block = ceil_div(turns, blocks_of_sample > 0 ? blocks_of_sample : 1);
+      const int64_t waves = ceil_div(shape.batch * blocks_of_sample, at_once);
+      const int64_t total = waves * (turns_of_block * groups + cost);
+      if (total >= least) continue;
+      least = total;
+      rows = static_cast<int>(turns_of_block) * groups;
+    }
+    per_sample = rows > 0 ? ceil_div(tokens, rows) : 0;
+    blocks = shape.batch * per_sample;
+  }
 
-  int blocks() const { return ceil_div(count, per_block); }
-  dim3 threads() const { return dim3(group, per_block); }
+  dim3 threads() const { return dim3(group, groups); }
 
-  __device__ __forceinline__ int index() const { return blockIdx.x * per_block + threadIdx.y; }
+  /// Bytes of a block's pipeline.
+  template <typename P>
+  int shared() const {
+    return group * groups * P::kThreadBytes;
+  }
 
-  /// This thread's unit; one past the last has no rows, and reads the parameters of sample 0.
-  __device__ __forceinline__ Unit here() const {
-    const int unit = index();
-    if (unit >= count) return {0, 0, 0};
-    const int batch = unit / per_sample;
-    const int token = (unit - batch * per_sample) * rows;
+  __device__ __forceinline__ Range here() const {
+    const int batch = static_cast<int>(blockIdx.x) / per_sample;
+    const int token = (static_cast<int>(blockIdx.x) - batch * per_sample) * rows;
     return {batch, token, min(token + rows, tokens)};
   }
 
-  /// Where a row of the unit lies in a contiguous [B, N].
-  __device__ __forceinline__ int64_t row(const Unit& unit, int row) const {
-    return static_cast<int64_t>(unit.batch) * tokens + unit.token + row;
+  /// Where a row lies in a contiguous [B, N].
+  __device__ __forceinline__ int64_t row(int batch, int token) const {
+    return static_cast<int64_t>(batch) * tokens + token;
   }
 };
 
@@ -104,22 +124,26 @@ struct Columns {
     return load(row, row != nullptr, absent);
   }
 
+  /// Element `i` of this thread's share.
+  template <typename S>
+  __device__ __forceinline__ void put(S* row, int i, float value) const {
+    const int column = first(i / kPack<T>) + i % kPack<T>;
+    if (column < width) row[column] = narrow<S>(value);
+  }
+
   template <typename S>
   __device__ __forceinline__ void store(S* row, const Share& share) const {
+    if constexpr (kAligned) {
 #pragma unroll
-    for (int pack = 0; pack < kPacks; ++pack) {
-      const int column = first(pack);
-      float part[kPack<T>];
+      for (int pack = 0; pack < kPacks; ++pack) {
+        float part[kPack<T>];
 #pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) part[i] = share[pack * kPack<T> + i];
-      if constexpr (kAligned) {
-        if (column < width) blip3o::store(row + column, part);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPack<T>; ++i) {
-          if (column + i < width) row[column + i] = narrow<S>(part[i]);
-        }
+        for (int i = 0; i < kPack<T>; ++i) part[i] = share[pack * kPack<T> + i];
+        if (first(pack) < width) blip3o::store(row + first(pack), part);
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) put(row, i, share[i]);
     }
   }
 
@@ -140,30 +164,102 @@ struct Columns {
   }
 };
 
-/// Adds each of `values` over the threads of a unit, in an order fixed by the width.
-template <int kCount>
-__device__ __forceinline__ void sum_over_unit(float (&values)[kCount], int group) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(~0u, values[i], offset);
+/// Rows of kArrays tensors on their way to the threads that own their columns: the next kStages turns of
+/// every group. A thread reads only what it has copied itself.
+template <typename T, int kArrays, int kStages, bool kAligned>
+struct Pipeline {
+  static constexpr int kPacks = Columns<T, kAligned>::kPacks;
+  static constexpr int kThreadBytes = kStages * kArrays * kPacks * kAccessBytes;
+  static_assert((kStages & (kStages - 1)) == 0);
+
+  Columns<T, kAligned> columns;
+  T* mine;
+  int stride;
+
+  __device__ __forceinline__ explicit Pipeline(const Columns<T, kAligned>& of_thread)
+      : columns(of_thread), stride(static_cast<int>(blockDim.x * blockDim.y) * kPack<T>) {
+    const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+    mine = reinterpret_cast<T*>(shared_memory()) + thread * kPack<T>;
   }
-  if (group == kWarp) return;
-  __shared__ float of_warp[kMaxWarps][kCount];
-  const int warps = group / kWarp;
-  const int first = static_cast<int>(threadIdx.y) * warps;
-  __syncthreads();  // the sums of an earlier call have been read
-  if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) of_warp[first + threadIdx.x / kWarp][i] = values[i];
+
+  __device__ __forceinline__ T* place(int turn, int array, int pack) const {
+    return mine + (((turn & (kStages - 1)) * kArrays + array) * kPacks + pack) * stride;
   }
-  __syncthreads();
+
+  /// Sends for this thread's columns of a row; zeros unless it is `present`.
+  __device__ __forceinline__ void fetch(int turn, int array, const T* row, bool present) const {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = of_warp[first][i];
+    for (int pack = 0; pack < kPacks; ++pack) {
+      const int column = columns.first(pack);
+      T* to = place(turn, array, pack);
+      if constexpr (kAligned) {
+        copy_async(to, row + column, present && column < columns.width);
+      } else {
 #pragma unroll 1
-  for (int warp = 1; warp < warps; ++warp) {
+        for (int i = 0; i < kPack<T>; ++i) {
+          to[i] = present && column + i < columns.width ? row[column + i] : narrow<T>(0.f);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ Share read(int turn, int array) const {
+    Share out;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] += of_warp[first + warp][i];
+    for (int pack = 0; pack < kPacks; ++pack) {
+      float part[kPack<T>];
+      blip3o::load(part, place(turn, array, pack));
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) out[pack * kPack<T> + i] = part[i];
+    }
+    return out;
+  }
+};
+
+/// Adds each of `values` over the threads of a group, in an order fixed by the width. Every call flips
+/// `odd`, so that a warp which is ahead does not overwrite what another still reads.
+template <int kCount>
+__device__ __forceinline__ void sum_over_group(float (&values)[kCount], bool& odd) {
+  constexpr int kSlots = kCount > 4 ? 8 : kCount > 2 ? 4 : kCount;
+  constexpr int kLanes = kWarp / kSlots;  // that end up with the same value
+  constexpr int kParts = 4;               // lanes that share out the sums of the warps
+  __shared__ float of_warp[2][kMaxThreads / kWarp][kSlots];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+  float mine[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) mine[i] = i < kCount ? values[i] : 0.f;
+  // Half of the lanes keep half of the values and give away the others, until each has one.
+#pragma unroll
+  for (int left = kSlots / 2; left > 0; left /= 2) {
+    const int offset = left * kLanes;
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const float kept = upper ? mine[i + left] : mine[i];
+      const float given = upper ? mine[i] : mine[i + left];
+      mine[i] = kept + __shfl_xor_sync(~0u, given, offset);
+    }
+  }
+  float sum = mine[0];
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  if (warps > 1) {
+    const int first = static_cast<int>(threadIdx.y) * warps;
+    const int slot = lane / kLanes, part = lane % kParts;
+    if (lane % kLanes == 0) of_warp[odd][first + static_cast<int>(threadIdx.x) / kWarp][slot] = sum;
+    sync_some(1 + static_cast<int>(threadIdx.y), static_cast<int>(blockDim.x));
+    sum = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < kMaxGroupWarps; warp += kParts) {
+      if (warp + part < warps) sum += of_warp[odd][first + warp + part][slot];
+    }
+    odd = !odd;
+#pragma unroll
+    for (int offset = kParts / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = kSlots == 1 ? sum : __shfl_sync(~0u, sum, i * kLanes);
   }
 }
 
@@ -215,44 +311,17 @@ __device__ __forceinline__ Weights load_weights(const Modulation<P>& modulation,
   return out;
 }
 
-/// x := norm(s x), the rows of a unit.
-__device__ __forceinline__ void norm_rows(Share (&x)[kRows], const Weights& weights,
-                                          const Units& units, float inverse_width, float eps) {
-  float sums[kRows] = {};
+/// x := norm(s x).
+__device__ __forceinline__ void norm_row(Share& x, const Weights& weights, float inverse_width, float eps,
+                                         bool& odd) {
+  float sums[1] = {};
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
+  for (int i = 0; i < kElements; ++i) sums[0] += weights.square[i] * x[i] * x[i];
+  sum_over_group(sums, odd);
+  const float r = double_norm_scale(sums[0], inverse_width, eps);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) sums[row] += weights.square[i] * x[row][i] * x[row][i];
-  }
-  sum_over_unit(sums, units.group);
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    const float r = double_norm_scale(sums[row], inverse_width, eps);
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      x[row][i] = x[row][i] * r * weights.gain[i] + weights.shift[i];
-    }
-  }
+  for (int i = 0; i < kElements; ++i) x[i] = x[i] * r * weights.gain[i] + weights.shift[i];
 }
-
-/// What the parameters of a norm need, summed over the rows of a unit: Q, P, R of double_norm.cuh.
-struct ModulationSums {
-  Share q, p, r;
-
-  /// One element of a row x with gradient d.
-  __device__ __forceinline__ void add(int i, float d, float x, float scale, float pull) {
-    q[i] += d;
-    p[i] += scale * x * d;
-    r[i] += pull * x * x;
-  }
-
-  template <typename C>
-  __device__ __forceinline__ void store(float* to, const C& columns) const {
-    columns.store(to, q);
-    columns.store(to + columns.width, p);
-    columns.store(to + 2 * columns.width, r);
-  }
-};
 
 inline bool aligned(const blip3o_modulation* modulation, int64_t element_bytes) {
   return modulation == nullptr ||

@@ -15,7 +15,7 @@ namespace {
 
 template <typename T, typename P>
 struct JoinForward {
-  Units units;
+  Cut cut;
   int width;
   float inverse_width, eps;
   Rows<T> x, y;
@@ -24,64 +24,60 @@ struct JoinForward {
   T *x_out, *h;
 };
 
-/// x := x', rounded as it is stored: the next sub-layer and the backward see the stored numbers.
-template <typename T, typename P, typename C>
-__device__ __forceinline__ void add_and_store(Share (&x)[kRows], const Share (&y)[kRows],
-                                              const JoinForward<T, P>& a, const Unit& unit,
-                                              const C& columns) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) x[r][i] = rounded<T>(x[r][i] + y[r][i]);
-    if (unit.has(r)) columns.store(a.x_out + a.units.row(unit, r) * a.width, x[r]);
-  }
-}
+/// Turns of rows in shared memory.
+inline constexpr int kForwardStages = 4, kBackwardStages = 2;
 
-/// x := x', y := scratch, then x := h; parameters are asked for before anything is waited for.
-template <typename T, typename P, typename C>
-__device__ __forceinline__ void join(Share (&x)[kRows], Share (&y)[kRows],
-                                     const JoinForward<T, P>& a, const Unit& unit,
-                                     const C& columns) {
-  const bool has_post = a.post.present(), has_pre = a.pre.present();
-  const Weights post =
-      load_weights<true>(a.post, has_post, a.layer_scale, unit.batch, a.eps, columns);
-  const Weights pre = load_weights<true, P>(a.pre, has_pre, nullptr, unit.batch, a.eps, columns);
-  if (has_post) {
-    norm_rows(y, post, a.units, a.inverse_width, a.eps);
-  } else {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) y[r][i] *= post.gain[i];
-    }
-  }
-  add_and_store(x, y, a, unit, columns);
-  if (has_pre) norm_rows(x, pre, a.units, a.inverse_width, a.eps);
-}
+/// How a forward is cut: 96 registers a thread, and parameters that cost a block as much as eight rows.
+inline constexpr int kForwardThreads = 256, kForwardResident = 640, kForwardCost = 8;
 
 template <typename T, typename P, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) join_forward(const JoinForward<T, P> a) {
+__global__ void __launch_bounds__(kMaxGroup, 1) join_forward(const JoinForward<T, P> a) {
   await_previous();
-  const Unit unit = a.units.here();
-  const Columns<T, kAligned> columns{a.units.group, a.width};
-
-  Share x[kRows], y[kRows];
+  const Range range = a.cut.here();
+  const Columns<T, kAligned> columns{a.cut.group, a.width};
+  const Pipeline<T, 2, kForwardStages, kAligned> rows(columns);
+  int token = range.token + static_cast<int>(threadIdx.y);
+  const auto fetch = [&](int turn, int coming) {
+    rows.fetch(turn, 0, a.x.row(range.batch, coming), coming < range.end);
+    rows.fetch(turn, 1, a.y.row(range.batch, coming), coming < range.end);
+    commit_copies();
+  };
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    x[r] = columns.load(a.x.row(unit.batch, unit.token + r), unit.has(r));
-    y[r] = columns.load(a.y.row(unit.batch, unit.token + r), unit.has(r));
-  }
-  join(x, y, a, unit, columns);
-  if (!a.pre.present()) return;
+  for (int turn = 0; turn < kForwardStages - 1; ++turn) fetch(turn, token + turn * a.cut.groups);
+  const bool has_post = a.post.present(), has_pre = a.pre.present();
+  const Weights post =
+      load_weights<true>(a.post, has_post, a.layer_scale, range.batch, a.eps, columns);
+  const Weights pre = load_weights<true, P>(a.pre, has_pre, nullptr, range.batch, a.eps, columns);
+  const int turns = a.cut.rows / a.cut.groups;
+  bool odd = false;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn, token += a.cut.groups) {
+    fetch(turn + kForwardStages - 1, token + (kForwardStages - 1) * a.cut.groups);
+    await_batches<kForwardStages - 1>();
+    const bool has = token < range.end;
+    const int64_t at = a.cut.row(range.batch, token) * a.width;
+    Share y = rows.read(turn, 1);
+    if (has_post) {
+      norm_row(y, post, a.inverse_width, a.eps, odd);
+    } else {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (unit.has(r)) columns.store(a.h + a.units.row(unit, r) * a.width, x[r]);
+      for (int i = 0; i < kElements; ++i) y[i] *= post.gain[i];
+    }
+    // Rounded as it is stored: the next sub-layer and the backward see the stored numbers.
+    Share x = rows.read(turn, 0);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) x[i] += y[i];
+    round_to<T>(x.at);
+    if (has) columns.store(a.x_out + at, x);
+    if (!has_pre) continue;
+    norm_row(x, pre, a.inverse_width, a.eps, odd);
+    if (has) columns.store(a.h + at, x);
   }
 }
 
 template <typename T, typename P>
 struct JoinBackward {
-  Units units;
+  Cut cut;
   int width;
   float inverse_width, eps;
   Rows<T> dx_out, dh, x, y;
@@ -114,57 +110,81 @@ __device__ __forceinline__ JoinScales join_scales(const float (&sums)[6],
   return out;
 }
 
+/// Scalar access to fp32 needs more than 128 registers; its blocks have fewer threads.
+template <typename T, bool kAligned>
+inline constexpr int kBackwardThreads = sizeof(T) == 4 && !kAligned ? kMaxGroup : kMaxThreads;
+
 template <typename T, typename P, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) join_backward(const JoinBackward<T, P> a) {
+__global__ void __launch_bounds__(kBackwardThreads<T, kAligned>, 1) join_backward(const JoinBackward<T, P> a) {
   await_previous();
-  const Unit unit = a.units.here();
-  const Columns<T, kAligned> columns{a.units.group, a.width};
+  const Range range = a.cut.here();
+  const Columns<T, kAligned> columns{a.cut.group, a.width};
+  const Pipeline<T, 4, kBackwardStages, kAligned> rows(columns);
   const bool has_h = a.pre.present() && a.dh.data != nullptr;
-  const Weights pre = load_weights<false, P>(a.pre, has_h, nullptr, unit.batch, a.eps, columns);
+  const bool has_dx = a.dx_out.data != nullptr;
+  int token = range.token + static_cast<int>(threadIdx.y);
+  const auto fetch = [&](int turn, int coming) {
+    const bool has = coming < range.end;
+    rows.fetch(turn, 0, a.dx_out.row(range.batch, coming), has && has_dx);
+    rows.fetch(turn, 1, a.dh.row(range.batch, coming), has && has_h);
+    rows.fetch(turn, 2, a.x.row(range.batch, coming), has && has_h);
+    rows.fetch(turn, 3, a.y.row(range.batch, coming), has);
+    commit_copies();
+  };
+#pragma unroll
+  for (int turn = 0; turn < kBackwardStages - 1; ++turn) fetch(turn, token + turn * a.cut.groups);
+  const Weights pre = load_weights<false, P>(a.pre, has_h, nullptr, range.batch, a.eps, columns);
   const Weights post =
-      load_weights<false>(a.post, a.post.present(), a.layer_scale, unit.batch, a.eps, columns);
+      load_weights<false>(a.post, a.post.present(), a.layer_scale, range.batch, a.eps, columns);
 
   ModulationSums of_pre{}, of_post{};
+  const int turns = a.cut.rows / a.cut.groups;
+  bool odd = false;
 #pragma unroll 1
-  for (int r = 0; r < a.units.rows; ++r) {
-    const int token = unit.token + r;
-    const bool has = unit.has(r);
-    Share dx = columns.load(a.dx_out.row(unit.batch, token), has && a.dx_out.data != nullptr);
-    const Share dh = columns.load(a.dh.row(unit.batch, token), has && has_h);
-    const Share x = columns.load(a.x.row(unit.batch, token), has && has_h);
-    const Share y = columns.load(a.y.row(unit.batch, token), has);
-
+  for (int turn = 0; turn < turns; ++turn, token += a.cut.groups) {
+    fetch(turn + kBackwardStages - 1, token + (kBackwardStages - 1) * a.cut.groups);
+    await_batches<kBackwardStages - 1>();
     float sums[6] = {};
+    {
+      const Share dx = rows.read(turn, 0), dh = rows.read(turn, 1);
+      const Share x = rows.read(turn, 2), y = rows.read(turn, 3);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      const float g = pre.gain[i] * dh[i];
-      const float k = post.gain[i] * y[i];
-      const float sx = pre.square[i] * x[i];
-      sums[0] += sx * x[i];
-      sums[1] += g * x[i];
-      sums[2] += post.square[i] * y[i] * y[i];
-      sums[3] += dx[i] * k;
-      sums[4] += g * k;
-      sums[5] += sx * k;
+      for (int i = 0; i < kElements; ++i) {
+        const float g = pre.gain[i] * dh[i];
+        const float k = post.gain[i] * y[i];
+        const float sx = pre.square[i] * x[i];
+        sums[0] += sx * x[i];
+        sums[1] += g * x[i];
+        sums[2] += post.square[i] * y[i] * y[i];
+        sums[3] += dx[i] * k;
+        sums[4] += g * k;
+        sums[5] += sx * k;
+      }
     }
-    sum_over_unit(sums, a.units.group);
-    if (!has) continue;
+    sum_over_group(sums, odd);
+    if (token >= range.end) continue;
 
+    // Read once more, which costs less than registers for four rows.
     const JoinScales scales = join_scales(sums, a, has_h);
-    Share dy;
+    Share dx = rows.read(turn, 0), dy = rows.read(turn, 3);
+    const Share dh = rows.read(turn, 1), x = rows.read(turn, 2);
+    const int64_t at = a.cut.row(range.batch, token) * a.width;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      dx[i] += double_norm_dx(pre.gain[i] * dh[i], x[i], pre.square[i], scales.pre, scales.pull_pre);
-      dy[i] = double_norm_dx(post.gain[i] * dx[i], y[i], post.square[i], scales.post,
-                             scales.pull_post);
-      of_pre.add(i, dh[i], x[i], scales.pre, scales.pull_pre);
-      of_post.add(i, dx[i], y[i], scales.post, scales.pull_post);
+      dx[i] += of_pre.add(i, dh[i], x[i], pre, scales.pre, scales.pull_pre);
+      dy[i] = of_post.add(i, dx[i], dy[i], post, scales.post, scales.pull_post);
+      if constexpr (!kAligned) {  // at once, for want of registers
+        columns.put(a.dx + at, i, dx[i]);
+        columns.put(a.dy + at, i, dy[i]);
+      }
     }
-    columns.store(a.dx + a.units.row(unit, r) * a.width, dx);
-    columns.store(a.dy + a.units.row(unit, r) * a.width, dy);
+    if constexpr (kAligned) {
+      columns.store(a.dx + at, dx);
+      columns.store(a.dy + at, dy);
+    }
   }
-  if (a.units.index() >= a.units.count) return;
-  const int64_t offset = static_cast<int64_t>(a.units.index()) * a.slots * kSums * a.width;
+  await_copies();
+  const int64_t offset = static_cast<int64_t>(blockIdx.x) * a.slots * kSums * a.width;
   if (a.partial_post != nullptr) of_post.store(a.partial_post + offset, columns);
   if (a.partial_pre != nullptr) of_pre.store(a.partial_pre + offset, columns);
 }
@@ -178,11 +198,12 @@ int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3
                                  float eps, void* x_out, void* h, cudaStream_t stream) {
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
+  const Cut cut(shape, kForwardThreads, kForwardResident, kForwardCost);
   return with_dtypes(dtypes, [&](auto activation, auto parameter) {
     using T = decltype(activation);
     using P = decltype(parameter);
     JoinForward<T, P> a{};
-    a.units = Units(shape, kRows);
+    a.cut = cut;
     a.width = static_cast<int>(shape.width);
     a.inverse_width = 1.f / a.width;
     a.eps = eps;
@@ -197,7 +218,8 @@ int blip3o_sandwich_join_forward(blip3o_dtypes dtypes, blip3o_shape shape, blip3
                              aligned(y, sizeof(T)) && aligned({layer_scale, x_out, h}) &&
                              aligned(post, sizeof(P)) && aligned(pre, sizeof(P));
     return with_flag(whole_words, [&](auto words) {
-      return launch<join_forward<T, P, words>>(a.units.blocks(), a.units.threads(), a, stream);
+      const int shared = cut.shared<Pipeline<T, 2, kForwardStages, words>>();
+      return launch<join_forward<T, P, words>>(cut.blocks, cut.threads(), a, stream, shared);
     });
   });
 }
@@ -211,7 +233,7 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
                                   cudaStream_t stream) {
   using namespace blip3o;
   if (!has_kernel(shape)) return cudaErrorInvalidValue;
-  const Units units(shape, backward_rows(shape));
+  const Cut cut = backward_cut(dtypes.activation, shape);
   ModulationGrads wanted[2];
   int slots = 0;
   if (workspace != nullptr && (post != nullptr || layer_scale != nullptr)) {
@@ -227,7 +249,7 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
     using T = decltype(activation);
     using P = decltype(parameter);
     JoinBackward<T, P> a{};
-    a.units = units;
+    a.cut = cut;
     a.width = static_cast<int>(shape.width);
     a.inverse_width = 1.f / a.width;
     a.eps = eps;
@@ -249,10 +271,11 @@ int blip3o_sandwich_join_backward(blip3o_dtypes dtypes, blip3o_shape shape, blip
         aligned({layer_scale, dx, dy, workspace}) && aligned(post, sizeof(P)) &&
         aligned(pre, sizeof(P));
     return with_flag(whole_words, [&](auto words) {
-      return launch<join_backward<T, P, words>>(units.blocks(), units.threads(), a, stream);
+      const int shared = cut.shared<Pipeline<T, 4, kBackwardStages, words>>();
+      return launch<join_backward<T, P, words>>(cut.blocks, cut.threads(), a, stream, shared);
     });
   });
   if (error != cudaSuccess || slots == 0) return error;
-  return launch_modulation_grads(dtypes.parameter, shape, units, workspace, slots, wanted, slots, eps,
+  return launch_modulation_grads(dtypes.parameter, shape, cut, workspace, slots, wanted, slots, eps,
                                  stream);
 }

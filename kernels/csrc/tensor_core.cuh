@@ -6,7 +6,7 @@
 //   b[0..1]: column g at rows 2t and 2t + 8, and each one's lower neighbour
 //   c[0..3]: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 //
-// Source: PTX ISA, mma.m16n8k16, ldmatrix and cp.async.
+// Source: PTX ISA, mma.m16n8k16 and ldmatrix.
 #ifndef BLIP3O_TENSOR_CORE_CUH
 #define BLIP3O_TENSOR_CORE_CUH
 
@@ -16,19 +16,6 @@
 #include <cstdint>
 
 namespace blip3o {
-
-/// 16 bytes from global to shared memory behind the thread's back; zeros where there is nothing.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool present) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(present ? 16 : 0)
-               : "memory");
-}
-
-/// Waits for the copies of this thread.
-__device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
 
 /// Four 8 x 8 matrices from shared memory. Lane 8m + i passes the address of row i of matrix m; of
 /// each matrix a lane receives row g, columns 2t and 2t + 1; transposed, column g, rows 2t and 2t + 1.

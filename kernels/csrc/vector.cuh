@@ -42,10 +42,23 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-/// To the nearest T and back.
-template <typename T>
-__device__ __forceinline__ float rounded(float x) {
-  return widen(narrow<T>(x));
+/// To the nearest T and back; two at a time, which is one instruction each way.
+template <typename T, int kCount>
+__device__ __forceinline__ void round_to(float (&x)[kCount]) {
+  static_assert(kCount % 2 == 0);
+  if constexpr (!std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      float2 pair = make_float2(x[i], x[i + 1]);
+      if constexpr (std::is_same_v<T, __half>) {
+        pair = __half22float2(__float22half2_rn(pair));
+      } else {
+        pair = __bfloat1622float2(__float22bfloat162_rn(pair));
+      }
+      x[i] = pair.x;
+      x[i + 1] = pair.y;
+    }
+  }
 }
 
 /// Elements of T that travel in one access when kCount of them are wanted.

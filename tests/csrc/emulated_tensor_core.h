@@ -1,6 +1,5 @@
 // Stands in for kernels/csrc/tensor_core.cuh: every lane shows the warp what it holds, waits, and
-// gathers what the instruction would hand it. A copy spoils its target at once and arrives when it is
-// waited for, so reading too early shows. Included after emulation.h.
+// gathers what the instruction would hand it. Included after emulation.h.
 #pragma once
 
 #define BLIP3O_TENSOR_CORE_CUH
@@ -16,14 +15,6 @@ namespace emulation {
 /// What the lanes of each warp have shown one another: addresses, or four words.
 inline std::vector<std::array<const void*, kWarp>> shown_rows;
 inline std::vector<std::array<std::array<uint32_t, 4>, kWarp>> shown_words;
-
-struct Copy {
-  void* to;
-  const void* from;  // null: zeros
-};
-
-/// Copies that a thread has started, by its index.
-inline std::vector<std::vector<Copy>> copies;
 
 /// Calls `show`, lets the warp come together, calls `gather`, and keeps it together until all have.
 template <typename Show, typename Gather>
@@ -47,32 +38,6 @@ inline void __syncwarp() {
 }
 
 namespace blip3o {
-
-inline constexpr size_t kCopyBytes = 16;
-
-inline void copy_async(void* to, const void* from, bool present) {
-  using namespace emulation;
-  if (reinterpret_cast<uintptr_t>(to) % kCopyBytes || reinterpret_cast<uintptr_t>(from) % kCopyBytes) {
-    std::abort();
-  }
-  if (copies.size() < block.threads.size()) copies.resize(block.threads.size());
-  std::memset(to, 0xff, kCopyBytes);  // NaN in either dtype
-  copies[block.running->index.x].push_back({to, present ? from : nullptr});
-}
-
-inline void await_copies() {
-  using namespace emulation;
-  if (copies.size() < block.threads.size()) copies.resize(block.threads.size());
-  auto& mine = copies[block.running->index.x];
-  for (const Copy& copy : mine) {
-    if (copy.from) {
-      std::memcpy(copy.to, copy.from, kCopyBytes);
-    } else {
-      std::memset(copy.to, 0, kCopyBytes);
-    }
-  }
-  mine.clear();
-}
 
 template <bool kTransposed, typename T>
 void load_matrices(uint32_t (&out)[4], const T* row) {

@@ -7,17 +7,20 @@
 #pragma once
 
 #define BLIP3O_LAUNCH_CUH  // stands in for kernels/csrc/launch.cuh
+#define BLIP3O_ASYNC_COPY_CUH  // and for kernels/csrc/async_copy.cuh
 
 #include <cuda_runtime_api.h>
 #include <setjmp.h>
 #include <ucontext.h>
 #include <vector_functions.h>
 
+#include <array>
 #include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -35,6 +38,21 @@ struct Barrier {
   int members = 0, arrived = 0, generation = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  int barriers = 0;  // that the thread has passed since
+
+  void arrive() const {
+    constexpr size_t kBytes = 16;
+    if (from) {
+      std::memcpy(to, from, kBytes);
+    } else {
+      std::memset(to, 0, kBytes);
+    }
+  }
+};
+
 struct Thread {
   ucontext_t context;  // enters the thread; later visits jump, which spares a system call
   jmp_buf resume;
@@ -42,12 +60,15 @@ struct Thread {
   uint3 index;
   int warp, lane;
   bool started, done;
+  std::vector<std::vector<Copy>> batches;  // of copies under way; the last one is open
 };
 
 struct Block {
   std::vector<Thread> threads;
   std::vector<Barrier> warps;
+  std::array<Barrier, 16> named;
   std::vector<float> exchanged;
+  std::vector<uint4> shared;
   Barrier all;
   Thread* running = nullptr;
   jmp_buf scheduler;
@@ -102,6 +123,7 @@ inline void prepare(dim3 threads) {
   block.warps.assign((count + kWarp - 1) / kWarp, {});
   block.exchanged.assign(block.warps.size() * kWarp, NAN);
   block.all = {};
+  block.named = {};
   for (int i = 0; i < count; ++i) {
     Thread& thread = block.threads[i];
     thread.stack.resize(kStackBytes);
@@ -109,6 +131,7 @@ inline void prepare(dim3 threads) {
     thread.warp = i / kWarp;
     thread.lane = i % kWarp;
     thread.started = thread.done = false;
+    thread.batches.assign(1, {});
     ++block.all.members;
     ++block.warps[thread.warp].members;
     getcontext(&thread.context);
@@ -152,34 +175,94 @@ inline void run(dim3 threads) {
 inline uint3 blockIdx;
 inline dim3 blockDim;
 
-inline void __syncthreads() { emulation::wait(emulation::block.all); }
+/// Copies that nobody has waited for arrive at the second barrier, on top of what was written since.
+inline void __syncthreads() {
+  for (auto& batch : emulation::block.running->batches) {
+    for (emulation::Copy& copy : batch) {
+      if (copy.barriers++ > 0) copy.arrive();
+    }
+  }
+  emulation::wait(emulation::block.all);
+}
 
-inline float __shfl_xor_sync(unsigned, float value, int offset) {
+inline float __shfl_sync(unsigned, float value, int lane) {
   using namespace emulation;
   Thread& self = *block.running;
   float* const warp = &block.exchanged[self.warp * kWarp];
   warp[self.lane] = value;
   wait(block.warps[self.warp]);
-  const float other = warp[self.lane ^ offset];
+  const float other = warp[lane];
   wait(block.warps[self.warp]);
   return other;
 }
 
+inline float __shfl_xor_sync(unsigned all, float value, int offset) {
+  return __shfl_sync(all, value, emulation::block.running->lane ^ offset);
+}
+
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 namespace blip3o {
 
+inline constexpr int kMostShared = 96 * 1024;
+
 inline void await_previous() {}
 
+/// Few enough that small tests fill several waves.
+inline int multiprocessors() { return 2; }
+
+inline char* shared_memory() { return reinterpret_cast<char*>(emulation::block.shared.data()); }
+
+inline void sync_some(int barrier, int threads) {
+  using namespace emulation;
+  if (barrier < 1 || barrier > 15 || threads % kWarp != 0) std::abort();
+  block.named[barrier].members = threads;
+  wait(block.named[barrier]);
+}
+
+/// Spoils the target; the bytes arrive when they are waited for, so reading too early shows.
+inline void copy_async(void* to, const void* from, bool present) {
+  constexpr size_t kBytes = 16;
+  if (reinterpret_cast<uintptr_t>(to) % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) {
+    std::abort();
+  }
+  std::memset(to, 0xff, kBytes);  // NaN in either dtype
+  emulation::block.running->batches.back().push_back({to, present ? from : nullptr});
+}
+
+inline void commit_copies() { emulation::block.running->batches.push_back({}); }
+
+inline void arrive(std::vector<emulation::Copy>& batch) {
+  for (const emulation::Copy& copy : batch) copy.arrive();
+  batch.clear();
+}
+
+template <int kPending>
+void await_batches() {
+  auto& batches = emulation::block.running->batches;
+  while (batches.size() > kPending + 1) {
+    arrive(batches.front());
+    batches.erase(batches.begin());
+  }
+}
+
+inline void await_copies() {
+  await_batches<0>();
+  arrive(emulation::block.running->batches.back());
+}
+
 template <auto kKernel, typename Arguments>
-int launch(int64_t blocks, dim3 threads, Arguments arguments, cudaStream_t) {
-  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+int launch(int64_t blocks, dim3 threads, Arguments arguments, cudaStream_t, int shared = 0) {
+  if (blocks > INT_MAX || shared > kMostShared) return cudaErrorInvalidValue;
   blockDim = threads;
   emulation::block.body = [&] { kKernel(arguments); };
   for (int64_t i = blocks - 1; i >= 0; --i) {
+    // NaN: what one block leaves is not there for the next.
+    emulation::block.shared.assign(shared / sizeof(uint4), make_uint4(~0u, ~0u, ~0u, ~0u));
     blockIdx = make_uint3(static_cast<unsigned>(i), 0, 0);
     emulation::run(threads);
   }

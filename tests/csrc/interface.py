@@ -95,7 +95,7 @@ def load(path: Path) -> ctypes.CDLL:
     for name, types in signatures().items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, c_int
-    library.blip3o_sandwich_workspace.argtypes = [Shape, c_int]
+    library.blip3o_sandwich_workspace.argtypes = [c_int, Shape, c_int]
     library.blip3o_sandwich_workspace.restype = c_int64
     return library
 
@@ -157,8 +157,9 @@ class Kernels:
         if code:
             raise RuntimeError(f"{name}: CUDA error {code}")
 
-    def workspace(self, out: Outputs, shape: Shape, sites: int) -> Tensor:
-        return out.new((self.library.blip3o_sandwich_workspace(shape, sites),), torch.float32)
+    def workspace(self, out: Outputs, dtypes: Dtypes, shape: Shape, sites: int) -> Tensor:
+        floats = self.library.blip3o_sandwich_workspace(dtypes.activation, shape, sites)
+        return out.new((floats,), torch.float32)
 
     def sandwich_norm(
         self,
@@ -256,7 +257,7 @@ class _SandwichNorm(torch.autograd.Function):
             ctx.kernels.run(
                 *("sandwich_norm_backward", dtypes, shape, rows(dh), rows(x)),
                 *(modulation(Modulation(*site)), ctx.eps, pointer(dx), grads(dsite)),
-                pointer(ctx.kernels.workspace(out, shape, 1)),
+                pointer(ctx.kernels.workspace(out, dtypes, shape, 1)),
             )
         return None, None, dx, *dsite
 
@@ -281,18 +282,18 @@ class _SandwichJoin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx_out: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
         x, y, layer_scale, *sites = ctx.saved_tensors
-        shape = Shape(*x.shape)
+        dtypes, shape = _dtypes(ctx.saved_tensors), Shape(*x.shape)
         with Outputs() as out:
             dx, dy = out.new(x.shape, x.dtype), out.new(x.shape, x.dtype)
             dls, *dsites = (
                 None if u is None else out.new(u.shape, u.dtype) for u in (layer_scale, *sites)
             )
             ctx.kernels.run(
-                *("sandwich_join_backward", _dtypes(ctx.saved_tensors), shape, rows(dx_out)),
+                *("sandwich_join_backward", dtypes, shape, rows(dx_out)),
                 *(rows(dh), rows(x), rows(y), pointer(layer_scale)),
                 *(_site(sites[:4]), _site(sites[4:]), ctx.eps, pointer(dx), pointer(dy)),
                 *(pointer(dls), grads(dsites[:4]), grads(dsites[4:])),
-                pointer(ctx.kernels.workspace(out, shape, 2)),
+                pointer(ctx.kernels.workspace(out, dtypes, shape, 2)),
             )
         return None, None, dx, dy, dls, *dsites
 

@@ -85,6 +85,13 @@ def test_optional_parts(
     check(ours(kernels), spec, inputs(2, 5, 64, dtype, param, parts=parts))
 
 
+@pytest.mark.parametrize("parts", ["scale post", "pre", "scale post pre"])
+def test_turns_of_a_group_of_several_warps(kernels: Kernels, parts: str) -> None:
+    """Blocks walk several rows a group, and sums of one turn must not meet those of the next."""
+    tensors = inputs(1, 33, 512, torch.bfloat16, torch.bfloat16, parts=parts)
+    check(ours(kernels), spec_from_stored(torch.bfloat16) if "pre" in parts else spec, tensors)
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_only_one_output_is_used(kernels: Kernels, used: int) -> None:
     """The gradient of the other never arrives."""

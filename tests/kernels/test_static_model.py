@@ -66,6 +66,25 @@ def test_a_second_load_is_of_the_cache():
     assert twice.alone - once.alone == sass.CACHED - sass.READY["mufu"]
 
 
+ASYNC = """
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64] ;
+        /*0010*/                   LDGDEPBAR ;
+        /*0020*/                   DEPBAR.LE SB0, 0x{pending} ;
+        /*0030*/                   LDS.128 R4, [R0] ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/                   BRA 0x0 ;
+"""
+
+
+def test_copies_are_waited_for_by_batch():
+    """A batch that a wait leaves under way has further trips to arrive in."""
+    trips = [sass.read(ASYNC.format(pending=n)).loops[0] for n in range(4)]
+    assert trips[0].loaded == trips[0].stored == 32 * 16
+    assert trips[0].alone >= sass.MEMORY
+    for ahead in (1, 2, 3):
+        assert trips[ahead].alone == pytest.approx(trips[0].alone / (ahead + 1), rel=0.05)
+
+
 def test_resident_programs():
     """Registers are given to warps in eights, shared memory with 1 KiB for the system."""
     device = model.DEVICES[90]
