@@ -92,6 +92,7 @@ class ElementwiseLaunch(NamedTuple):
     grid: tuple[int]
 
 
+@lru_cache(maxsize=1024)
 def forward_launch(width: int, rows: int, columns: int) -> RowLaunch:
     """The launch of a kernel that maps each of ``rows`` rows of ``width`` columns by itself.
 
