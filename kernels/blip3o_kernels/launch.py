@@ -17,7 +17,7 @@ The cut of a row and its threads depend on the width only. So the result of a ro
 the other rows.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -180,8 +180,8 @@ def row_block(width: int) -> int:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Make the device of ``x`` the current one; nothing in the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Make the device of ``x`` the current one; nothing on a CPU, whose number is -1."""
+    return torch.cuda.device(x.get_device())
 
 
 def elementwise_launch(rows: int, width: int) -> ElementwiseLaunch:
@@ -233,13 +233,15 @@ def merged_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def accumulator(*tensors: Tensor | None) -> tl.dtype:
     """The dtype to compute in: fp32, or fp64 where an input is."""
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return tl.float64 if wide else tl.float32
+    for x in tensors:
+        if x is not None and x.dtype is torch.float64:
+            return tl.float64
+    return tl.float32
 
 
 def torch_accumulator(acc: tl.dtype) -> torch.dtype:
     """The torch dtype of ``acc``."""
-    return torch.float64 if acc == tl.float64 else torch.float32
+    return torch.float64 if acc is tl.float64 else torch.float32
 
 
 def _power_of_two_below(n: int) -> int:
