@@ -144,7 +144,7 @@ def _row_launch(width: int, columns: int) -> RowLaunch:
 def row_cut(width: int, threads: int) -> tuple[tuple[int, int], ...]:
     """Pieces of 8, 4 and 2 columns a thread. The rest is rounded up to one column a thread or more.
 
-    A row that is narrower than that is one piece.
+    A row that is narrower than that is one piece, of 8 columns at least.
     """
     pieces: list[tuple[int, int]] = []
     first = 0
@@ -154,7 +154,7 @@ def row_cut(width: int, threads: int) -> tuple[tuple[int, int], ...]:
             first += size
     if first < width:
         rest = next_power_of_2(width - first)
-        pieces.append((first, max(threads, rest) if pieces else rest))
+        pieces.append((first, max(threads if pieces else 8, rest)))
     return tuple(pieces)
 
 
