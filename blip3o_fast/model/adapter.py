@@ -8,6 +8,7 @@ therefore padded with zeros. Parameters keep the published shapes.
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,10 +45,13 @@ def adapter_layer(
     norm_bias: Tensor,
     eps: float,
     impls: ImplTable,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """``gelu(norm(linear(h)))`` of padded rows; the norm counts the true width only."""
+    """``dropout(gelu(norm(linear(h))))`` of padded rows; the norm counts the true width only."""
     h = F.linear(h, weight, bias)
-    return ops.adapter_norm(h, norm_weight, norm_bias, eps=eps, impl=impls.adapter_norm)
+    seed = torch.randint(2**63 - 1, (1,), device=h.device) if dropout else None
+    options = {"eps": eps, "dropout": dropout, "seed": seed, "impl": impls.adapter_norm}
+    return ops.adapter_norm(h, norm_weight, norm_bias, **options)
 
 
 class EVAAdapter(nn.Module):
@@ -98,13 +102,14 @@ class EVAAdapter(nn.Module):
 
     def _layer(self, h: Tensor, layer: list[nn.Module], width: int, multiple: int) -> Tensor:
         linear, norm, gelu, dropout = layer
-        kinds = zip(layer, (nn.Linear, nn.LayerNorm, nn.GELU), strict=False)
-        if not all(is_plain(module, kind) for module, kind in kinds):
+        kinds = (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout)
+        if not all(is_plain(module, kind) for module, kind in zip(layer, kinds, strict=True)):
             return dropout(gelu(norm(linear(h[..., :width]))))
         assert isinstance(linear, nn.Linear) and isinstance(norm, nn.LayerNorm)
+        assert isinstance(dropout, nn.Dropout)
         weight, bias = padded(linear.weight, linear.bias, h.shape[-1], multiple)
-        h = adapter_layer(h, weight, bias, norm.weight, norm.bias, norm.eps, self.impls)
-        return dropout(h)
+        p = dropout.p if dropout.training else 0.0
+        return adapter_layer(h, weight, bias, norm.weight, norm.bias, norm.eps, self.impls, p)
 
 
 def adapter_widths(config: DiTConfig) -> list[int]:

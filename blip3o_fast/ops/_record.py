@@ -17,7 +17,7 @@ from blip3o_fast.ops._dispatch import DTYPES, Impl, check_tensors, choose, outsi
 from blip3o_fast.ops._specimens import Sizes
 
 Arguments = tuple[Any, ...]
-ANY = ["..."]
+ANY = ("...",)
 
 
 def takes_all(x: Tensor) -> None:
@@ -104,7 +104,8 @@ class Fused(NamedTuple):
         return find_launcher(self.kernels, launcher)
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, list, type(None)))
+"""Types of plain arguments; a list holds numbers."""
 
 
 def _watched(arguments: Arguments) -> bool:
@@ -172,10 +173,10 @@ class Op:
     fused: dict[Impl, Fused] = field(default_factory=dict, init=False, compare=False, repr=False)
     differentiable: int = field(init=False)
     rows: int = field(init=False)
-    _letters: list[list[str] | None] = field(init=False, compare=False, repr=False)
+    _letters: list[tuple[str, ...] | None] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        letters = [axes.split() if axes else None for axes in self.axes.values()]
+        letters = [tuple(axes.split()) if axes else None for axes in self.axes.values()]
         found = {
             "_letters": letters,
             "rows": sum(axes == ANY or len(axes or ()) > 2 for axes in letters),
@@ -235,15 +236,20 @@ class Op:
     def check(self, *arguments: Any) -> None:
         """Raise ``ValueError`` unless the arguments fit each other."""
         sizes: dict[str, int] = {}
+        shapes: dict[tuple[str, ...], torch.Size] = {}
         device = arguments[0].device
         for name, letters, x in zip(self.axes, self._letters, arguments, strict=False):
             if x is None or letters is None:
                 continue
             if letters != ANY:
                 shape = x.shape
-                fits = len(shape) == len(letters)
-                for letter, size in zip(letters, shape, strict=False):
-                    fits = fits and sizes.setdefault(letter, size) == size
+                if letters in shapes:
+                    fits = shapes[letters] == shape
+                else:
+                    fits = len(shape) == len(letters)
+                    for letter, size in zip(letters, shape, strict=False):
+                        fits = fits and sizes.setdefault(letter, size) == size
+                    shapes[letters] = shape
                 if not fits:
                     check_shape(name, x, " ".join(letters), **sizes)
             if x.dtype not in DTYPES or x.device != device:

@@ -71,6 +71,10 @@ class Sizes:
         """``[B]`` in [0, 1), in at least fp32."""
         return torch.rand(self.batch, dtype=self._wide, device=self.device)
 
+    def seed(self) -> Tensor:
+        """Of dropout: int64 ``[1]``."""
+        return torch.randint(2**63 - 1, (1,), device=self.device)
+
     def _normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self.device)
 

@@ -1,4 +1,4 @@
-"""``out = gelu(layer_norm(x[:W]) * w + b)`` on rows padded to P >= W columns; the padding is 0.
+"""``out = dropout(gelu(layer_norm(x[:W]) * w + b))`` on rows padded to P >= W; the padding is 0.
 
     xhat = (x - mean) rstd        u = w xhat + b
     out = u Phi(u)                Phi(u) = (1 + erf(u / sqrt 2)) / 2
@@ -12,6 +12,10 @@ Forward, per row: reads P elements, writes P. Backward: reads 2 P, writes P, and
 sums per program. Whole rows are read, since a mask that ends at an odd W would split the 16-byte
 accesses; the padding is then ignored. Only the inputs are saved. Accumulates in fp32 (fp64 for
 fp64).
+
+Dropout is that of ``reference.kept``: bits of a counter, so backward draws them again. A thread has
+eight columns of most pieces, which is what one call of the generator serves. With dropout off, the
+generated code is unchanged.
 """
 
 # Pyright does not know Triton's loops over constants.
@@ -64,6 +68,21 @@ def _without_padding(x, k: tl.constexpr, CUT: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @jit
+def _after_dropout(h, seed, row, k: tl.constexpr, CUT: tl.constexpr, DROPPED: tl.constexpr):
+    """Piece ``k`` of rows with numbers ``row`` ``[ROWS, 1]``, as ``reference.kept`` says."""
+    groups: tl.constexpr = CUT[k][1] // 8
+    zero = tl.zeros((h.shape[0], groups), tl.uint32)
+    group = zero + (CUT[k][0] // 8 + tl.arange(0, groups)).to(tl.uint32)[None, :]
+    row = zero + row.to(tl.uint32)
+    a, b, c, d = tl.philox(seed, group, row, zero, zero, n_rounds=7)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    # The low and the high half of a word, each above 16 bits that decide nothing.
+    bits = tl.reshape(tl.join(words << 16, words), h.shape).to(tl.int32, bitcast=True)
+    kept = bits >= (DROPPED - 32768) * 65536
+    return tl.where(kept, h * (65536 / (65536 - DROPPED)), 0.0)
+
+
+@jit
 def _mean_and_rstd(x, CUT: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr):
     """Of rows, over the true columns."""
     true = ()
@@ -81,6 +100,7 @@ def _forward_kernel(
     x,
     weight,
     bias,
+    seed,
     out,
     tokens,
     rows,
@@ -91,11 +111,14 @@ def _forward_kernel(
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    DROPPED: tl.constexpr,
     CUT: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
+    if DROPPED:
+        seed = tl.load(seed)
     for token in range(first, last, ROWS):
         row, inside = rows_of(token, last, ROWS)
         values = load_rows(x + sample * x_b, row * x_n, x_d, inside, CUT, PADDED, ACC)
@@ -107,6 +130,8 @@ def _forward_kernel(
             u = tl.fma(xhat, w, parameter_piece(bias, k, CUT, WIDTH, ROWS, ACC, True))
             tail, _ = normal_tail(u, out.dtype.element_ty.primitive_bitwidth <= 16)
             h = tl.fma(tl.abs(u), -tail, tl.maximum(u, 0.0, tl.PropagateNan.ALL))
+            if DROPPED:
+                h = _after_dropout(h, seed, sample * tokens + row, k, CUT, DROPPED)
             store_piece(out, target, h, inside, k, CUT, PADDED)
 
 
@@ -116,6 +141,7 @@ def _backward_kernel(
     x,
     weight,
     bias,
+    seed,
     dx,
     partial,
     tokens,
@@ -130,6 +156,7 @@ def _backward_kernel(
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    DROPPED: tl.constexpr,
     CUT: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
@@ -144,6 +171,15 @@ def _backward_kernel(
         row, inside = rows_of(token, last, ROWS)
         upstream = load_rows(dout + sample * dout_b, row * dout_n, dout_d, inside, CUT, PADDED, ACC)
         values = load_rows(x + sample * x_b, row * x_n, x_d, inside, CUT, PADDED, ACC)
+        if DROPPED:
+            # Here, where fewer registers are in use than beside the slope of the GELU. The seed is
+            # read for each row, so that no register holds what follows from it meanwhile.
+            key = tl.load(seed)
+            left = ()
+            for k in tl.static_range(len(CUT)):
+                number = sample * tokens + row
+                left += (_after_dropout(upstream[k], key, number, k, CUT, DROPPED),)
+            upstream = left
         mean, rstd = _mean_and_rstd(values, CUT, EPS, WIDTH)
         xhat = ()
         gradient = ()
@@ -175,7 +211,9 @@ def _backward_kernel(
         store_sum(sums + PADDED, db, CUT, PADDED)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, dropped: int
+) -> Tensor:
     """``[B, N, P]`` to ``[B, N, P]``."""
     out = x.new_empty(x.shape)
     weight, bias = unit_stride(weight), unit_stride(bias)
@@ -190,6 +228,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             source,
             weight,
             bias,
+            seed,
             out,
             tokens,
             launch.rows,
@@ -198,6 +237,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             EPS=eps,
             WIDTH=weight.shape[0],
             PADDED=padded,
+            DROPPED=dropped,
             ACC=accumulator(x, weight, bias),
             **launch.constants,
         )
@@ -205,7 +245,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, parameters: bool
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropped: int,
+    parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and, with ``parameters``, of weight and bias, else empty tensors."""
     dx = x.new_empty(x.shape)
@@ -227,6 +274,7 @@ def backward(
                 source,
                 weight,
                 bias,
+                seed,
                 dx,
                 partial,
                 tokens,
@@ -237,6 +285,7 @@ def backward(
                 EPS=eps,
                 WIDTH=width,
                 PADDED=padded,
+                DROPPED=dropped,
                 ACC=acc,
                 PARAMETERS=parameters,
                 maxnreg=registers,

@@ -19,6 +19,8 @@ Forward, per row: reads 4 C elements, and writes 2 C sums per program. Backward,
 writes C; saves nothing of that size. Computes in fp32 (fp64 for an fp64 velocity).
 """
 
+from functools import partial
+
 import triton.language as tl
 from torch import Tensor
 
@@ -233,20 +235,17 @@ def forward(
     sources = (velocity, x_t, x_1, noise)
     t = unit_stride(t)
     launch = block_launch(width, samples * tokens)
-
-    def new(*shape: int) -> Tensor:
-        return velocity.new_empty(shape, dtype=torch_accumulator(acc))
-
-    image, factors, total, terms = new(samples, width), new(TERMS), new(), new(TERMS)
+    new = partial(velocity.new_empty, dtype=torch_accumulator(acc))
+    image, factors, total, terms = new(samples, width), new(TERMS), new(()), new(TERMS)
     per_sample = new(samples, TERMS)
     options = {"ACC": acc, "enable_fp_fusion": False}
     chunks = cdiv(tokens, launch.rows)
-    partial, columns = new(samples, chunks, SUMS), new(samples, chunks, 2, width)
+    sums, columns = new(samples, chunks, SUMS), new(samples, chunks, 2, width)
     with on_device(velocity):
         _sums_kernel[(samples * chunks,)](
             *sources,
             t,
-            partial,
+            sums,
             columns,
             tokens,
             launch.rows,
@@ -260,7 +259,7 @@ def forward(
             **options,
         )
         sample_stage[(samples,)](
-            partial,
+            sums,
             columns,
             per_sample,
             image,

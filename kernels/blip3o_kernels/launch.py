@@ -17,7 +17,7 @@ The cut of a row and its threads depend on the width only. So the result of a ro
 the other rows.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -92,6 +92,7 @@ class ElementwiseLaunch(NamedTuple):
     grid: tuple[int]
 
 
+@lru_cache(maxsize=1024)
 def forward_launch(width: int, rows: int, columns: int) -> RowLaunch:
     """The launch of a kernel that maps each of ``rows`` rows of ``width`` columns by itself.
 
@@ -143,7 +144,7 @@ def _row_launch(width: int, columns: int) -> RowLaunch:
 def row_cut(width: int, threads: int) -> tuple[tuple[int, int], ...]:
     """Pieces of 8, 4 and 2 columns a thread. The rest is rounded up to one column a thread or more.
 
-    A row that is narrower than that is one piece.
+    A row that is narrower than that is one piece, of 8 columns at least.
     """
     pieces: list[tuple[int, int]] = []
     first = 0
@@ -153,7 +154,7 @@ def row_cut(width: int, threads: int) -> tuple[tuple[int, int], ...]:
             first += size
     if first < width:
         rest = next_power_of_2(width - first)
-        pieces.append((first, max(threads, rest) if pieces else rest))
+        pieces.append((first, max(threads if pieces else 8, rest)))
     return tuple(pieces)
 
 
@@ -179,8 +180,8 @@ def row_block(width: int) -> int:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Make the device of ``x`` the current one; nothing in the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Make the device of ``x`` the current one; nothing on a CPU, whose number is -1."""
+    return torch.cuda.device(x.get_device())
 
 
 def elementwise_launch(rows: int, width: int) -> ElementwiseLaunch:
@@ -232,13 +233,15 @@ def merged_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def accumulator(*tensors: Tensor | None) -> tl.dtype:
     """The dtype to compute in: fp32, or fp64 where an input is."""
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return tl.float64 if wide else tl.float32
+    for x in tensors:
+        if x is not None and x.dtype is torch.float64:
+            return tl.float64
+    return tl.float32
 
 
 def torch_accumulator(acc: tl.dtype) -> torch.dtype:
     """The torch dtype of ``acc``."""
-    return torch.float64 if acc == tl.float64 else torch.float32
+    return torch.float64 if acc is tl.float64 else torch.float32
 
 
 def _power_of_two_below(n: int) -> int:

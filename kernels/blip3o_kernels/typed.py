@@ -1,7 +1,7 @@
-"""Triton's decorator and integer helpers, with the types that they have on the host.
+"""Triton's decorator, with the type that it has on the host, and its integer helpers.
 
-Triton declares that ``jit`` returns the undecorated function, and that its integer helpers may
-return a constexpr.
+Triton declares that ``jit`` returns the undecorated function. Its own helpers also take constexprs,
+for which the host pays microseconds a call.
 """
 
 from collections.abc import Callable
@@ -12,5 +12,12 @@ import triton
 jit = cast(Callable[..., Any], triton.jit)
 """A kernel is launched with ``kernel[grid](*arguments, num_warps=...)``."""
 
-cdiv = cast(Callable[[int, int], int], triton.cdiv)
-next_power_of_2 = cast(Callable[[int], int], triton.next_power_of_2)
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n`` and 1."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,9 +1,12 @@
 """The whole model on the kernels: recorded outputs, gradients, training, padded widths."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from golden_data import MODELS, load_golden, relative_error
 from rounding import rounding_bound, roundings_of
+from torch.utils.checkpoint import checkpoint
 
 from blip3o_fast import BLIP3oDiT, DiTConfig, RectifiedFlowLoss, ops
 from blip3o_fast.flow import interpolate
@@ -143,11 +146,36 @@ def test_widths_are_padded_where_gemms_want_it(monkeypatch):
     assert seen and all(x.shape[-1] == 64 and x.is_contiguous() for x in seen)
 
 
+@pytest.mark.parametrize("impl", [TRITON, REFERENCE], ids=lambda i: i.value)
+def test_the_generator_of_torch_decides_what_is_dropped(device, impl):
+    """Also where the adapter runs again for its gradient."""
+    torch.manual_seed(0)
+    config = replace(SMALL, eva_adapter_layers=1, eva_adapter_dropout=0.3)
+    model = adapter.EVAAdapter(config, ops.ImplTable(adapter_norm=impl, adapter_mix=impl))
+    model, eva = model.to(device), randn(2, 4, 21, device=device)
+    runs = {
+        "plain": lambda: model(eva),
+        "checkpointed": lambda: checkpoint(model, eva, use_reentrant=False),
+        "later": lambda: (torch.rand(1, device=device), model(eva))[1],
+    }
+    found = {}
+    for name, run in runs.items():
+        torch.manual_seed(1)
+        out = run()
+        found[name] = [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+    for a, b in zip(found["plain"], found["checkpointed"], strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(found["plain"][0], found["later"][0], rtol=1e-3)
+    state = torch.get_rng_state()
+    assert torch.equal(model.eval()(eva), model(eva))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_model_compiles_with_dynamic_shapes(device):
     """One join reads what another wrote, under shapes that the compiler knows by symbols alone."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = BLIP3oDiT(SMALL).to(device).train()
+    model = BLIP3oDiT(replace(SMALL, eva_adapter_dropout=0.3)).to(device).train()
     model.set_impl(TRITON)
     compiled = torch.compile(model, dynamic=True, backend="aot_eager")
     for batch in (2, 3):
@@ -156,6 +184,7 @@ def test_a_model_compiles_with_dynamic_shapes(device):
         results = []
         for run in (model, compiled):
             model.zero_grad()
+            torch.manual_seed(batch)  # of dropout
             out = run(x, t, eva, return_dict=False)
             out.square().sum().backward()
             results.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
