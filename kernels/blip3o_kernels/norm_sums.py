@@ -18,6 +18,7 @@ from blip3o_kernels.tiles import load_vector
 from blip3o_kernels.typed import cdiv, jit, next_power_of_2
 
 ABSENT = (None,) * 4
+"""The tensors of a missing norm."""
 
 STAGE_PROGRAMS = 128
 STAGE_COLUMNS = 8

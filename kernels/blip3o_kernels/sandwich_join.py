@@ -36,7 +36,7 @@ from blip3o_kernels.launch import (
     summed_launch,
     unit_stride,
 )
-from blip3o_kernels.norm_sums import parameter_gradients, partial_sums, sums_of
+from blip3o_kernels.norm_sums import ABSENT, parameter_gradients, partial_sums, sums_of
 from blip3o_kernels.pieces import (
     add_products,
     deep_rows,
@@ -429,9 +429,6 @@ def backward(
         dpre = Modulation(*(torch.zeros_like(u) for u in pre))
     results = (dls, *(dpost or ABSENT), *(dpre or ABSENT))
     return dx, dy, *(x_out.new_empty(0) if g is None else g for g in results)
-
-
-ABSENT = (None,) * 4
 
 
 def _parameters(
