@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import triton
+from blip3o_kernels import launch as row_launch
 from inspect_kernels import (
     ARCHS,
     BASE,
@@ -173,6 +174,7 @@ def predict_op(
     ``device`` is one of ``arch``; None is that of ``DEVICES``.
     """
     device = device or DEVICES[arch]
+    row_launch.MULTIPROCESSORS = device.multiprocessors
     rows = sizes.batch * sizes.tokens
     dtypes = (sizes.dtype, sizes.parameter_dtype or sizes.dtype)
     precision = next(name for name, pair in PRECISIONS.items() if pair == dtypes)
@@ -228,6 +230,8 @@ def predict_launch(launch: Compiled, row_stored: int, device: Device) -> Kernel:
 
 def trips_of_sums(integers: dict[str, int]) -> int:
     """How often the longest program of a stage adds partial sums; 0 where that is not known."""
+    if "SAMPLES" in integers:
+        return -(-integers["samples"] // integers["SAMPLES"])
     if "ROWS" not in integers or "COLS" not in integers:
         return 0
     count = integers.get("samples", 1) * integers.get("chunks", 1)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.launch import torch_accumulator, unit_stride
+from blip3o_kernels.launch import unit_stride
 from blip3o_kernels.pieces import (
     dot,
     parameter_piece,
@@ -124,27 +124,9 @@ def double_norm(x, gain, square, shift, EPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @jit
-def gradient_factors(
-    dout,
-    x,
-    kept,
-    gain,
-    square,
-    EPS: tl.constexpr,
-    CUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    ACC: tl.constexpr,
-    KEPT: tl.constexpr,
-):
+def gradient_factors(dout, x, gain, square, EPS: tl.constexpr, WIDTH: tl.constexpr):
     """``r`` and ``m r^2`` of rows."""
-    scaled = ()
-    product = ()
-    for k in tl.static_range(len(CUT)):
-        g, s = norm_piece(kept, gain, square, k, CUT, WIDTH, ROWS, ACC, KEPT, False)
-        scaled += (s * x[k],)
-        product += (g * dout[k],)
-    squares, products = row_sums(dot(scaled, x), dot(product, x))
+    squares, products = row_sums(dot(times(square, x), x), dot(times(gain, dout), x))
     return factors(squares, products, EPS, WIDTH)
 
 
@@ -182,8 +164,3 @@ class Modulation(NamedTuple):
         """The four ``tensors`` with contiguous columns, or None where they are absent."""
         given = [unit_stride(u) for u in tensors if u is not None]
         return cls(*given) if given else None
-
-
-def partial_sums(x: Tensor, acc: tl.dtype, programs: tuple[int, int], sums: int = 3) -> Tensor:
-    """Empty memory for the sums of each program: ``[B, chunks, sums, D]``."""
-    return x.new_empty((*programs, sums, x.shape[-1]), dtype=torch_accumulator(acc))

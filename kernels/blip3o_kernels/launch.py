@@ -9,9 +9,9 @@ columns are added without a barrier.
   registers for more programs, many need fewer instructions and exchanges a row.
 * Each forward program reads up to four rows of parameters. It walks several tiles of rows, once the
   programs fill a GPU several times over.
-* A backward program writes partial sums: three fp32 rows for each norm, which are read again. So it
-  walks as many rows as leave one program for each place on an H100: 44 of 16,384, which costs 9% of
-  the traffic of a norm of 16 bits.
+* A backward program writes partial sums: three fp32 rows for each norm, which are read again. So
+  that of a norm is as large as a multiprocessor, and walks as many rows as leave one program for
+  each: 128 of 16,384, which costs 3% of the traffic of a norm of 16 bits. It reads rows ahead.
 
 The cut of a row and its threads depend on the width only. So the result of a row does not depend on
 the other rows.
@@ -48,6 +48,12 @@ MULTIPROCESSORS = 132
 REGISTERS = 65536
 SUMS_COST = 16
 """What a backward program spends on its sums, in rows."""
+SUMMED_WARPS = 8
+"""Warps of a program that has a multiprocessor to itself: 255 registers a thread."""
+DEEP_WIDTH = 2048
+DEEP_COLUMNS = 8
+MOST_CHUNKS = 512
+"""Programs of a sample, whose sums one program of the second stage reads at once."""
 
 
 class RowLaunch(NamedTuple):
@@ -98,12 +104,11 @@ def forward_launch(width: int, rows: int, columns: int) -> RowLaunch:
 
     A thread holds at most ``columns`` of a row, unless the row is too wide for that.
     """
-    launch = _row_launch(width, columns)
+    launch = _row_launch(width, columns, ROW_WARPS)
     tiles = _power_of_two_below(min(FORWARD_TILES, rows // launch.tile // FORWARD_PROGRAMS))
     return launch._replace(rows=tiles * launch.tile)
 
 
-@lru_cache(maxsize=1024)
 def backward_launch(
     width: int, samples: int, tokens: int, columns: int, registers: float
 ) -> tuple[RowLaunch, int]:
@@ -112,31 +117,61 @@ def backward_launch(
     ``registers`` are those that a thread needs for each of its columns, besides 60. Samples are cut
     so that the programs fill whole waves.
     """
-    launch = _row_launch(width, columns)
+    launch = _row_launch(width, columns, ROW_WARPS)
     held = sum(size for _, size in launch.cut) * launch.tile / (WARP * launch.num_warps)
     most = REGISTERS // (WARP * launch.num_warps)
     programs = max(1, int(most // min(255, 60 + registers * held)))
     limit = min(255, most // programs // 8 * 8)
-    slots = MULTIPROCESSORS * programs
-    tiles = max(1, cdiv(tokens, launch.tile))
+    rows = _rows_walked(samples, tokens, launch.tile, MULTIPROCESSORS * programs)
+    return launch._replace(rows=rows), limit
+
+
+def summed_launch(x: Tensor, columns: int, depth: int) -> tuple[RowLaunch, int]:
+    """The launch of a kernel over ``[B, N, D]`` that keeps sums of the tokens, and the rows that a
+    thread has at a time.
+
+    Where D is a power of two, a thread has 8 columns of ``depth`` rows, so that it keeps few sums
+    for what it reads at a time. Elsewhere it has up to ``columns`` of one row.
+    """
+    samples, tokens, width = x.shape
+    if width == row_block(width) <= DEEP_WIDTH:
+        columns = DEEP_COLUMNS
+    else:
+        depth = 1
+    launch = _row_launch(width, columns, SUMMED_WARPS)
+    rows = _rows_walked(samples, tokens, launch.tile * depth, multiprocessors(x))
+    return launch._replace(rows=rows), depth
+
+
+@lru_cache(maxsize=1024)
+def _rows_walked(samples: int, tokens: int, at_once: int, slots: int) -> int:
+    """Rows of a program, so that all programs fill whole waves of ``slots``."""
+    tiles = max(1, cdiv(tokens, at_once))
 
     def cost(chunks: int) -> int:
-        walked = cdiv(tiles, chunks) * launch.tile
+        walked = cdiv(tiles, chunks) * at_once
         return cdiv(samples * chunks, slots) * (walked + SUMS_COST)
 
-    chunks = min(range(1, min(tiles, 4 * slots) + 1), key=cost)
-    return launch._replace(rows=cdiv(tiles, chunks) * launch.tile), limit
+    chunks = min(range(1, min(tiles, MOST_CHUNKS) + 1), key=cost)
+    return cdiv(tiles, chunks) * at_once
 
 
-def _row_launch(width: int, columns: int) -> RowLaunch:
-    """One tile of rows."""
+def multiprocessors(x: Tensor) -> int:
+    """Those of the device of ``x``; those of an H100 where there is none."""
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return MULTIPROCESSORS
+
+
+def _row_launch(width: int, columns: int, num_warps: int) -> RowLaunch:
+    """One tile of rows, by ``num_warps`` warps or by as many as a row needs."""
     row_block(width)
     warps = min(MAX_WARPS, next_power_of_2(cdiv(width, WARP * columns)))
     cut = row_cut(width, warps * WARP)
-    if warps < ROW_WARPS and len({size for _, size in cut}) > 1 and width % (4 * warps * WARP) == 0:
+    if warps < num_warps and len({size for _, size in cut}) > 1 and width % (4 * warps * WARP) == 0:
         cut = tuple((first, 4 * warps * WARP) for first in range(0, width, 4 * warps * WARP))
     equal = len({size for _, size in cut}) == 1
-    num_warps = max(ROW_WARPS, warps) if equal else warps
+    num_warps = max(num_warps, warps) if equal else warps
     tile = num_warps // warps
     return RowLaunch(cut, tile, tile, num_warps)
 

@@ -21,6 +21,13 @@ def rows_of(first, last, ROWS: tl.constexpr):
 
 
 @jit
+def deep_rows(first, last, DEPTH: tl.constexpr, ROWS: tl.constexpr):
+    """The same ``[DEPTH, ROWS, 1]`` of a tile of which each thread has ``DEPTH`` rows."""
+    row = first + tl.arange(0, DEPTH)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    return row.to(tl.int64), row < last
+
+
+@jit
 def load_piece(
     base,
     offset,
@@ -52,11 +59,35 @@ def load_piece(
 def load_rows(
     base, offset, stride_d, inside, CUT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr
 ):
-    """All pieces of rows that begin at ``offset`` ``[ROWS, 1]``."""
+    """All pieces of rows that begin at ``offset`` ``[ROWS, 1]``, in ``ACC``."""
+    return widened(fetch_rows(base, offset, stride_d, inside, CUT, WIDTH), ACC)
+
+
+@jit
+def fetch_rows(base, offset, stride_d, inside, CUT: tl.constexpr, WIDTH: tl.constexpr):
+    """The same in the dtype of memory."""
     row = ()
     for k in tl.static_range(len(CUT)):
-        row += (load_piece(base, offset, stride_d, inside, k, CUT, WIDTH, ACC, False),)
+        row += (fetch_piece(base, offset, stride_d, inside, k, CUT, WIDTH),)
     return row
+
+
+@jit
+def fetch_piece(
+    base, offset, stride_d, inside, k: tl.constexpr, CUT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Piece ``k`` in the dtype of memory: rows that are read ahead take few registers."""
+    dtype: tl.constexpr = base.dtype.element_ty
+    return load_piece(base, offset, stride_d, inside, k, CUT, WIDTH, dtype, False)
+
+
+@jit
+def widened(row, ACC: tl.constexpr):
+    """All pieces in ``ACC``."""
+    wide = ()
+    for k in tl.static_range(len(row)):
+        wide += (row[k].to(ACC),)
+    return wide
 
 
 @jit
@@ -124,43 +155,49 @@ def times(a, b):
 @jit
 def dot(a, b):
     """What is left to add of ``sum(a b)`` of each row: a tile as wide as the last piece."""
-    columns: tl.constexpr = a[len(a) - 1].shape[1]
-    run = a[0] * b[0]
-    total = tl.full((a[0].shape[0], columns), 0.0, run.dtype)
-    for k in tl.static_range(1, len(a)):
-        if a[k].shape[1] == a[k - 1].shape[1]:
-            run = tl.fma(a[k], b[k], run)
-        else:
-            total += folded(run, columns)
-            run = a[k] * b[k]
-    return run if a[0].shape[1] == columns else total + run
+    return total(times(a, b))
 
 
 @jit
 def total(a):
     """What is left to add of ``sum(a)`` of each row, as ``dot`` leaves it."""
-    columns: tl.constexpr = a[len(a) - 1].shape[1]
     run = a[0]
-    before = tl.full((a[0].shape[0], columns), 0.0, run.dtype)
+    before = tl.zeros_like(a[len(a) - 1])
     for k in tl.static_range(1, len(a)):
-        if a[k].shape[1] == a[k - 1].shape[1]:
-            run += a[k]
-        else:
-            before += folded(run, columns)
+        if a[k].shape[-1] != a[k - 1].shape[-1]:
+            before += folded(run, a[len(a) - 1].shape[-1])
             run = a[k]
-    return run if a[0].shape[1] == columns else before + run
+        else:
+            run += a[k]
+    return run if a[0].shape[-1] == a[len(a) - 1].shape[-1] else before + run
 
 
 @jit
 def folded(x, COLUMNS: tl.constexpr):
     """Neighbours added, down to ``COLUMNS`` columns; a thread has them already."""
-    return tl.sum(tl.reshape(x, (x.shape[0], COLUMNS, x.shape[1] // COLUMNS)), axis=2)
+    if len(x.shape) == 3:
+        x = tl.reshape(x, (x.shape[0], x.shape[1], COLUMNS, x.shape[2] // COLUMNS))
+    else:
+        x = tl.reshape(x, (x.shape[0], COLUMNS, x.shape[1] // COLUMNS))
+    return tl.sum(x, axis=len(x.shape) - 1)
+
+
+@jit
+def add_products(total, a, b):
+    """``total`` ``[ROWS, COLS]`` and the sum of ``a b`` over the rows of each thread."""
+    if a.shape[0] == 1:
+        shape: tl.constexpr = total.shape
+        return tl.fma(tl.reshape(a, shape), tl.reshape(b, shape), total)
+    else:
+        return total + tl.sum(a * b, axis=0)
 
 
 @jit
 def row_sum(x):
     """The sums ``[ROWS, 1]`` of rows; a scalar for one row."""
-    if x.shape[0] == 1:
+    if len(x.shape) == 3:
+        return tl.sum(x, axis=2, keep_dims=True)
+    elif x.shape[0] == 1:
         return tl.sum(x)
     else:
         return tl.sum(x, axis=1)[:, None]
@@ -169,12 +206,7 @@ def row_sum(x):
 @jit
 def row_sums(x, y):
     """The same of two tiles, in one exchange."""
-    if x.shape[0] == 1:
-        columns: tl.constexpr = x.shape[1]
-        return tl.reduce((tl.reshape(x, (columns,)), tl.reshape(y, (columns,))), 0, _add_two)
-    else:
-        x, y = tl.reduce((x, y), 1, _add_two)
-        return x[:, None], y[:, None]
+    return tl.reduce((x, y), len(x.shape) - 1, _add_two, keep_dims=True)
 
 
 @jit

@@ -26,47 +26,45 @@ from blip3o_kernels.double_norm import (
     Modulation,
     double_norm,
     factors,
-    gradient_factors,
-    keep_norm,
     load_norm,
     norm_gradient,
-    norm_piece,
-    partial_sums,
-    store_partial_sums,
 )
 from blip3o_kernels.launch import (
     accumulator,
-    backward_launch,
     forward_launch,
     on_device,
+    summed_launch,
     unit_stride,
 )
-from blip3o_kernels.norm_sums import parameter_gradients
+from blip3o_kernels.norm_sums import ABSENT, parameter_gradients, partial_sums, sums_of
 from blip3o_kernels.pieces import (
+    add_products,
+    deep_rows,
     dot,
+    fetch_piece,
+    fetch_rows,
     load_parameter,
-    load_piece,
     load_rows,
-    parameter_piece,
-    row_sum,
+    row_sums,
     rows_of,
     store_piece,
     store_rows,
     store_sum,
+    store_sums,
     times,
+    widened,
     zeros,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
-from blip3o_kernels.reduction import column_sum
 from blip3o_kernels.tiles import token_range
 from blip3o_kernels.typed import cdiv, jit
 
 COLUMNS = 24
 """Columns of a thread: a warp holds a row of up to 768."""
 
-BACKWARD_COLUMNS = 16
-BACKWARD_REGISTERS = 6.8
-"""For a column: six sums and what comes and goes. The four inputs of 16 bits add two."""
+BACKWARD_COLUMNS = 12
+BACKWARD_DEPTH = 2
+"""Columns, or rows of eight columns, of a thread with six sums a column."""
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -162,8 +160,7 @@ def _backward_kernel(
     pre_scale,
     dx,
     dy,
-    post_partial,
-    pre_partial,
+    partial,
     tokens,
     rows,
     chunks,
@@ -189,128 +186,128 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     CUT: tl.constexpr,
     ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SUMS: tl.constexpr,
     ACC: tl.constexpr,
     PARAMETERS: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    stream_gradient, upstream = dx_out, dh
+    step: tl.constexpr = DEPTH * ROWS
+    stream_gradient, upstream, stream, branch = dx_out, dh, x_out, y + sample * y_b
     if STREAM:
         stream_gradient += sample * dx_out_b
-    pre_kept, pre_gain, pre_square = pre_partial, (), ()
-    post_kept, post_gain, post_square = post_partial, (), ()
     if PRE:
         upstream += sample * dh_b
+        stream += sample * x_b
+    row, inside = deep_rows(first, last, DEPTH, ROWS)
+    next_d = ()
+    next_g = ()
+    next_u = ()
+    next_v = ()
+    if STREAM:
+        next_d = fetch_rows(stream_gradient, row * dx_out_n, dx_out_d, inside, CUT, WIDTH)
+    if PRE:
+        next_g = fetch_rows(upstream, row * dh_n, dh_d, inside, CUT, WIDTH)
+        next_u = fetch_rows(stream, row * x_n, x_d, inside, CUT, WIDTH)
+    if LAYER_SCALE or POST:
+        next_v = fetch_rows(branch, row * y_n, y_d, inside, CUT, WIDTH)
+    if PRE:
         pre_factor = pre_scale + sample * pre_scale_b
         pre_gain, pre_square = load_norm(
             pre_w1, pre_w2, pre_factor, None, False, EPS, CUT, WIDTH, ROWS, ACC
         )
-        if PARAMETERS:
-            pre_kept = keep_norm(pre_partial, pre_gain, pre_square, CUT, WIDTH, ROWS)
     if POST:
         post_factor = post_scale + sample * post_scale_b
         post_gain, post_square = load_norm(
             post_w1, post_w2, post_factor, layer_scale, LAYER_SCALE, EPS, CUT, WIDTH, ROWS, ACC
         )
-        if PARAMETERS:
-            post_kept = keep_norm(post_partial, post_gain, post_square, CUT, WIDTH, ROWS)
-    stream, branch = x_out + sample * x_b, y + sample * y_b
+    elif LAYER_SCALE:
+        ls = load_parameter(layer_scale, CUT, WIDTH, ROWS, ACC)
     post_p = zeros(CUT, ROWS, ACC)
     post_q = zeros(CUT, ROWS, ACC)
     post_r = zeros(CUT, ROWS, ACC)
     pre_p = zeros(CUT, ROWS, ACC)
     pre_q = zeros(CUT, ROWS, ACC)
     pre_r = zeros(CUT, ROWS, ACC)
-    for token in range(first, last, ROWS):
-        row, inside = rows_of(token, last, ROWS)
-        target = (sample * tokens + row) * WIDTH
-        # All rows are read before the first sum, so that their latencies overlap.
-        if STREAM:
-            d = load_rows(stream_gradient, row * dx_out_n, dx_out_d, inside, CUT, WIDTH, ACC)
-        else:
-            d = zeros(CUT, ROWS, ACC)
-        if LAYER_SCALE or POST:
-            v = load_rows(branch, row * y_n, y_d, inside, CUT, WIDTH, ACC)
+    for token in range(first, last, step):
+        target, present = (sample * tokens + row) * WIDTH, inside
+        # The next rows are on their way while these are computed; those that are needed late take
+        # the registers that these leave.
+        row, inside = deep_rows(token + step, last, DEPTH, ROWS)
+        d, v = next_d, next_v
+        next_d = ()
+        next_v = ()
         if PRE:
-            g = load_rows(upstream, row * dh_n, dh_d, inside, CUT, WIDTH, ACC)
-            u = load_rows(stream, row * x_n, x_d, inside, CUT, WIDTH, ACC)
-        if POST:
-            # The first sum over y needs no gradient: so y need not stay in registers.
-            scaled = ()
-            for k in tl.static_range(len(CUT)):
-                _, square_k = norm_piece(
-                    post_kept, post_gain, post_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, False
-                )
-                scaled += (square_k * v[k],)
-            post_squares = row_sum(dot(scaled, v))
-        if PRE:
-            rms, pull = gradient_factors(
-                g, u, pre_kept, pre_gain, pre_square, EPS, CUT, WIDTH, ROWS, ACC, PARAMETERS
-            )
+            g, u = widened(next_g, ACC), widened(next_u, ACC)
+            next_g = fetch_rows(upstream, row * dh_n, dh_d, inside, CUT, WIDTH)
+            next_u = fetch_rows(stream, row * x_n, x_d, inside, CUT, WIDTH)
+            squares, products = row_sums(dot(times(pre_square, u), u), dot(times(pre_gain, g), u))
+            rms, pull = factors(squares, products, EPS, WIDTH)
         through = ()
         p = ()
         q = ()
         r = ()
         for k in tl.static_range(len(CUT)):
-            dk = d[k]
             if PRE:
-                # Read again, a piece at a time: the sums need the registers.
-                gk = load_piece(upstream, row * dh_n, dh_d, inside, k, CUT, WIDTH, ACC, True)
-                vk = load_piece(stream, row * x_n, x_d, inside, k, CUT, WIDTH, ACC, True)
-                gain_k, square_k = norm_piece(
-                    pre_kept, pre_gain, pre_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, True
-                )
-                dk += norm_gradient(gk, vk, gain_k, square_k, rms, pull)
+                dk = norm_gradient(g[k], u[k], pre_gain[k], pre_square[k], rms, pull)
+                if STREAM:
+                    dk += d[k].to(ACC)
                 if PARAMETERS:
-                    p += (tl.fma(gk, vk * rms, pre_p[k]),)
-                    q += (pre_q[k] + gk,)
-                    r += (tl.fma(vk * pull, vk, pre_r[k]),)
-            store_piece(dx, target, dk, inside, k, CUT, WIDTH)
+                    p += (add_products(pre_p[k], g[k], u[k] * rms),)
+                    q += (pre_q[k] + tl.sum(g[k], axis=0),)
+                    r += (add_products(pre_r[k], u[k] * pull, u[k]),)
+            elif STREAM:
+                dk = d[k].to(ACC)
+            else:
+                dk = tl.zeros((DEPTH, ROWS, CUT[k][1]), ACC)
+            store_piece(dx, target, dk, present, k, CUT, WIDTH)
             through += (dk,)
         if PRE and PARAMETERS:
             pre_p, pre_q, pre_r = p, q, r
+        if LAYER_SCALE or POST:
+            v = widened(v, ACC)
         if POST:
-            v = ()
-            scaled = ()
-            for k in tl.static_range(len(CUT)):
-                v += (load_piece(branch, row * y_n, y_d, inside, k, CUT, WIDTH, ACC, True),)
-                gain_k, _ = norm_piece(
-                    post_kept, post_gain, post_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, False
-                )
-                scaled += (gain_k * through[k],)
-            rms, pull = factors(post_squares, row_sum(dot(scaled, v)), EPS, WIDTH)
+            squares, products = row_sums(
+                dot(times(post_square, v), v), dot(times(post_gain, through), v)
+            )
+            rms, pull = factors(squares, products, EPS, WIDTH)
         p = ()
         q = ()
         r = ()
         for k in tl.static_range(len(CUT)):
             dk = through[k]
             if POST:
-                gain_k, square_k = norm_piece(
-                    post_kept, post_gain, post_square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, True
-                )
-                out = norm_gradient(dk, v[k], gain_k, square_k, rms, pull)
+                out = norm_gradient(dk, v[k], post_gain[k], post_square[k], rms, pull)
                 if PARAMETERS:
-                    p += (tl.fma(dk, v[k] * rms, post_p[k]),)
-                    q += (post_q[k] + dk,)
-                    r += (tl.fma(v[k] * pull, v[k], post_r[k]),)
+                    p += (add_products(post_p[k], dk, v[k] * rms),)
+                    q += (post_q[k] + tl.sum(dk, axis=0),)
+                    r += (add_products(post_r[k], v[k] * pull, v[k]),)
             elif LAYER_SCALE:
-                out = dk * parameter_piece(layer_scale, k, CUT, WIDTH, ROWS, ACC, True)
+                out = dk * ls[k]
                 if PARAMETERS:
-                    p += (tl.fma(dk, v[k], post_p[k]),)
+                    p += (add_products(post_p[k], dk, v[k]),)
             else:
                 out = dk
-            store_piece(dy, target, out, inside, k, CUT, WIDTH)
+            store_piece(dy, target, out, present, k, CUT, WIDTH)
+            if STREAM:
+                next_d += (
+                    fetch_piece(stream_gradient, row * dx_out_n, dx_out_d, inside, k, CUT, WIDTH),
+                )
+            if LAYER_SCALE or POST:
+                next_v += (fetch_piece(branch, row * y_n, y_d, inside, k, CUT, WIDTH),)
         if PARAMETERS:
             if POST:
                 post_p, post_q, post_r = p, q, r
             elif LAYER_SCALE:
                 post_p = p
     if PARAMETERS:
-        if PRE:
-            store_partial_sums(pre_partial, pre_p, pre_q, pre_r, CUT, WIDTH)
+        sums = partial + tl.program_id(0).to(tl.int64) * (SUMS * WIDTH)
         if POST:
-            store_partial_sums(post_partial, post_p, post_q, post_r, CUT, WIDTH)
+            store_sums(sums, post_p, post_q, post_r, CUT, WIDTH)
         elif LAYER_SCALE:
-            store_sum(post_partial + tl.program_id(0).to(tl.int64) * WIDTH, post_p, CUT, WIDTH)
+            store_sum(sums, post_p, CUT, WIDTH)
+        if PRE:
+            store_sums(sums + (SUMS - 3) * WIDTH, pre_p, pre_q, pre_r, CUT, WIDTH)
 
 
 def forward(
@@ -385,16 +382,13 @@ def backward(
     ls, post, pre = _parameters(layer_scale, norms)
     dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
     acc = accumulator(x_out, y, ls, *(post or ()), *(pre or ()))
-    per_column = BACKWARD_REGISTERS + x_out.element_size()
-    columns = BACKWARD_COLUMNS if parameters else COLUMNS
-    launch, registers = backward_launch(width, samples, tokens, columns, per_column)
+    launch, depth = summed_launch(x_out, BACKWARD_COLUMNS, BACKWARD_DEPTH)
     chunks = cdiv(tokens, launch.rows)
     dh = None if pre is None else dh  # that of an empty tensor
-    post_partial = pre_partial = None
-    if parameters and (post is not None or ls is not None):
-        post_partial = partial_sums(x_out, acc, (samples, chunks), 1 if post is None else 3)
-    if parameters and dh is not None:
-        pre_partial = partial_sums(x_out, acc, (samples, chunks))
+    found = pre if dh is not None else None
+    sums = sums_of(ls, post, found) if parameters else 0
+    partial = partial_sums(x_out, acc, (samples, chunks), sums) if sums else None
+    dls = dpost = dpre = None
     with on_device(x_out):
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
@@ -407,8 +401,7 @@ def backward(
                 *((None,) * 3 if pre is None else (pre.w1, pre.w2, pre.scale)),
                 dx,
                 dy,
-                post_partial,
-                pre_partial,
+                partial,
                 tokens,
                 launch.rows,
                 chunks,
@@ -424,26 +417,18 @@ def backward(
                 PRE=dh is not None,
                 EPS=eps,
                 WIDTH=width,
+                DEPTH=depth,
+                SUMS=sums,
                 ACC=acc,
-                PARAMETERS=parameters,
-                maxnreg=registers,
+                PARAMETERS=partial is not None,
                 **launch.constants,
             )
-        dls = dpost = dpre = None
-        if post_partial is not None and post is not None:
-            dpost, dls = parameter_gradients(post_partial, post, ls, eps=eps, acc=acc)
-        elif post_partial is not None and ls is not None:
-            dls = ls.new_empty(width)
-            column_sum(post_partial.view(-1, 1, width), (dls,), acc)
-        if pre_partial is not None and pre is not None:
-            dpre, _ = parameter_gradients(pre_partial, pre, None, eps=eps, acc=acc)
-        elif parameters and pre is not None:
-            dpre = (torch.zeros_like(u) for u in pre)
-    found = (dls, *(dpost or ABSENT), *(dpre or ABSENT))
-    return dx, dy, *(x_out.new_empty(0) if g is None else g for g in found)
-
-
-ABSENT = (None,) * 4
+        if partial is not None:
+            dls, dpost, dpre = parameter_gradients(partial, ls, post, found, eps=eps, acc=acc)
+    if parameters and pre is not None and dpre is None:
+        dpre = Modulation(*(torch.zeros_like(u) for u in pre))
+    results = (dls, *(dpost or ABSENT), *(dpre or ABSENT))
+    return dx, dy, *(x_out.new_empty(0) if g is None else g for g in results)
 
 
 def _parameters(

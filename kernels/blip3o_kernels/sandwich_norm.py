@@ -20,28 +20,29 @@ from blip3o_kernels.double_norm import (
     Modulation,
     double_norm,
     gradient_factors,
-    keep_norm,
     load_norm,
     norm_gradient,
-    norm_piece,
-    partial_sums,
-    store_partial_sums,
 )
 from blip3o_kernels.launch import (
     accumulator,
-    backward_launch,
     forward_launch,
     on_device,
+    summed_launch,
     unit_stride,
 )
-from blip3o_kernels.norm_sums import parameter_gradients
+from blip3o_kernels.norm_sums import parameter_gradients, partial_sums
 from blip3o_kernels.pieces import (
+    add_products,
+    deep_rows,
+    fetch_piece,
+    fetch_rows,
     load_parameter,
-    load_piece,
     load_rows,
     rows_of,
     store_piece,
     store_rows,
+    store_sums,
+    widened,
     zeros,
 )
 from blip3o_kernels.quantise import quantised_like, store_quantised
@@ -52,8 +53,8 @@ COLUMNS = 32
 """Columns of a thread: a warp holds a row of up to 1,024."""
 
 BACKWARD_COLUMNS = 24
-BACKWARD_REGISTERS = 3.5
-"""For a column: three sums and what comes and goes. The two inputs of 16 bits add one."""
+BACKWARD_DEPTH = 4
+"""Columns, or rows of eight columns, of a thread with three sums a column."""
 
 
 @jit(do_not_specialize=["tokens", "rows", "chunks"])
@@ -119,46 +120,48 @@ def _backward_kernel(
     CUT: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
     PARAMETERS: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
+    up, source = dout + sample * dout_b, x + sample * x_b
+    row, inside = deep_rows(first, last, DEPTH, ROWS)
+    next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, WIDTH)
+    next_v = fetch_rows(source, row * x_n, x_d, inside, CUT, WIDTH)
     factor = scale + sample * scale_b
     gain, square = load_norm(w1, w2, factor, None, False, EPS, CUT, WIDTH, ROWS, ACC)
-    kept = partial
-    if PARAMETERS:
-        kept = keep_norm(partial, gain, square, CUT, WIDTH, ROWS)
-    up, source = dout + sample * dout_b, x + sample * x_b
     p = zeros(CUT, ROWS, ACC)
     q = zeros(CUT, ROWS, ACC)
     r = zeros(CUT, ROWS, ACC)
-    for token in range(first, last, ROWS):
-        row, inside = rows_of(token, last, ROWS)
-        upstream = load_rows(up, row * dout_n, dout_d, inside, CUT, WIDTH, ACC)
-        values = load_rows(source, row * x_n, x_d, inside, CUT, WIDTH, ACC)
-        rms, pull = gradient_factors(
-            upstream, values, kept, gain, square, EPS, CUT, WIDTH, ROWS, ACC, PARAMETERS
-        )
-        target = (sample * tokens + row) * WIDTH
+    for token in range(first, last, DEPTH * ROWS):
+        g, v = widened(next_g, ACC), widened(next_v, ACC)
+        target, present = (sample * tokens + row) * WIDTH, inside
+        # The next rows are on their way while these are computed.
+        row, inside = deep_rows(token + DEPTH * ROWS, last, DEPTH, ROWS)
+        next_g = ()
+        next_v = ()
+        if EARLY:
+            next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, WIDTH)
+            next_v = fetch_rows(source, row * x_n, x_d, inside, CUT, WIDTH)
+        rms, pull = gradient_factors(g, v, gain, square, EPS, WIDTH)
         new_p = ()
         new_q = ()
         new_r = ()
         for k in tl.static_range(len(CUT)):
-            # Read again, a piece at a time: the sums need the registers.
-            g = load_piece(up, row * dout_n, dout_d, inside, k, CUT, WIDTH, ACC, True)
-            v = load_piece(source, row * x_n, x_d, inside, k, CUT, WIDTH, ACC, True)
-            gain_k, square_k = norm_piece(
-                kept, gain, square, k, CUT, WIDTH, ROWS, ACC, PARAMETERS, True
-            )
-            d = norm_gradient(g, v, gain_k, square_k, rms, pull)
-            store_piece(dx, target, d, inside, k, CUT, WIDTH)
+            d = norm_gradient(g[k], v[k], gain[k], square[k], rms, pull)
+            store_piece(dx, target, d, present, k, CUT, WIDTH)
             if PARAMETERS:
-                new_p += (tl.fma(g, v * rms, p[k]),)
-                new_q += (q[k] + g,)
-                new_r += (tl.fma(v * pull, v, r[k]),)
+                new_p += (add_products(p[k], g[k], v[k] * rms),)
+                new_q += (q[k] + tl.sum(g[k], axis=0),)
+                new_r += (add_products(r[k], v[k] * pull, v[k]),)
+            if not EARLY:  # They need the registers that these leave.
+                next_g += (fetch_piece(up, row * dout_n, dout_d, inside, k, CUT, WIDTH),)
+                next_v += (fetch_piece(source, row * x_n, x_d, inside, k, CUT, WIDTH),)
         if PARAMETERS:
             p, q, r = new_p, new_q, new_r
     if PARAMETERS:
-        store_partial_sums(partial, p, q, r, CUT, WIDTH)
+        store_sums(partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH), p, q, r, CUT, WIDTH)
 
 
 def forward(
@@ -219,10 +222,9 @@ def backward(
     dx = x.new_empty(x.shape)
     norm = Modulation(*map(unit_stride, (w1, w2, shift, scale)))
     acc = accumulator(x, *norm)
-    per_column = BACKWARD_REGISTERS + x.element_size() / 2
-    launch, registers = backward_launch(width, samples, tokens, BACKWARD_COLUMNS, per_column)
+    launch, depth = summed_launch(x, BACKWARD_COLUMNS, BACKWARD_DEPTH)
     chunks = cdiv(tokens, launch.rows)
-    partial = partial_sums(x, acc, (samples, chunks)) if parameters else None
+    partial = partial_sums(x, acc, (samples, chunks), 3) if parameters else None
     with on_device(x):
         if dx.numel():
             _backward_kernel[(samples * chunks,)](
@@ -242,10 +244,13 @@ def backward(
                 EPS=eps,
                 WIDTH=width,
                 ACC=acc,
+                DEPTH=depth,
+                EARLY=depth > 1 or not parameters,
                 PARAMETERS=parameters,
-                maxnreg=registers,
                 **launch.constants,
             )
         if partial is None:
             return dx, *(x.new_empty(0) for _ in norm)
-        return dx, *parameter_gradients(partial, norm, None, eps=eps, acc=acc)[0]
+        _, _, gradient = parameter_gradients(partial, None, None, norm, eps=eps, acc=acc)
+        assert gradient is not None
+        return dx, *gradient

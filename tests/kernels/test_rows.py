@@ -9,7 +9,13 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from blip3o_kernels.arithmetic import normal_tail  # noqa: E402
-from blip3o_kernels.launch import MAX_WIDTH, backward_launch, forward_launch  # noqa: E402
+from blip3o_kernels.launch import (  # noqa: E402
+    MAX_WIDTH,
+    MULTIPROCESSORS,
+    backward_launch,
+    forward_launch,
+    summed_launch,
+)
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="kernels are called on the CPU, interpreted"
@@ -47,6 +53,19 @@ def test_a_backward_pass_walks_every_token(samples, tokens):
         assert launch.rows % launch.tile == 0 and (chunks - 1) * launch.rows < tokens
         assert 32 <= registers <= 255
         assert registers * 32 * launch.num_warps <= 65536
+
+
+@pytest.mark.parametrize("columns, depth", [(24, 4), (12, 2)])
+@pytest.mark.parametrize("samples, tokens", [(1, 1), (2, 3), (64, 256), (256, 256), (1, 16384)])
+def test_a_backward_pass_of_a_norm_walks_every_token(samples, tokens, columns, depth):
+    """Chunks cover a sample and hold whole tiles; at 16k rows each multiprocessor has a program."""
+    for width in (8, 768, 1024, 2048, 3584, MAX_WIDTH):
+        x = torch.empty(samples, tokens, width, device="meta")
+        launch, deep = summed_launch(x, columns, depth)
+        chunks = -(-tokens // launch.rows)
+        assert launch.rows % (launch.tile * deep) == 0 and (chunks - 1) * launch.rows < tokens
+        if samples * tokens == 16384 and width <= 2048:
+            assert 0.9 * MULTIPROCESSORS < samples * chunks <= MULTIPROCESSORS
 
 
 def test_programs_fill_whole_waves():
