@@ -19,7 +19,6 @@ product: with a product for the gate and one for the up, ptxas waits after every
 next tile run during the epilogue, since both loops are one (``flatten``).
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blip3o_kernels.arithmetic import sigmoid
-from blip3o_kernels.launch import MULTIPROCESSORS, on_device
+from blip3o_kernels.launch import multiprocessors, on_device
 from blip3o_kernels.typed import cdiv, jit
 
 ALIGNMENT = 16
@@ -103,7 +102,7 @@ def forward(x: Tensor, weight: Tensor, tile: int | None = None) -> Tensor:
         return out.zero_()
     rows = _readable(x.reshape(-1, width))
     both = _readable(weight).unflatten(0, (2, inner))
-    processors = _processors(x.device)
+    processors = multiprocessors(x)
     chosen = choose_tile(len(rows), inner, processors) if tile is None else TILES[tile]
     count = cdiv(len(rows), chosen.rows) * cdiv(inner, chosen.columns)
     with on_device(x):
@@ -132,13 +131,6 @@ def choose_tile(rows: int, inner: int, processors: int) -> Tile:
         return cdiv(tiles, processors) * tile.clocks
 
     return min(TILES, key=clocks)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ samples, for the weights. So each sum is read once.
 """
 
 # Pyright does not know Triton's loops over constants.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 
 import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.double_norm import Modulation
 from blip3o_kernels.launch import torch_accumulator
+from blip3o_kernels.pieces import add_three, add_two
 from blip3o_kernels.tiles import load_vector
 from blip3o_kernels.typed import cdiv, jit, next_power_of_2
 
@@ -44,7 +45,7 @@ def _load_factor(scale, row, stride, col, inside, ACC: tl.constexpr):
 @jit
 def _sample_gradients(sums, factor, weight, dshift, dscale, target, inside):
     """Write the gradients of shift and scale; returns ``(1 + scale) P`` and R of each sample."""
-    p, q, r = tl.reduce(sums, 1, _add_three)
+    p, q, r = tl.reduce(sums, 1, add_three)
     tl.store(dshift + target, q.to(dshift.dtype.element_ty), mask=inside)
     tl.store(dscale + target, (weight[None, :] * p).to(dscale.dtype.element_ty), mask=inside)
     return factor * p, r
@@ -55,16 +56,6 @@ def _store_weights(dw1, dw2, w1, w2, p, r, cols, within):
     """Write the gradients of w1 and w2."""
     tl.store(dw1 + cols, (w2 * p - w1 * r).to(dw1.dtype.element_ty), mask=within)
     tl.store(dw2 + cols, (w1 * p).to(dw2.dtype.element_ty), mask=within)
-
-
-@jit
-def _add_three(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@jit
-def _add_two(a, b, c, d):
-    return a + c, b + d
 
 
 @jit(do_not_specialize=["samples", "chunks"])
@@ -149,7 +140,7 @@ def _gradient_stage(
             pre_p += p
             pre_r += r
     if SCALED or POST:
-        p, r = tl.reduce((post_p, post_r), 0, _add_two)
+        p, r = tl.reduce((post_p, post_r), 0, add_two)
         if POST:
             d = post_w * post_u * p - (post_w * post_w + EPS) * ls * r
             if SCALED:
@@ -160,7 +151,7 @@ def _gradient_stage(
         if SCALED:
             tl.store(dlayer_scale + cols, d.to(dlayer_scale.dtype.element_ty), mask=within)
     if PRE:
-        p, r = tl.reduce((pre_p, pre_r), 0, _add_two)
+        p, r = tl.reduce((pre_p, pre_r), 0, add_two)
         _store_weights(pre_dw1, pre_dw2, pre_w, pre_u, p, r, cols, within)
 
 

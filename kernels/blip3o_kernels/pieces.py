@@ -206,16 +206,18 @@ def row_sum(x):
 @jit
 def row_sums(x, y):
     """The same of two tiles, in one exchange."""
-    return tl.reduce((x, y), len(x.shape) - 1, _add_two, keep_dims=True)
+    return tl.reduce((x, y), len(x.shape) - 1, add_two, keep_dims=True)
 
 
 @jit
-def _add_two(a, b, c, d):
+def add_two(a, b, c, d):
+    """Two sums in one reduction."""
     return a + c, b + d
 
 
 @jit
-def _add_three(a, b, c, d, e, f):
+def add_three(a, b, c, d, e, f):
+    """Three sums in one reduction."""
     return a + d, b + e, c + f
 
 
@@ -225,7 +227,7 @@ def store_sums(base, p, q, r, CUT: tl.constexpr, WIDTH: tl.constexpr):
     for k in tl.static_range(len(CUT)):
         col = CUT[k][0] + tl.arange(0, CUT[k][1])
         inside = col < WIDTH
-        sums = tl.reduce((p[k], q[k], r[k]), 0, _add_three)
+        sums = tl.reduce((p[k], q[k], r[k]), 0, add_three)
         tl.store(base + col, sums[0], mask=inside)
         tl.store(base + WIDTH + col, sums[1], mask=inside)
         tl.store(base + 2 * WIDTH + col, sums[2], mask=inside)

@@ -13,6 +13,7 @@ Accumulates in fp32 (fp64 for fp64).
 
 # Pyright does not know Triton's loops over constants.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
 from functools import partial
