@@ -206,7 +206,12 @@ def row_sum(x):
 @jit
 def row_sums(x, y):
     """The same of two tiles, in one exchange."""
-    return tl.reduce((x, y), len(x.shape) - 1, add_two, keep_dims=True)
+    # Of one row as scalars, which take fewer registers than tiles of one element.
+    if len(x.shape) == 2 and x.shape[0] == 1:
+        columns: tl.constexpr = x.shape[1]
+        return tl.reduce((tl.reshape(x, (columns,)), tl.reshape(y, (columns,))), 0, add_two)
+    else:
+        return tl.reduce((x, y), len(x.shape) - 1, add_two, keep_dims=True)
 
 
 @jit
