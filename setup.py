@@ -78,12 +78,12 @@ def make_plan() -> Plan:
         return Plan(reason=missing)
     cmake, (include, torch, cuda) = find_cmake(), find_torch()
     if mode == "auto" and cuda == "None":
-        return Plan("nvcc is here, but torch is without CUDA; BLIP3O_FAST_CUDA=1 builds anyway")
+        return Plan("nvcc is here, but torch is without CUDA")
     wanted = () if cmake else (f"cmake>={dotted(OLDEST_CMAKE)}",)
     wanted += () if include else (f"torch>={dotted(OLDEST_TORCH)}",)
     if wanted and mode == "auto":
         needs = " and ".join(wanted)
-        return Plan(reason=f"nvcc is here, {needs} is not; BLIP3O_FAST_CUDA=1 fetches it")
+        return Plan(reason=f"nvcc is here, {needs} is not")
     targets = cuda_targets(version, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     return Plan("", str(nvcc), version, cmake, include, torch, targets, wanted)
 

@@ -46,8 +46,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Formulas as MathML, which browsers draw by themselves."""
-    return _FORMULA.sub(_mathml, content)
+    """Formulas as MathML, which browsers draw by themselves; flags marked for the style sheet."""
+    return _FORMULA.sub(_mathml, content).replace("<code>--", '<code class="flag">--')
 
 
 def _mathml(match: re.Match[str]) -> str:

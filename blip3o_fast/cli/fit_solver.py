@@ -42,11 +42,12 @@ def run(args: argparse.Namespace) -> int:
             guidance_scale=options.guidance_scale,
             generator=generator,
             dtype=dtype,
+            progress=options.progress,
         )
     except ValueError as error:
         raise OptionError(str(error)) from None
     held_out = eva[-max(1, len(eva) // 4) :]
-    print("\n".join(table(model, fitted, held_out, generator, dtype)))
+    print("\n".join(table(model, fitted, held_out, generator, dtype, options.progress)))
     found = locate_checkpoint(Path(options.model_path))
     folder = found if found.is_dir() else found.parent
     solvers = {**model.fitted, **fitted}
@@ -79,6 +80,7 @@ def table(
     eva: torch.Tensor,
     generator: torch.Generator,
     dtype: torch.dtype | None,
+    progress: bool,
 ) -> list[str]:
     """Relative errors of final states on conditions that no solver was fitted to."""
     scale = next(iter(fitted.values())).guidance_scale
@@ -95,7 +97,7 @@ def table(
                 guidance_scale=scale,
                 dtype=dtype,
             )
-    errors = solver_errors(plans, default_reference(model, scale), eva, generator)
+    errors = solver_errors(plans, default_reference(model, scale), eva, generator, progress)
     rows = [["evaluations", "fitted", *PEERS]]
     for count in fitted:
         found = (errors.get((count, name)) for name in ("fitted", *PEERS))

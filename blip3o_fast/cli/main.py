@@ -13,7 +13,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from blip3o_fast import __version__
 from blip3o_fast.checked import question
@@ -66,16 +66,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)  # answers the shell and ends the process
     if chosen is not None and chosen not in COMMANDS:
-        parser.error(f"unknown command {chosen!r}{question(chosen, COMMANDS)}")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = parsers[args.command]._option_string_actions  # pyright: ignore[reportPrivateUsage]
-        words = [word.partition("=")[0] for word in unknown]
-        hint = next((f"; {answers[word]}" for word in words if word in answers), "")
-        hint = hint or next((h for word in words if (h := question(word, flags))), "")
-        parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        hint = question(chosen, COMMANDS) or f"; choose from {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {chosen!r}{hint}")
+    if chosen is not None:
+        refuse_unknown_flags(parsers[chosen], argv[argv.index(chosen) + 1 :], answers)
+    args, surplus = parser.parse_known_args(argv)
+    if surplus:
+        parsers[args.command].error(f"unrecognized arguments: {' '.join(surplus)}")
     module = importlib.import_module(f"blip3o_fast.cli.{module_name(args.command)}")
     return guarded(lambda: module.run(args), f"blip3o-fast {args.command}")
+
+
+def refuse_unknown_flags(
+    parser: argparse.ArgumentParser, words: Sequence[str], answers: Mapping[str, str]
+) -> None:
+    """Exit if ``words`` hold a long flag that ``parser`` lacks, with the nearest or its answer.
+
+    Before parsing, because argparse would only say that the flag meant is missing.
+    """
+    flags = parser._option_string_actions  # pyright: ignore[reportPrivateUsage]
+    typed = {word: word.partition("=")[0] for word in words if word.startswith("--")}
+    unknown = {w: flag for w, flag in typed.items() if not any(f.startswith(flag) for f in flags)}
+    if unknown:
+        hints = (
+            f"; {answers[flag]}" if flag in answers else question(flag, flags)
+            for flag in unknown.values()
+        )
+        hint = next(filter(None, hints), "")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def module_name(command: str) -> str:

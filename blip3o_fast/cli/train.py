@@ -25,15 +25,18 @@ def run(args: argparse.Namespace) -> int:
     if flags.print_config:
         print(json.dumps(options.to_dict(), indent=2))
         return 0
+    first = os.environ.get("RANK", "0") == "0"
     if flags.dry_run:
-        print(json.dumps(prepare(options, World()).describe(), indent=2))
+        plan = prepare(options, World()).describe()
+        if first:
+            print(json.dumps(plan, indent=2))
         return 0
     try:
         result = train(options)
     except TrainingInterrupted as stop:
         print(f"blip3o-fast train: {stop}", file=sys.stderr)
         return stop.exit_status
-    if os.environ.get("RANK", "0") != "0":
+    if not first:
         return 0
     if result.before == result.steps:
         print(f"nothing to do: {result.folder} is complete after {count(result.steps, 'step')}")

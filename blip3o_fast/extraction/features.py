@@ -50,6 +50,7 @@ def extract_eva_features(
             is none.
     """
     if tower is None:
+        _check_files(images)  # before gigabytes of weights are downloaded
         where = find_device("auto") if device is None else device
         tower = eva_tower(path, revision=revision, device=where, dtype=dtype)
     if isinstance(tower, EVAVisionTower):
@@ -85,6 +86,14 @@ def _several(
     if isinstance(images, Sequence) and not isinstance(images, str):
         return images
     return [images]
+
+
+def _check_files(images: "Sequence[Image | str | Path] | Image | str | Path | Tensor") -> None:
+    if isinstance(images, Tensor):
+        return
+    for index, image in enumerate(_several(images)):
+        if isinstance(image, (str, Path)) and not Path(image).is_file():
+            raise ValueError(f"images[{index}] ({image}): expected an image file, found none")
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ class FitOptions:
         num_attention_heads, num_key_value_heads: needed for a .pt file without its configuration.
         dtype: element type of weights and activations; None: as stored.
         device: device to run on; auto: cuda if there is a GPU.
+        progress: show a bar.
 
     Raises:
         OptionError: naming the option, what was expected and what came.
@@ -39,6 +40,7 @@ class FitOptions:
     num_key_value_heads: int | None = None
     dtype: DtypeName | None = None
     device: DeviceName = "auto"
+    progress: bool = True
 
     def __post_init__(self) -> None:
         check(self, error=OptionError)

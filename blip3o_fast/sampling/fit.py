@@ -35,6 +35,7 @@ from torch import Tensor
 from blip3o_fast.flow import AdamsBashforth, FittedSolver, TimeGrid
 from blip3o_fast.model import DiT
 from blip3o_fast.ops import Impl
+from blip3o_fast.progress import Progress
 from blip3o_fast.sampling.cache import weights_digest
 from blip3o_fast.sampling.inputs import starting_noise
 from blip3o_fast.sampling.plan import SamplingPlan
@@ -130,8 +131,12 @@ def fit_solvers(
     generator: torch.Generator | None = None,
     impl: Impl | None = None,
     dtype: torch.dtype | None = None,
+    progress: bool = False,
 ) -> dict[int, FittedSolver]:
-    """``fit_solver`` for several numbers of evaluations, which share the reference."""
+    """``fit_solver`` for several numbers of evaluations, which share the reference.
+
+    ``progress`` shows how many evaluations are done, each of one sample.
+    """
     counts = sorted(set(evaluations))
     if not counts or counts[0] < 1:
         raise ValueError(f"evaluations: expected numbers of at least 1, got {counts}")
@@ -155,11 +160,11 @@ def fit_solvers(
         for count in counts
         for warp in WARPS
     }
-    samples = _follow(target, eva, {n for chosen in nodes.values() for n in chosen}, generator)
     held_out = max(1, len(eva) // 4)
-    known, unseen = samples.cut(len(eva) - held_out)
-    fitting, choosing = known.cut((len(known.eva) + 1) // 2)
-    fit = _Fit(model, target, dtype, impl)
+    tries = len(WARPS) + len(DAMPINGS) - 1
+    of_fits = sum(counts) * (tries * (len(eva) - held_out) + len(eva))
+    bar = Progress("fit", of_fits + len(eva) * _cost(target), "evaluation", enabled=progress)
+    fit = _Fit(model, target, dtype, impl, bar)
 
     def best(count: int) -> FittedSolver:
         @cache
@@ -170,7 +175,12 @@ def fit_solvers(
         damping = min(DAMPINGS, key=lambda damping: error(warp, damping))
         return fit(known, unseen, nodes[count, warp], damping)
 
-    return {count: best(count) for count in counts}
+    with bar:
+        wanted = {n for chosen in nodes.values() for n in chosen}
+        samples = _follow(target, eva, wanted, generator, bar)
+        known, unseen = samples.cut(len(eva) - held_out)
+        fitting, choosing = known.cut((len(known.eva) + 1) // 2)
+        return {count: best(count) for count in counts}
 
 
 def default_reference(
@@ -194,6 +204,7 @@ def solver_errors(
     reference: SamplingPlan,
     eva: Tensor,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> dict[Key, float]:
     """Relative error of the final state of each plan against the reference, from the same noise.
 
@@ -202,9 +213,18 @@ def solver_errors(
         reference: with many evaluations.
         eva: conditions ``[n, N, E]``, better none that a solver was fitted to.
         generator: of the noise.
+        progress: shows how many evaluations are done, each of one sample.
     """
-    samples = _follow(reference, eva, {0, len(reference.grid)}, generator)
-    return {key: _error(plan, samples, len(reference.grid)) for key, plan in plans.items()}
+    last = len(reference.grid)
+    total = len(eva) * sum(map(_cost, (reference, *plans.values())))
+    with Progress("measure", total, "evaluation", enabled=progress) as bar:
+        samples = _follow(reference, eva, {0, last}, generator, bar)
+        return {key: _error(plan, samples, last, bar) for key, plan in plans.items()}
+
+
+def _cost(plan: SamplingPlan) -> int:
+    """Evaluations of the network for one sample."""
+    return len(plan.solver.evaluations(plan.grid))
 
 
 def warped_nodes(steps: int, count: int, warp: float) -> tuple[int, ...]:
@@ -219,7 +239,11 @@ def warped_nodes(steps: int, count: int, warp: float) -> tuple[int, ...]:
 
 
 def _follow(
-    target: SamplingPlan, eva: Tensor, wanted: set[int], generator: torch.Generator | None
+    target: SamplingPlan,
+    eva: Tensor,
+    wanted: set[int],
+    generator: torch.Generator | None,
+    bar: Progress,
 ) -> Samples:
     """The states of the reference at the wanted steps, from noise drawn here."""
     kept: dict[int, list[Tensor]] = {node: [] for node in sorted(wanted)}
@@ -230,6 +254,7 @@ def _follow(
         def keep(step: int, x: Tensor) -> None:
             if step + 1 in kept:
                 kept[step + 1].append(x)
+            bar.update(len(x) * target.solver.evaluations_per_step)
 
         target(part, noise, callback=keep)
     return Samples(eva, {node: torch.cat(states) for node, states in kept.items()})
@@ -243,6 +268,7 @@ class _Fit:
     target: SamplingPlan
     dtype: torch.dtype | None
     impl: Impl | None
+    bar: Progress
 
     def plan(self, solver: FittedSolver) -> SamplingPlan:
         """A sampler with that solver."""
@@ -291,6 +317,7 @@ class _Fit:
             for batch, trajectory, seen in runs:
                 trajectory.row.fill_(n)
                 seen.append(trajectory.guided_slope())
+                self.bar.update(len(batch.eva))
                 columns = torch.stack([trajectory.x, *seen]).flatten(1).double()
                 gram += (columns @ columns.T).cpu().numpy()
                 moment += (columns @ batch.nodes[node].flatten().double()).cpu().numpy()
@@ -316,11 +343,11 @@ class _Fit:
             conditions=(len(known.eva), len(unseen.eva)),
             fitted_error=_relative_error(reached),
         )
-        return replace(fitted, error=_error(self.plan(fitted), unseen, nodes[-1]))
+        return replace(fitted, error=_error(self.plan(fitted), unseen, nodes[-1], self.bar))
 
 
 @torch.no_grad()
-def _error(plan: SamplingPlan, samples: Samples, last: int) -> float:
+def _error(plan: SamplingPlan, samples: Samples, last: int, bar: Progress) -> float:
     """Relative error of the final states at step ``last`` of the reference."""
 
     def reached() -> Iterator[tuple[Tensor, Tensor]]:
@@ -328,6 +355,7 @@ def _error(plan: SamplingPlan, samples: Samples, last: int) -> float:
             trajectory = plan.start(batch.eva, batch.nodes[0].clone())
             for _ in plan.solver.evaluations(plan.grid):
                 trajectory.advance()
+                bar.update(len(batch.eva))
             yield trajectory.x, batch.nodes[last]
 
     return _relative_error(reached())

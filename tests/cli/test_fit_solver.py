@@ -24,13 +24,17 @@ def command(tmp_path):
 
 def test_fits_prints_and_writes(command, tmp_path, capsys):
     assert main([*command, "--evaluations", "4", "2"]) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     rows = [line.split() for line in printed.splitlines()[:3]]
     assert rows[0] == ["evaluations", "fitted", "heun", "adams_bashforth2", "adams_bashforth4"]
     assert [row[0] for row in rows[1:]] == ["2", "4"]
     for row in rows[1:]:
         fitted, *others = map(float, row[1:])
         assert fitted < min(others)
+    told = re.findall(r"^(\w+): (\d+)/(\d+) evaluations", progress, re.MULTILINE)
+    fitting, measuring = 8 * 256 + 6 * (8 * 6 + 8), 2 * (256 + 4 * 6)
+    last = {name: (int(done), int(total)) for name, done, total in told}
+    assert last == {"fit": (fitting, fitting), "measure": (measuring, measuring)}
     written = json.loads((tmp_path / "model" / "solver.json").read_text())
     assert [len(solver["labels"]) for solver in written["solvers"]] == [2, 4]
     model = load_trained_model(tmp_path / "model")

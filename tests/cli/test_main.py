@@ -103,6 +103,9 @@ def test_bad_arguments_exit_with_two(argv, capsys):
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["doctor", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
+        (["generate", "--modelpath", "run"], "--modelpath; did you mean '--model_path'?"),
+        (["quit"], "unknown command 'quit'; choose from demo, train, "),
+        (["doctor", "more"], "doctor: error: unrecognized arguments: more\n"),
         (["train", "--batchsize=4"], "--batchsize=4; did you mean '--batch_size'?"),
         (["doctor", "--loud"], "unrecognized arguments: --loud\n"),
         (["train", "--distributed"], "--distributed; torchrun starts the processes"),

@@ -77,13 +77,16 @@ def short(data, out, *more):
     return [*words.split(), "--eval_every_n_steps", "2", *SMALL, *more]
 
 
-def test_the_published_command_plans_the_published_model(command, capsys, tmp_path):
+def test_the_published_command_plans_the_published_model(command, capsys, tmp_path, monkeypatch):
     assert main([*command, "--dry_run"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["model"]["hidden_size"], plan["model"]["num_hidden_layers"]) == (768, 12)
     assert plan["steps"] == 15 * plan["steps_per_epoch"] == 15 * (plan["training_samples"] // 128)
     assert plan["heldout_samples"] > 0
     assert not (tmp_path / "out").exists(), "a dry run writes nothing"
+    monkeypatch.setenv("RANK", "1")
+    assert main([*command, "--dry_run"]) == 0
+    assert not capsys.readouterr().out, "one process of several prints the plan"
 
 
 def test_the_published_command_trains(command, capsys, tmp_path):

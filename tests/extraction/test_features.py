@@ -73,5 +73,7 @@ def test_an_unreadable_image_is_named_not_replaced(eva, image_folder):
 def test_batch_size_and_missing_weights(eva, tmp_path):
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         extract_eva_features(torch.zeros(1, 3, 24, 24), eva, batch_size=0)
+    with pytest.raises(ValueError, match=r"images\[0\] \(no/such\.jpg\): expected an image file"):
+        extract_eva_features("no/such.jpg", path=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected config\.json"):
         extract_eva_features(torch.zeros(1, 3, 24, 24), path=tmp_path)

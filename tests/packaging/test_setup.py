@@ -92,7 +92,7 @@ def test_auto_compiles_only_for_a_torch_with_cuda(
     monkeypatch.setenv("BLIP3O_FAST_CUDA", "auto")
     plan = script.make_plan()
     assert (plan.reason == "") is built
-    assert built or "torch is without CUDA; BLIP3O_FAST_CUDA=1 builds anyway" in plan.reason
+    assert built or plan.reason.endswith("torch is without CUDA")
     monkeypatch.setenv("BLIP3O_FAST_CUDA", "1")
     assert script.make_plan().reason == ""
 
