@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
     *("benchmarks/README.md", "benchmarks/SCALING.md", "kernels/README.md"),
-    "kernels/csrc/README.md",
+    *("kernels/csrc/README.md", "kernels/predicted/README.md"),
 )
 """Pages that are not under ``docs``; pictures of results and the notebook come with them."""
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
