@@ -13,6 +13,9 @@ from blip3o_fast.devices import DTYPES
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 GEMM_SIDES = {"cuda": (8192,), "cpu": (512, 1024, 2048)}
+HOPELESS = 0.1
+"""Share of fp32's rate below which a narrower dtype will not pass it: such a product of the largest
+size takes a CPU without bf16 many seconds."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,22 @@ def measure_ceilings(
     """
     budget = Budget(seconds, rounds=5)
     bandwidth, transfer = _measure_copies(device, budget)
-    sides = GEMM_SIDES[device.type]
-    share = Budget(seconds / len(sides), rounds=5)
-    names = dict.fromkeys(("fp32", *dtypes))
-    rates = {
-        name: max(_product_rate(side, DTYPES[name], device, share) for side in sides)
-        for name in names
-    }
+    rates: dict[str, float] = {}
+    for name in dict.fromkeys(("fp32", *dtypes)):
+        enough = HOPELESS * rates.get("fp32", 0.0)
+        rates[name] = _highest_rate(DTYPES[name], device, seconds, enough)
     return Ceilings(bandwidth, {n: max(rates[n], rates["fp32"]) for n in dtypes}, transfer)
+
+
+def _highest_rate(dtype: torch.dtype, device: torch.device, seconds: float, enough: float) -> float:
+    """Of products of growing size; a dtype that stays below ``enough`` is not tried on larger."""
+    sides = GEMM_SIDES[device.type]
+    best = 0.0
+    for side in sides:
+        best = max(best, _product_rate(side, dtype, device, Budget(seconds / len(sides), rounds=5)))
+        if best < enough:
+            break
+    return best
 
 
 def _product_rate(side: int, dtype: torch.dtype, device: torch.device, budget: Budget) -> float:

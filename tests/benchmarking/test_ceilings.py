@@ -54,6 +54,13 @@ def test_a_narrow_dtype_is_no_slower_than_fp32(monkeypatch):
     }
     monkeypatch.setitem(module.GEMM_SIDES, "cpu", (16, 32))
     monkeypatch.setitem(module.COPY_BYTES, "cpu", 1 << 16)
-    monkeypatch.setattr(module, "_product_rate", lambda side, dtype, *rest: rates[side, dtype])
+    asked = []
+
+    def rate(side, dtype, *rest):
+        asked.append((side, dtype))
+        return rates[side, dtype]
+
+    monkeypatch.setattr(module, "_product_rate", rate)
     measured = measure_ceilings(torch.device("cpu"), ("bf16", "fp16"), seconds=0.01)
     assert measured.rates == {"bf16": 3e9, "fp16": 5e9}
+    assert (32, torch.bfloat16) not in asked and (32, torch.float16) in asked
