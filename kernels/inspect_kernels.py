@@ -95,6 +95,7 @@ class Report(NamedTuple):
     shared: int
     wide_loads: int
     wide_stores: int
+    half_loads: int
     half_stores: int
     tma: int
     products: int
@@ -211,6 +212,7 @@ def report(op: str, precision: str, arch: int, kernel: Compiled) -> Report:
         shared=kernel.shared,
         wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", kernel.ptx)),
         wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", kernel.ptx)),
+        half_loads=len(re.findall(r"ld\.global\S*\.v2\.b32|ld\.global\S*\.b64", kernel.ptx)),
         half_stores=len(re.findall(r"st\.global\S*\.v2\.b32|st\.global\.b64", kernel.ptx)),
         tma=kernel.ptx.count("cp.async.bulk.tensor"),
         products=len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", kernel.ptx)),
@@ -229,10 +231,14 @@ def problems(reports: list[Report]) -> list[str]:
             "fp64 arithmetic": r.fp64 > 0,
             "local memory": r.local > 0 or r.stack > 0,
             "atomics": r.atomics > 0,
-            "no 16-byte load": not (r.wide_loads or r.tma or _is_stage(r)),
-            "no 16-byte store": not (r.wide_stores or r.tma or _is_stage(r) or _is_quantised(r)),
+            "no 16-byte load": not (r.wide_loads or r.tma or _is_stage(r) or _is_narrow(r)),
+            "no 16-byte store": not (
+                r.wide_stores or r.tma or _is_stage(r) or _is_quantised(r) or _is_narrow(r)
+            ),
+            "no 8-byte load": _is_narrow(r) and not (r.wide_loads or r.half_loads),
             "every product is waited for": r.products > 0 and r.waited == r.products,
-            "no 8-byte store": _is_quantised(r) and not (r.wide_stores or r.half_stores),
+            "no 8-byte store": (_is_quantised(r) or _is_narrow(r))
+            and not (r.wide_stores or r.half_stores),
         }
         name = f"{r.kernel} {r.variant or 'plain'} {r.precision} sm_{r.arch}"
         found += [f"{name}: {rule}" for rule, broken in rules.items() if broken]
@@ -242,6 +248,11 @@ def problems(reports: list[Report]) -> list[str]:
 def _is_stage(report: Report) -> bool:
     """Whether a kernel adds partial sums; all others move rows of activations."""
     return report.kernel.endswith("_stage")
+
+
+def _is_narrow(report: Report) -> bool:
+    """Whether two warps share a row of base, so that a thread has four columns of each piece."""
+    return report.kernel == "sandwich_join.backward_kernel"
 
 
 def _is_quantised(report: Report) -> bool:

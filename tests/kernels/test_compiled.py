@@ -94,9 +94,10 @@ def test_the_rules_can_fail(tmp_path):
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); import inspect_kernels as k\n"
         "fields = dict.fromkeys(k.Report._fields, 1)\n"
-        "stores = dict.fromkeys(('wide_loads', 'wide_stores', 'half_stores', 'tma'), 0)\n"
+        "stores = dict.fromkeys(('wide_loads', 'wide_stores', 'half_loads', 'half_stores', 'tma'), 0)\n"
         "fields.update(kernel='swiglu.forward_kernel', **stores)\n"
         "bad = [k.Report(**fields | {'variant': v}) for v in ('', 'quantised')]\n"
+        "bad += [k.Report(**fields | {'kernel': 'sandwich_join.backward_kernel', 'variant': ''})]\n"
         "print(json.dumps(k.problems(bad)))"
     )
     done = subprocess.run(
@@ -107,4 +108,5 @@ def test_the_rules_can_fail(tmp_path):
     assert [line.rpartition(": ")[2] for line in json.loads(done.stdout)] == [
         *(*always, "no 16-byte store", waited),
         *(*always, waited, "no 8-byte store"),
+        *(*always[:3], "no 8-byte load", waited, "no 8-byte store"),
     ]
