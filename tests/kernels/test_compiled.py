@@ -94,7 +94,8 @@ def test_the_rules_can_fail(tmp_path):
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); import inspect_kernels as k\n"
         "fields = dict.fromkeys(k.Report._fields, 1)\n"
-        "stores = dict.fromkeys(('wide_loads', 'wide_stores', 'half_loads', 'half_stores', 'tma'), 0)\n"
+        "wide, half = ('wide_loads', 'wide_stores', 'tma'), ('half_loads', 'half_stores')\n"
+        "stores = dict.fromkeys(wide + half, 0)\n"
         "fields.update(kernel='swiglu.forward_kernel', **stores)\n"
         "bad = [k.Report(**fields | {'variant': v}) for v in ('', 'quantised')]\n"
         "bad += [k.Report(**fields | {'kernel': 'sandwich_join.backward_kernel', 'variant': ''})]\n"
