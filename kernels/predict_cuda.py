@@ -10,7 +10,6 @@ and file are those of ``predict_kernels.py``, for bf16.
 
 import argparse
 import ctypes
-import json
 import re
 import sys
 import tempfile
@@ -31,10 +30,10 @@ from predict_kernels import (
     WIDTHS,
     Kernel,
     Predicted,
-    as_json,
+    label,
+    report,
+    row_traffic,
     rows_of,
-    table,
-    written,
 )
 from sass import Code, read
 from static_model import DEVICES, Device, Launch, fraction, predict
@@ -164,24 +163,22 @@ def predict_op(
         launchers.launches()
         arguments = tuple(map(without_numbers, given))
         results = as_tuple(operators[operator.launcher](*arguments))
-        results = results or written(operator, arguments)
         launches = launchers.launches()
-        stored, sums = rows_of(results), 0
+        stored, unavoidable = row_traffic(operator, arguments, results)
+        sums = 0
         if len(launches) > 1:
             sums = launchers.workspace(Shape(sizes.batch, TOKENS, width), NORMS[op.name])
         # The first kernel moves the rows, a second one adds partial sums.
-        others = bytes_of(results) - stored
-        work = (rows, stored, bytes_of(arguments) + stored + sums), (0, others, sums + others)
+        others = bytes_of(results) - rows_of(results)
+        moved = unavoidable - rows_of(arguments) + bytes_of(arguments) + sums
+        work = (rows, stored, moved), (0, others, sums + others)
         kernels = [
             predict_launch(launch, launchers.compiled[arch], *of_kernel, device)
             for launch, of_kernel in zip(launches, work, strict=False)
         ]
-        unavoidable = rows_of(arguments) + stored
         of_copy = fraction([k.prediction for k in kernels], unavoidable, device)
         seconds = unavoidable / device.bandwidth / of_copy
-        name = operator.name
-        if arguments[-1] is False and operator.launcher == "backward":
-            name += ", inputs only"
+        name = label(op, operator, arguments)
         yield Predicted(name, width, rows, "bf16", arch, of_copy, seconds * 1e6, kernels)
 
 
@@ -256,11 +253,7 @@ def main() -> int:
             for name in arguments.op
             for predicted in predict_op(CUDA[name], width, rows, arch, launchers)
         ]
-    sys.stdout.write("\n".join(table(found, kernels=arguments.kernels)) + "\n")
-    if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps(list(map(as_json, found)), separators=(",", ":")) + "\n"
-        )
+    report(found, kernels=arguments.kernels, path=arguments.json)
     return 0
 
 

@@ -45,7 +45,7 @@ from blip3o_fast.atomic import write_json
 from blip3o_fast.benchmarking.environment import describe_commit
 from blip3o_fast.benchmarking.op_cases import op_tasks, sizes_of
 from blip3o_fast.benchmarking.predictions import PREDICTIONS, kernels_digest
-from blip3o_fast.benchmarking.selection import op_shapes
+from blip3o_fast.benchmarking.selection import OP_SHAPES
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.ops import Op, Sizes
 from blip3o_fast.ops._record import Arguments, Operator, as_tuple
@@ -110,11 +110,7 @@ def main() -> int:
         for name in arguments.op
         for predicted in predict_op(FUSED[name], sizes_at(width, rows, precision), arch)
     ]
-    sys.stdout.write("\n".join(table(found, kernels=arguments.kernels)) + "\n")
-    if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps(list(map(as_json, found)), separators=(",", ":")) + "\n"
-        )
+    report(found, kernels=arguments.kernels, path=arguments.json)
     return 0
 
 
@@ -135,7 +131,7 @@ def predict_bench() -> dict[str, object]:
                 "architecture": arch,
                 "bandwidth": device.bandwidth,
                 "fractions": {
-                    shape.name: dict(predict_tasks(shape, arch, device)) for shape in op_shapes()
+                    shape.name: dict(predict_tasks(shape, arch, device)) for shape in OP_SHAPES
                 },
             }
             for name, (arch, device) in GPUS.items()
@@ -187,22 +183,31 @@ def predict_op(
             continue
         with compiling_for(arch) as launches:
             results = as_tuple(launcher(*arguments))
-        moved = rows_of(results or written(operator, arguments))
-        kernels = [predict_launch(launch, moved // rows, device) for launch in launches]
-        # A result that was given as the last argument is among the arguments already.
-        again = moved if results or operator.launcher == "forward_" else 0
-        unavoidable = rows_of(arguments) + again
+        stored, unavoidable = row_traffic(operator, arguments, results)
+        kernels = [predict_launch(launch, stored // rows, device) for launch in launches]
         of_copy = fraction([k.prediction for k in kernels], unavoidable, device)
         seconds = unavoidable / device.bandwidth / of_copy
-        name = operator.name
-        if operator.launcher == "backward" and op.backward and op.backward.chooses:
-            name += "" if arguments[-1] else ", inputs only"
+        name = label(op, operator, arguments)
         yield Predicted(name, sizes.width, rows, precision, arch, of_copy, seconds * 1e6, kernels)
 
 
-def written(operator: Operator, arguments: Arguments) -> Arguments:
-    """What an operator without results writes: its first argument in place, or its last."""
-    return arguments[:1] if operator.launcher == "forward_" else arguments[-1:]
+def row_traffic(operator: Operator, arguments: Arguments, results: Arguments) -> tuple[int, int]:
+    """Bytes of rows that a call stores, and those that it reads or stores.
+
+    An operator without results writes its first argument in place, which it also reads, or its
+    last, which is then among the arguments already.
+    """
+    inplace = operator.launcher == "forward_"
+    stored = rows_of(results or (arguments[:1] if inplace else arguments[-1:]))
+    return stored, rows_of(arguments) + (stored if results or inplace else 0)
+
+
+def label(op: Op, operator: Operator, arguments: Arguments) -> str:
+    """The name of an operator, and whether its call leaves out the gradients of parameters."""
+    name = operator.name
+    if operator.launcher == "backward" and op.backward and op.backward.chooses:
+        name += "" if arguments[-1] else ", inputs only"
+    return name
 
 
 def rows_of(tensors: Arguments) -> int:
@@ -242,6 +247,13 @@ def trips_of_sums(integers: dict[str, int]) -> int:
 def code_of(cubin: bytes) -> Code:
     """The machine code of a cubin, counted."""
     return read(cuobjdump(cubin, "--dump-sass"))
+
+
+def report(found: list[Predicted], *, kernels: bool, path: Path | None) -> None:
+    """Print the table, and write the file if there is a path."""
+    sys.stdout.write("\n".join(table(found, kernels=kernels)) + "\n")
+    if path is not None:
+        path.write_text(json.dumps(list(map(as_json, found)), separators=(",", ":")) + "\n")
 
 
 def table(found: list[Predicted], *, kernels: bool) -> list[str]:

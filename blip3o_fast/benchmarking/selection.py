@@ -22,6 +22,11 @@ Source = tuple[str, Callable[[], Iterator[Case]]]
 
 GROUPS = ("ops", "attention", "block", "evaluation", "generate", "training", "loader")
 
+SHAPES = Shape("base", 1), Shape("base", 8), Shape("base", 64)
+LARGE_SHAPES = Shape("large", 64), Shape("base", 256), Shape("large", 256)
+OP_SHAPES = (*SHAPES, *LARGE_SHAPES)
+"""Where a whole run on a GPU times every op: both of the above."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -94,7 +99,7 @@ def cpu_sources(settings: Settings) -> Iterator[Source]:
 def gpu_sources(settings: Settings) -> Iterator[Source]:
     """Base and large from batch 1 to 128."""
     device, compiled, quick = settings.device, not settings.quick, settings.quick
-    for shape in _op_shapes()[:: 2 if quick else 1]:
+    for shape in SHAPES[:: 2 if quick else 1]:
         yield "ops", partial(op_cases, shape, "bf16", device, compiled=compiled)
         yield "attention", partial(attention_cases, shape, "bf16", device)
         if shape.batch != 8:
@@ -111,23 +116,10 @@ def gpu_sources(settings: Settings) -> Iterator[Source]:
     yield "loader", partial(loader_cases, shape, device)
 
 
-def op_shapes() -> tuple[Shape, ...]:
-    """Where a whole run on a GPU times every op."""
-    return *_op_shapes(), *_large_op_shapes()
-
-
-def _op_shapes() -> tuple[Shape, ...]:
-    return Shape("base", 1), Shape("base", 8), Shape("base", 64)
-
-
-def _large_op_shapes() -> tuple[Shape, ...]:
-    return Shape("large", 64), Shape("base", 256), Shape("large", 256)
-
-
 def _large_and_long(settings: Settings) -> Iterator[Source]:
     """The large model, 64k rows, and more tokens than the published 256."""
     device, large = settings.device, Shape("large", 64)
-    for shape in _large_op_shapes():
+    for shape in LARGE_SHAPES:
         yield "ops", partial(op_cases, shape, "bf16", device, compiled=False)
     for batch in (1, 64):
         yield "evaluation", _evaluations(settings, Shape("large", batch), "bf16", False)

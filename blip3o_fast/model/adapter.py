@@ -50,8 +50,9 @@ def adapter_layer(
     """``dropout(gelu(norm(linear(h))))`` of padded rows; the norm counts the true width only."""
     h = F.linear(h, weight, bias)
     seed = torch.randint(2**63 - 1, (1,), device=h.device) if dropout else None
-    options = {"eps": eps, "dropout": dropout, "seed": seed, "impl": impls.adapter_norm}
-    return ops.adapter_norm(h, norm_weight, norm_bias, **options)
+    return ops.adapter_norm(
+        h, norm_weight, norm_bias, eps=eps, dropout=dropout, seed=seed, impl=impls.adapter_norm
+    )
 
 
 class EVAAdapter(nn.Module):

@@ -38,8 +38,6 @@ from blip3o_kernels.pieces import (
     parameter_piece,
     row_sum,
     row_sums,
-    store_rows,
-    store_sums,
     times,
 )
 from blip3o_kernels.typed import jit
@@ -76,43 +74,6 @@ def load_norm(
 
 
 @jit
-def keep_norm(partial, gain, square, CUT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Write ``gain`` and ``square`` where the sums of this program will stand; returns where.
-
-    Registers are short in a backward pass with sums. Read again for each row, from cache, these two
-    need no conversion.
-    """
-    kept = partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH)
-    zero = tl.full((ROWS, 1), 0, tl.int64)
-    store_rows(kept, zero, gain, zero == 0, CUT, WIDTH)
-    store_rows(kept + WIDTH, zero, square, zero == 0, CUT, WIDTH)
-    tl.debug_barrier()
-    return kept
-
-
-@jit
-def norm_piece(
-    kept,
-    gain,
-    square,
-    k: tl.constexpr,
-    CUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    ACC: tl.constexpr,
-    KEPT: tl.constexpr,
-    AGAIN: tl.constexpr,
-):
-    """Piece ``k`` of ``gain`` and ``square``: as they were kept, or out of registers."""
-    if KEPT:
-        g = parameter_piece(kept, k, CUT, WIDTH, ROWS, ACC, AGAIN)
-        s = parameter_piece(kept + WIDTH, k, CUT, WIDTH, ROWS, ACC, AGAIN)
-    else:
-        g, s = gain[k], square[k]
-    return g, s
-
-
-@jit
 def double_norm(x, gain, square, shift, EPS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows, normed twice and modulated."""
     squares = row_sum(dot(times(square, x), x))
@@ -141,14 +102,6 @@ def factors(squares, products, EPS: tl.constexpr, WIDTH: tl.constexpr):
 def norm_gradient(dout, x, gain, square, r, pull):
     """``dx`` of a piece of rows."""
     return tl.fma(gain * dout, r, -(square * x) * pull)
-
-
-@jit
-def store_partial_sums(partial, p, q, r, CUT: tl.constexpr, WIDTH: tl.constexpr):
-    """Write the three sums of this program for the second stage."""
-    tl.debug_barrier()  # what was kept there has been read
-    target = partial + tl.program_id(0).to(tl.int64) * (3 * WIDTH)
-    store_sums(target, p, q, r, CUT, WIDTH)
 
 
 class Modulation(NamedTuple):

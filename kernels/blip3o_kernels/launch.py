@@ -163,6 +163,7 @@ def multiprocessors(x: Tensor) -> int:
     return MULTIPROCESSORS
 
 
+@lru_cache(maxsize=1024)
 def _row_launch(width: int, columns: int, num_warps: int) -> RowLaunch:
     """One tile of rows, by ``num_warps`` warps or by as many as a row needs."""
     row_block(width)

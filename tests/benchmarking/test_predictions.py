@@ -7,7 +7,7 @@ from blip3o_fast.benchmarking import op_cases as op_module
 from blip3o_fast.benchmarking import predictions
 from blip3o_fast.benchmarking.cases import Task
 from blip3o_fast.benchmarking.predictions import Predictions, find_predictions, read_predictions
-from blip3o_fast.benchmarking.selection import Settings, choose_sources, op_shapes
+from blip3o_fast.benchmarking.selection import OP_SHAPES, Settings, choose_sources
 from blip3o_fast.benchmarking.work import Work
 
 GPUS = read_predictions()["gpus"]
@@ -29,7 +29,7 @@ def test_every_op_case_of_a_gpu_is_predicted(quick, monkeypatch):
 
 def test_nothing_else_is_predicted():
     for gpu in GPUS:
-        assert list(gpu["fractions"]) == [shape.name for shape in op_shapes()]
+        assert list(gpu["fractions"]) == [shape.name for shape in OP_SHAPES]
     found = Predictions("", GPUS[0]["fractions"])
     task = Task("ops", "swiglu", "base-b64", "bf16", Work())
     assert found.fraction(task, "triton") is not None
