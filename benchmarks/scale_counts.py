@@ -169,17 +169,16 @@ def checkpointed_activations(config: DiTConfig) -> int:
     return STORED * 2 * (config.hidden_size + config.num_key_value_heads * config.head_dim)
 
 
-def other_activations(config: DiTConfig, *, multiple: int = 64, mask: int = 1) -> int:
-    """Bytes that adapter, input, output and loss keep for each token.
+def other_activations(config: DiTConfig, *, multiple: int = 64) -> int:
+    """Bytes that adapter, input, output and loss keep for each token. No dropout mask is kept.
 
     Args:
         config: of the model.
         multiple: the adapter's widths are rounded up to it; 64 on a GPU.
-        mask: bytes of an element of a dropout mask; 1 on a GPU.
     """
     D, E, C = config.hidden_size, config.eva_embedding_size, config.clip_embedding_size
     widths = sum(work.padded_widths(config, multiple)[1:])
-    adapter = 2 * E * STORED + widths * (2 * STORED + mask)
+    adapter = 2 * E * STORED + widths * 2 * STORED
     first_join = D if config.rules.aligned_stream else 0
     return adapter + (5 * D + first_join + C) * STORED + 4 * C * FP32
 

@@ -100,6 +100,14 @@ def pytest_configure() -> None:
     folder()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def any_cpu_samples_in_bf16() -> Iterator[None]:
+    """Models sample in the dtype that a test names, whatever this CPU multiplies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blip3o_fast.sampling.plan.cpu_has_bf16", lambda: True)
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, where kernels are interpreted, and a CUDA device where there is one."""

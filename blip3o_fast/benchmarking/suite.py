@@ -104,6 +104,7 @@ class Run:
     """A run so far.
 
     Attributes:
+        architecture: of a CUDA device, 90 for sm_90; None for a CPU.
         results: of every contender that was timed.
         left_out: what was not measured by choice, because a peer failed, or for lack of memory.
         failures: what was not measured because something of ours failed, and how.
@@ -112,6 +113,10 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.device = settings, settings.device
         self.environment = describe_environment(self.device)
+        self.architecture: int | None = None  # asked now: a device that broke no longer answers
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            self.architecture = 10 * major + minor
         self.peers = {
             "published implementation": describe_checkout(settings.published),
             **find_peers(self.device),
@@ -217,10 +222,9 @@ class Run:
             ) from None
 
     def _predictions(self) -> Predictions:
-        if self.device.type != "cuda":
+        if self.architecture is None:
             return Predictions("", {})
-        major, minor = torch.cuda.get_device_capability(self.device)
-        return find_predictions(10 * major + minor, self.ceilings.bandwidth)
+        return find_predictions(self.architecture, self.ceilings.bandwidth)
 
     def _ceilings(self) -> Ceilings:
         seconds = 0.2 if self.settings.quick else 1.0

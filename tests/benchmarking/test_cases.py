@@ -195,7 +195,6 @@ def test_contenders_on_a_gpu(monkeypatch):
 
 def test_one_kernel_for_rotation_and_attention_is_used_and_agrees(monkeypatch, emulated_cuda):
     monkeypatch.setattr(network_cases, "GRAPHED_STEPS", 1)
-    monkeypatch.setattr("blip3o_fast.sampling.plan.cpu_has_bf16", lambda: True)
     network = Network(SHAPE, "bf16", CPU)
     one, two = (
         graphed(network, **impls).calls[0]() for impls in ({"rope_attention": Impl.CUDA}, {})

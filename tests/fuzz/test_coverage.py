@@ -3,6 +3,7 @@
 from tests.fuzz.coverage import reached, readers
 
 OTHERS = {
+    "benchmarking.predictions.read_predictions": "reads a file of the library",
     "demo.photos._photo_area": "its photos come with the library",
     "extraction.clip.CLIPVisionTower.from_pretrained": "transformers reads the weights",
     "extraction.features._pixels": "the parsers of images run the function that it calls",

@@ -33,12 +33,6 @@ class Launches(TorchDispatchMode):
 _SILENT = {"aten::_unsafe_view", "aten::empty_like"}  # neither launches anything
 
 
-@pytest.fixture(autouse=True)
-def any_cpu_as_a_gpu(monkeypatch):
-    """bf16 stays bf16, whatever this CPU multiplies."""
-    monkeypatch.setattr("blip3o_fast.sampling.plan.cpu_has_bf16", lambda: True)
-
-
 def launches(device, conventions, solver="euler", scale=1.0, dtype=torch.bfloat16, **exceptions):
     """Launches of one turn of the loop, by op; ``exceptions`` are not by Triton."""
     with FakeTensorMode(), torch.no_grad():
