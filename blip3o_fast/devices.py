@@ -1,6 +1,11 @@
-"""Names of devices and element types, as options and files spell them."""
+"""Names of devices and element types, as options and files spell them; the device of no values."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from blip3o_fast.errors import OptionError
 
@@ -39,3 +44,30 @@ def cpu_has_bf16() -> bool:
     """
     tell = getattr(torch.cpu, "get_capabilities", dict)
     return bool(tell().get("avx512_bf16", False))
+
+
+@contextmanager
+def no_values() -> Iterator[None]:
+    """A module made inside has parameters on ``meta``, for the tensors of a checkpoint to replace.
+
+    Nothing is initialised. To draw random numbers on ``meta`` torch would import its compiler,
+    which takes seconds.
+    """
+    with torch.device("meta"), _NoInit():
+        yield
+
+
+class _NoInit(TorchFunctionMode):
+    """The functions of ``torch.nn.init`` leave tensors as they are."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else options["tensor"]
+        return func(*args, **options)

@@ -15,6 +15,7 @@ from blip3o_fast.checkpoint import (
     locate_checkpoint,
     save_checkpoint,
 )
+from blip3o_fast.devices import no_values
 from blip3o_fast.flow import Callback, FittedSolver, load_solvers, save_solvers
 from blip3o_fast.installation import install
 from blip3o_fast.model import DiT
@@ -151,7 +152,7 @@ class BLIP3oDiT(DiT):
             revision=revision,
         )
         fits = reading(checkpoint.folder / CONFIG_NAME, "the configuration of a model")
-        with fits, torch.device("meta"):
+        with fits, no_values():
             model = cls(checkpoint.config)
         check_tensors(checkpoint.config, model.state_dict(), checkpoint.tensors)
         model.load_state_dict(checkpoint.tensors, assign=True)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from small_data import small_model
+
 
 def run(code):
     done = subprocess.run([sys.executable, *code], capture_output=True, text=True, timeout=120)
@@ -40,3 +42,16 @@ def test_the_import_brings_the_ops_of_exported_models_and_no_triton():
     log = run(["-X", "importtime", "-c", code]).stderr
     names = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in log.splitlines()}
     assert "blip3o_fast" in names and not names & {"triton", "transformers"}
+
+
+def test_loading_and_sampling_leave_the_compiler_of_torch_alone(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    code = (
+        "import sys, torch; from blip3o_fast import BLIP3oDiT\n"
+        f"model = BLIP3oDiT.from_pretrained({str(tmp_path)!r})\n"
+        "config = model.config\n"
+        "eva = torch.zeros(1, config.num_tokens, config.eva_embedding_size)\n"
+        "assert model.generate(eva, 1).isfinite().all()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    assert run(["-c", code]).stdout == "False\n"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_fast.axes import check_shape
+from blip3o_fast.devices import no_values
 from blip3o_fast.extraction.published_weights import (
     CONFIG,
     find_weights,
@@ -242,7 +243,7 @@ class EVAVisionTower(nn.Module):
                 f"num_hidden_layers: expected at most {len(weights)}, the tensors, got "
                 f"{config.num_hidden_layers}"
             )
-        with torch.device("meta"):
+        with no_values():
             tower = cls(config)
         tower._check(weights)
         used = {key: weights[key] for key in tower.state_dict()}
