@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     # Read when @triton.jit decorates, so it must be set before anything imports a kernel.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 
@@ -82,6 +83,10 @@ def _repair_interpreter() -> None:
             parts = [np.expand_dims(part, kept) for part in parts]
         return list(map(self.to_tensor, parts, kinds))
 
+    numbers = functools.cache(interpreter._get_np_dtype)  # it makes a table at every call
+    interpreter._get_np_dtype = lambda dtype: (
+        np.dtype(np.uint64) if dtype.scalar.is_ptr() else numbers(dtype.scalar)
+    )
     multiply = interpreter.InterpreterBuilder.create_dot
     interpreter.ReduceOps.generic_reduce = reduce
     interpreter.InterpreterBuilder.create_dot = dot
@@ -144,6 +149,19 @@ def cpu_scales_rows() -> None:
         torch._scaled_mm(x, x.t(), scales, scales.t(), out_dtype=torch.bfloat16)
     except RuntimeError:
         pytest.skip(f"torch {torch.__version__} scales rows on a GPU alone")
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks of the preset tiny, training too, are of a model with few weights."""
+    from blip3o_fast.benchmarking.shapes import Shape
+    from blip3o_fast.config import PRESETS
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], **sizes, **heads})
+    config = Shape("tiny", 2, 16).config.replace(eva_embedding_size=64, clip_embedding_size=32)
+    monkeypatch.setattr(Shape, "config", config)
 
 
 @pytest.fixture

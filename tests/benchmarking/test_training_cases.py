@@ -29,13 +29,6 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    """The adapter of the published widths alone has 40 million weights."""
-    small = SHAPE.config.replace(eva_embedding_size=64, clip_embedding_size=32)
-    monkeypatch.setattr(Shape, "config", small)
-
-
 def test_a_step_computes_numbers_and_leaves_nothing_behind(temporary, narrow):
     (case,) = training_cases(SHAPE, "fp32", CPU, compiled=False)
     assert case.task.samples == 2

@@ -9,13 +9,6 @@ from safetensors.torch import load_file
 
 from blip3o_fast.benchmarking.shapes import Shape
 
-
-@pytest.fixture
-def narrow(monkeypatch):
-    small = Shape("tiny", 2, 16).config.replace(eva_embedding_size=64, clip_embedding_size=32)
-    monkeypatch.setattr(Shape, "config", small)
-
-
 WORDS = ("--device", "cpu", "--preset", "tiny", "--batch", "2", "--samples", "8", "--steps", "6")
 
 

@@ -25,10 +25,8 @@ def test_the_projections_of_an_evaluation_are_found_and_counted():
     assert all(x.seconds > 0 for x in launches)
 
 
-def test_the_products_of_a_training_step_are_found_and_counted(monkeypatch):
+def test_the_products_of_a_training_step_are_found_and_counted(narrow):
     """Forward and backward, attention's among them."""
-    narrow = Shape("tiny", 2, 16).config.replace(eva_embedding_size=64, clip_embedding_size=32)
-    monkeypatch.setattr(Shape, "config", narrow)
     shape = Shape("tiny", 2, 16)
     launches = profile.profile_launches("training", shape, "fp32", CPU)
     counted = [(x, profile.count_work(x, shape.config, 2, 4)) for x in launches]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import scale_counts as counts
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_fast.benchmarking import work
@@ -30,21 +31,22 @@ def inputs(config):
 def kept_for_backward(layers, tokens):
     """Bytes that autograd holds after a forward pass under autocast, parameters left out."""
     config = small(layers, tokens)
-    model = BLIP3oDiT(config).train()
-    model.set_impl(Impl.TRITON)
-    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-    kept = {}
+    with FakeTensorMode():
+        model = BLIP3oDiT(config).train()
+        model.set_impl(Impl.TRITON)
+        own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+        kept = {}
 
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
+        def pack(x):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()
+            return x
 
-    x, t, eva = inputs(config)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = model(x, t, eva, return_dict=False)
-        loss = RectifiedFlowLoss(impl=Impl.TRITON)
-        terms = loss(velocity, x, x + 1, x + 2, t)
+        x, t, eva = inputs(config)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16):
+                velocity = model(x, t, eva, return_dict=False)
+            loss = RectifiedFlowLoss(impl=Impl.TRITON)
+            terms = loss(velocity, x, x + 1, x + 2, t)
     assert terms.total.requires_grad
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 

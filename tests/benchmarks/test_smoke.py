@@ -122,12 +122,6 @@ def test_a_kernel_that_computes_something_else_is_wrong(monkeypatch):
     assert smoke.judge(check, CPU) == ("wrong", "expected fp64 up to 0.0001 (relative), got inf")
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    small = Shape("tiny", 2, 16).config.replace(eva_embedding_size=64, clip_embedding_size=32)
-    monkeypatch.setattr(Shape, "config", small)
-
-
 def test_a_training_step_moves_the_weights(narrow, monkeypatch):
     training = smoke.Training(Shape("tiny", 2, 16), "fp32", CPU)
     verdict, detail = smoke.judge(smoke.partial(smoke.train, training), CPU)

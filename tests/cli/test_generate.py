@@ -270,7 +270,7 @@ def test_a_folder_that_another_process_writes_to(given, tmp_path, capsys):
     assert "expected a folder that nobody else writes to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_two_commands_in_one_folder(given, tmp_path, rounds):
     """One of them does the work, the other is refused or finds it done; nothing is lost."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))

@@ -66,6 +66,7 @@ def test_groups_and_samples(kernels: Kernels) -> None:
         assert torch.equal(one[0, :, 0], together[1, :, head])
 
 
+@pytest.mark.slow
 def test_a_query_does_not_depend_on_its_tile(kernels: Kernels) -> None:
     """Tiles of 128 queries, chosen where there are many, give what tiles of 64 give."""
     q, k, v, cos, sin = inputs(128, 3, 1, 1, torch.bfloat16)

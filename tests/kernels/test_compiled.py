@@ -68,8 +68,8 @@ def quantised(reports):
 @pytest.mark.parametrize(
     "arch, dtype, op",
     [
-        ("80", "fp32", "sandwich_norm"),
-        ("100", "fp16", "flow_loss"),
+        pytest.param("80", "fp32", "sandwich_norm", marks=pytest.mark.slow),
+        pytest.param("100", "fp16", "flow_loss", marks=pytest.mark.slow),
         ("80", "bf16/fp32", "rope"),
         ("100", "bf16/fp32", "swiglu"),
     ],

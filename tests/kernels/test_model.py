@@ -51,7 +51,13 @@ def gradients(model, tensors, impl):
     return {**named, "input": x.grad, "condition": eva.grad}
 
 
-@pytest.mark.parametrize("name", MODELS)
+def interpreted(name):
+    """The model, in the quick tests only if ``name`` is among these: interpreting one is slow."""
+    quick = name in ("sandwich_rope", "linear_adapter")
+    return pytest.param(name, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(interpreted, MODELS))
 def test_recorded_forward(device, name):
     model, tensors = recorded(name, device)
     model.set_impl(TRITON)
@@ -61,7 +67,7 @@ def test_recorded_forward(device, name):
     assert relative_error(out["hidden_states"], tensors["hidden"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sandwich_rope", "prenorm_rope"])
+@pytest.mark.parametrize("name", map(interpreted, ["sandwich_rope", "prenorm_rope"]))
 def test_gradients_of_the_recorded_models(device, name):
     """Every parameter and both inputs, against autograd through the reference in fp64."""
     model, tensors = recorded(name, device)

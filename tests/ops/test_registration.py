@@ -51,7 +51,9 @@ def test_opcheck_where_a_gradient_is_recorded(device, op):
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=label)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"]
+)
 def test_one_graph_forward_and_backward(device, case, dynamic):
     def step(*tensors):
         return sum(u.square().sum() for u in outputs(case.call(*tensors, impl=TRITON)))

@@ -29,7 +29,10 @@ def limit(model, dtype=torch.float32, steps=2):
     return rounding_bound(dtype, roundings_of(model.config, 4 * steps))
 
 
-@pytest.mark.parametrize(("tokens", "batch"), [(256, 1), (256, 3), (257, 1), (257, 3), (257, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "batch"),
+    [(256, 1), (256, 3), (257, 1), (257, 3), pytest.param(257, 64, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("conventions", ["consistent", "published"])
 def test_equals_the_plain_model(make_model, draw, conventions, tokens, batch):
     mode = "cls_patch" if tokens == 257 else "patch_only"

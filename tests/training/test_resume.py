@@ -156,7 +156,8 @@ class Disk:
         monkeypatch.setattr(owner, name, limited)
 
 
-def test_a_full_disk_at_any_write(options, tmp_path, uninterrupted, monkeypatch):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_full_disk_at_any_write(every, options, tmp_path, uninterrupted, monkeypatch):
     """Each start after a failure continues; what was there before the failure still is."""
     settings = {**SETTINGS, "max_steps": 3, "save_every_n_steps": 2, "eval_every_n_steps": 3}
     whole = uninterrupted(**settings)
@@ -164,7 +165,7 @@ def test_a_full_disk_at_any_write(options, tmp_path, uninterrupted, monkeypatch)
     train(options(**settings, output_dir=tmp_path / "counted"))
     total = disk.count
     assert total > 30
-    for moment in range(1, total + 1):
+    for moment in range(1, total + 1, every):
         mine = options(**settings, output_dir=tmp_path / str(moment))
         disk.count, disk.fails_at = 0, moment
         with pytest.raises(OSError, match="No space left"):
