@@ -183,7 +183,7 @@ def test_a_model_compiles_with_dynamic_shapes(device):
     torch.manual_seed(0)
     model = BLIP3oDiT(replace(SMALL, eva_adapter_dropout=0.3)).to(device).train()
     model.set_impl(TRITON)
-    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):
         x = randn(batch, 4, 6, device=device)
         t, eva = randn(batch, device=device).sigmoid(), randn(batch, 4, 21, device=device, seed=1)
