@@ -120,13 +120,13 @@ def _liger_rope(shape: Shape) -> Callable[..., Any]:
     config = shape.config
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
-    def rope(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rope(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # It reads half of a table. The halves are equal here.
         function = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction
         q, k, v = qkv.unflatten(-1, (H + 2 * K, d)).split((H, K, K), dim=2)
         q, k = function.apply(
             q.transpose(1, 2), k.transpose(1, 2), cos[None].to(q.dtype), sin[None].to(q.dtype)
         )
-        return torch.cat((q.transpose(1, 2), k.transpose(1, 2), v), dim=2).flatten(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v
 
     return rope

@@ -202,6 +202,7 @@ def keys_values(
     if layers[0].rotates:
         heads = len(layers) * K
         impl = layers[0].impls.rope
+        # Packed: 2 L gradients have to be joined anyway, since the layers find them one by one.
         kv = ops.rope(kv, *rotary, num_heads=0, num_kv_heads=heads, impl=impl)
     split = kv.unflatten(-1, (2 * len(layers), K, -1)).unbind(2)
     return [KeysValues(*both) for both in zip(split, split[len(layers) :], strict=False)]

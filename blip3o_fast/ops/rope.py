@@ -8,7 +8,7 @@ from blip3o_fast.axes import check_shape
 from blip3o_fast.ops import _aten
 from blip3o_fast.ops._cuda import dtype_refusal
 from blip3o_fast.ops._dispatch import Impl, choose, outside_autocast
-from blip3o_fast.ops._record import Arguments, Backward, Op, like_first
+from blip3o_fast.ops._record import Arguments, Backward, Op
 from blip3o_fast.ops._registration import register
 from blip3o_fast.ops._specimens import Sizes
 
@@ -42,17 +42,17 @@ def rope(
     """
     check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
     turned = num_heads + num_kv_heads
+    arguments = (qkv, cos, sin, turned + num_kv_heads, 0, turned)
     if not inplace:
-        return ROPE(qkv, cos, sin, turned, impl=impl, checked=True)
+        return ROPE(*arguments, impl=impl, checked=True)[0].flatten(2)
     if torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("inplace: expected torch.no_grad() or a qkv that needs no gradient")
     impl = choose(ROPE, impl, qkv)
     if impl is Impl.REFERENCE:
-        return qkv.copy_(ROPE(qkv, cos, sin, turned, impl=impl, checked=True))
+        return qkv.copy_(ROPE(*arguments, impl=impl, checked=True)[0].flatten(2))
     if impl is Impl.ATEN:
         with outside_autocast(qkv):
             return _aten.rope(qkv, cos, sin, turned, inplace=True)
-    arguments = (qkv, cos, sin, turned)
     ROPE.fused[impl].find("forward_", arguments)(*arguments)
     return qkv
 
@@ -74,30 +74,81 @@ def check_rotation(
         check_shape("qkv", qkv, "B N W", N=N, W=width)
 
 
+def split_heads(packed: Tensor, d: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[B, N, heads, d]`` of packed rows; queries alone if K is 0."""
+    rows = packed.unflatten(-1, (heads + 2 * kv_heads, d))
+    return rows.split((heads, kv_heads, kv_heads), dim=2) if kv_heads else (rows,)
+
+
+def _reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int
+) -> tuple[Tensor, ...]:
+    packed = reference.rope(qkv, cos, sin, turned, 0)
+    return split_heads(packed, cos.shape[1], heads, kv_heads)
+
+
+def _of_aten(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int
+) -> tuple[Tensor, ...]:
+    return split_heads(_aten.rope(qkv, cos, sin, turned), cos.shape[1], heads, kv_heads)
+
+
 def _specimens(sizes: Sizes) -> list[Arguments]:
     H, K, d = sizes.heads, sizes.kv_heads, sizes.head_width
     return [
-        (sizes.rows((H + 2 * K) * d), *sizes.rotation(), H + K),
-        (sizes.rows(H * d), *sizes.shear(), H),
+        (sizes.rows((H + 2 * K) * d), *sizes.rotation(), H, K, H + K),
+        (sizes.rows((H + 2 * K) * d), *sizes.shear(), H + 2 * K, 0, H + K),
     ]
 
 
-_TABLES = "Tensor cos, Tensor sin, int heads"
+def _fake(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int
+) -> tuple[Tensor, ...]:
+    del sin, turned
+    (B, N, _), d = qkv.shape, cos.shape[1]
+    return tuple(qkv.new_empty(B, N, count, d) for count in (heads, kv_heads, kv_heads))
+
+
+def _backward_fake(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    turned: int,
+) -> Tensor:
+    del cos, sin, turned
+    given = next(x for x in (dq, dk, dv) if x is not None)
+    B, N, _, d = given.shape
+    return given.new_empty(B, N, (heads + 2 * kv_heads) * d)
+
+
+_GIVEN = "Tensor cos, Tensor sin, int heads, int kv_heads, int turned"
 
 ROPE = register(
     Op(
         name="rope",
-        schema=f"(Tensor qkv, {_TABLES}) -> Tensor",
+        schema=f"(Tensor qkv, {_GIVEN}) -> (Tensor, Tensor, Tensor)",
         axes={"qkv": "B N W", "cos": "N d", "sin": "N d"},
-        reference=lambda qkv, cos, sin, heads: reference.rope(qkv, cos, sin, heads, 0),
+        reference=_reference,
         specimens=_specimens,
+        fake=_fake,
         backward=Backward(
-            f"(Tensor grad, {_TABLES}) -> Tensor",
+            f"(Tensor? dq, Tensor? dk, Tensor? dv, {_GIVEN}) -> Tensor",
             saved=lambda arguments, _: arguments[1:],
-            fake=like_first,
+            results=3,
+            fake=_backward_fake,
         ),
         inplace=True,
-        aten=_aten.rope,
+        aten=_of_aten,
         cuda=dtype_refusal,
     )
 )
+"""Three results ``[B, N, h, d]`` of ``heads``, ``kv_heads`` and ``kv_heads`` heads h, in order.
+
+The first ``turned`` of all heads turn. Attention takes queries, keys and values apart, and so the
+backward pass reads three gradients where attention left them: nothing has to join them. With no
+``kv_heads`` all heads are in the first result, packed. In place they always stay packed.
+"""

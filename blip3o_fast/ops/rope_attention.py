@@ -12,7 +12,7 @@ from blip3o_fast.ops._record import Arguments, Op
 from blip3o_fast.ops._registration import register
 from blip3o_fast.ops._specimens import Sizes
 from blip3o_fast.ops.attention import attention, check_heads
-from blip3o_fast.ops.rope import check_rotation, rope
+from blip3o_fast.ops.rope import ROPE, check_rotation, rope, split_heads
 
 WIDTH = 64
 """The head width of the kernel: that of every published size."""
@@ -59,7 +59,8 @@ def rope_attention(
         )
     if impl in (None, Impl.CUDA) and choose(ROPE_ATTENTION, impl, qkv) is Impl.CUDA:
         check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
-        q, k, v = _heads(qkv, cos.shape[1], num_heads, kept)
+        heads = split_heads(qkv, cos.shape[1], num_heads, num_kv_heads)
+        q, k, v = heads if kept is None else (heads[0], *kept)
         unfit = _unfit(q, k, v, dropout)
         if not unfit:
             check_heads(q, k, v)
@@ -69,25 +70,16 @@ def rope_attention(
             raise ValueError(
                 f"impl=CUDA: {unfit}; pass another for two kernels, rope and attention"
             )
-    turned = rope(
-        *(qkv, cos, sin),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        impl=rope_impl or impl,
-        inplace=inplace,
-    )
-    heads = _heads(turned, cos.shape[1], num_heads, kept)
-    return attention(*heads, dropout=dropout).flatten(2)
-
-
-def _heads(
-    qkv: Tensor, d: int, num_heads: int, kept: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, ...]:
-    heads = qkv.unflatten(-1, (-1, d))
-    if kept is not None:
-        return heads, *kept
-    K = (heads.shape[2] - num_heads) // 2
-    return heads.split((num_heads, K, K), dim=2)
+    if inplace:
+        counts = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        turned = rope(qkv, cos, sin, **counts, impl=rope_impl or impl, inplace=True)
+        heads = split_heads(turned, cos.shape[1], num_heads, num_kv_heads)
+    else:
+        check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
+        arguments = (qkv, cos, sin, num_heads, num_kv_heads, num_heads + num_kv_heads)
+        heads = ROPE(*arguments, impl=rope_impl or impl, checked=True)
+    q, k, v = heads if kept is None else (heads[0], *kept)
+    return attention(q, k, v, dropout=dropout).flatten(2)
 
 
 def _unfit(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str | None:

@@ -9,6 +9,9 @@ its adjoint, which takes other entries of the table. It is not the same map with
 
     dq[i] = g[i] cos[i] + g[j] sin[j]         dq[j] = g[j] cos[j] - g[i] sin[i]
 
+One side is packed. The other is queries, keys and values apart, or all heads as queries. So nothing
+joins three gradients before the backward pass, which reads them and writes them packed.
+
 Per token: reads (H + 2K) d elements and writes as many; in place it moves 2 (H + K) d in all. All
 heads read the same 2 d table entries, from cache. Computes in fp32 (fp64 for fp64). A program turns
 ``PAIRS`` pairs of columns: whole heads of one token after another, so that no thread is idle.
@@ -24,23 +27,38 @@ PAIRS = 1024
 """Of a program: 8 for each of 128 threads, two 16-byte loads."""
 
 
+@jit
+def _chosen(of_k, of_v, q, k, v):
+    return tl.where(of_v, v, tl.where(of_k, k, q))
+
+
 @jit(do_not_specialize=["rows", "tokens"])
 def _rotate_kernel(
-    qkv,
+    packed,
+    q,
+    k,
+    v,
     cos,
     sin,
-    out,
     rows,
     tokens,
-    qkv_b,
-    qkv_n,
-    qkv_d,
+    packed_b,
+    packed_n,
+    packed_d,
+    q_b,
+    q_n,
+    q_h,
+    q_d,
+    k_b,
+    k_n,
+    k_h,
+    v_b,
+    v_n,
+    v_h,
     cos_n,
     sin_n,
-    out_b,
-    out_n,
-    out_d,
     TURNED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
@@ -48,7 +66,6 @@ def _rotate_kernel(
     ACC: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
-    dtype = out.dtype.element_ty
     half: tl.constexpr = WIDTH // 2
     index = tl.program_id(0) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)[:, None]
     row = index // HEADS
@@ -59,10 +76,23 @@ def _rotate_kernel(
     inside = (row < rows) & (col < half)
     turned = inside & (head < TURNED)
     i = (head * WIDTH + col).to(tl.int64)
-    j = i + half
-    source = qkv + (sample * qkv_b + token * qkv_n)
-    low = tl.load(source + i * qkv_d, mask=inside, other=0.0)
-    high = tl.load(source + j * qkv_d, mask=inside, other=0.0)
+    if KV_HEADS:
+        first_key: tl.constexpr = HEADS - 2 * KV_HEADS
+        first_value: tl.constexpr = HEADS - KV_HEADS
+        of_k, of_v = head >= first_key, head >= first_value
+        q = _chosen(of_k, of_v, q, k, v)
+        q_b = _chosen(of_k, of_v, q_b, k_b, v_b)
+        q_n = _chosen(of_k, of_v, q_n, k_n, v_n)
+        q_h = _chosen(of_k, of_v, q_h, k_h, v_h)
+        head -= _chosen(of_k, of_v, 0, first_key, first_value)
+    if ADJOINT:
+        source = q + (sample * q_b + token * q_n + head.to(tl.int64) * q_h)
+        source_i, source_d = col.to(tl.int64), q_d
+    else:
+        source = packed + (sample * packed_b + token * packed_n)
+        source_i, source_d = i, packed_d
+    low = tl.load(source + source_i * source_d, mask=inside, other=0.0)
+    high = tl.load(source + (source_i + half) * source_d, mask=inside, other=0.0)
     cosines, sines = cos + (token * cos_n + col), sin + (token * sin_n + col)
     cos_i = tl.load(cosines, mask=turned, other=0.0).to(ACC)
     cos_j = tl.load(cosines + half, mask=turned, other=0.0).to(ACC)
@@ -73,61 +103,113 @@ def _rotate_kernel(
         first, second = a * cos_i + b * sin_j, b * cos_j - a * sin_i
     else:
         first, second = a * cos_i - b * sin_i, b * cos_j + a * sin_j
-    target = out + (sample * out_b + token * out_n)
-    tl.store(target + i * out_d, tl.where(turned, first.to(dtype), low), mask=inside)
-    tl.store(target + j * out_d, tl.where(turned, second.to(dtype), high), mask=inside)
+    if ADJOINT:
+        target = packed + (sample * packed_b + token * packed_n)
+        target_i, target_d = i, packed_d
+    else:
+        target = q + (sample * q_b + token * q_n)
+        target_i, target_d = (head * WIDTH + col).to(tl.int64), q_d
+    first = tl.where(turned, first.to(low.dtype), low)
+    tl.store(target + target_i * target_d, first, mask=inside)
+    second = tl.where(turned, second.to(high.dtype), high)
+    tl.store(target + (target_i + half) * target_d, second, mask=inside)
 
 
 def _rotate(
-    qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, *, adjoint: bool
+    packed: Tensor,
+    apart: tuple[Tensor, Tensor, Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+    turned: int,
+    *,
+    adjoint: bool = False,
 ) -> None:
-    """Write the first ``heads`` heads of ``qkv`` turned into ``out``, and copy the rest."""
-    if not out.numel():
+    """Write the rows of ``packed`` into ``apart``, or with ``adjoint`` the other way.
+
+    ``apart`` is queries, keys and values with contiguous columns, or None: in place. The first
+    ``turned`` heads turn. The others are copied, or in place left alone.
+    """
+    if not packed.numel():
         return
-    samples, tokens, columns = qkv.shape
+    samples, tokens, columns = packed.shape
     width = cos.shape[1]
     cos, sin = unit_stride(cos), unit_stride(sin)
-    present = heads if out is qkv else columns // width
+    if apart is None:
+        b, n, d = packed.stride()
+        heads, kv_heads = (packed, None, None), 0
+        strides = (b, n, width * d, d, *(0,) * 6)
+        present = turned
+    else:
+        q, k, v = heads = apart
+        kv_heads = k.shape[2]
+        strides = (*q.stride(), *k.stride()[:3], *v.stride()[:3])
+        present = columns // width
     half_block = next_power_of_2(width // 2)
     heads_block = max(1, PAIRS // half_block)
-    with on_device(qkv):
+    with on_device(packed):
         _rotate_kernel[(cdiv(samples * tokens * present, heads_block),)](
-            qkv,
+            packed,
+            *heads,
             cos,
             sin,
-            out,
             samples * tokens,
             tokens,
-            *qkv.stride(),
+            *packed.stride(),
+            *strides,
             cos.stride(0),
             sin.stride(0),
-            *out.stride(),
-            TURNED=heads,
+            TURNED=turned,
+            KV_HEADS=kv_heads,
             HEADS=present,
             WIDTH=width,
             HEADS_BLOCK=heads_block,
             HALF_BLOCK=half_block,
-            ACC=accumulator(qkv, cos, sin),
+            ACC=accumulator(packed, cos, sin),
             ADJOINT=adjoint,
             num_warps=4,
             enable_fp_fusion=False,
         )
 
 
-def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """A new tensor with the first ``heads`` heads turned."""
-    out = qkv.new_empty(qkv.shape)
-    _rotate(qkv, cos, sin, out, heads, adjoint=False)
-    return out
+def forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New tensors of ``heads``, ``kv_heads`` and again ``kv_heads`` heads, ``[B, N, heads, d]``.
+
+    The first ``turned`` of them all are turned.
+    """
+    samples, tokens, _ = qkv.shape
+    width = cos.shape[1]
+    q = qkv.new_empty(samples, tokens, heads, width)
+    k = qkv.new_empty(samples, tokens, kv_heads, width)
+    v = qkv.new_empty(samples, tokens, kv_heads, width)
+    _rotate(qkv, (q, k, v), cos, sin, turned)
+    return q, k, v
 
 
-def forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-    """Turn the first ``heads`` heads of ``qkv`` in place."""
-    _rotate(qkv, cos, sin, qkv, heads, adjoint=False)
+def forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int) -> None:
+    """Turn the first ``turned`` heads of ``qkv`` in place: all stay packed."""
+    del heads, kv_heads
+    _rotate(qkv, None, cos, sin, turned)
 
 
-def backward(grad: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """The gradient of ``qkv``, contiguous."""
-    out = grad.new_empty(grad.shape)
-    _rotate(grad, cos, sin, out, heads, adjoint=True)
+def backward(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    turned: int,
+) -> Tensor:
+    """The gradient of ``qkv``, contiguous. A gradient of None is zero."""
+    given = next(x for x in (dq, dk, dv) if x is not None)
+    samples, tokens, _, width = given.shape
+    q, k, v = (
+        given.new_zeros(samples, tokens, count, width) if x is None else unit_stride(x)
+        for x, count in ((dq, heads), (dk, kv_heads), (dv, kv_heads))
+    )
+    out = given.new_empty(samples, tokens, (heads + 2 * kv_heads) * width)
+    _rotate(out, (q, k, v), cos, sin, turned, adjoint=True)
     return out

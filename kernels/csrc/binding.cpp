@@ -227,37 +227,76 @@ Tensor swiglu_backward(Tensor grad, Tensor gate_up) {
   return dgate_up;
 }
 
-void turn(const Rows& rows, const Tensor& cos, const Tensor& sin, int64_t heads, bool adjoint,
-          Tensor& out, const char* op) {
-  const Place place(out);
-  const int activation = activation_dtype(out);
+/// Heads of packed rows, [B, N, heads d].
+blip3o_heads packed_heads(const Tensor& x, int64_t d) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), d};
+}
+
+/// The heads of a tensor [B, N, heads, d] with adjacent columns.
+blip3o_heads heads_of(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tensor fresh_heads(const Tensor& like, int64_t heads, int64_t d) {
+  const std::array<int64_t, 4> sizes{like.size(0), like.size(1), heads, d};
+  return fresh(Sizes(sizes.data(), sizes.size()), activation_dtype(like), like);
+}
+
+/// Between `packed` and its `heads` and twice `kv_heads` heads `apart`, as `blip3o_rope` says.
+void turn(const Tensor& packed, const std::array<blip3o_heads, 3>& apart, const Tensor& cos,
+          const Tensor& sin, int64_t heads, int64_t kv_heads, int64_t turned, bool adjoint,
+          const char* op) {
+  const Place place(packed);
+  const int64_t d = cos.size(1);
+  const int activation = activation_dtype(packed);
   const int parameter = dtype(cos) == activation && dtype(sin) == activation ? activation
                                                                              : BLIP3O_FLOAT32;
   const Tensor cosines = whole(cos, parameter), sines = whole(sin, parameter);
-  const int64_t kv_heads = out.size(2) / cos.size(1) - heads;
-  check(blip3o_rope({activation, parameter}, shape_of(out, cos.size(1)),
-                    static_cast<int>(heads - kv_heads), static_cast<int>(kv_heads), rows.c,
-                    cosines.data_ptr(), sines.data_ptr(), adjoint, out.data_ptr(), place.stream()),
+  check(blip3o_rope({activation, parameter}, shape_of(packed, d), static_cast<int>(heads),
+                    static_cast<int>(kv_heads), static_cast<int>(turned), packed_heads(packed, d),
+                    apart[0], apart[1], apart[2], cosines.data_ptr(), sines.data_ptr(), adjoint,
+                    place.stream()),
         op);
 }
 
-Tensor rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads) {
-  Tensor out = fresh(qkv, activation_dtype(qkv));
-  turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, out, "rope");
-  return out;
+std::tuple<Tensor, Tensor, Tensor> rope(Tensor qkv, Tensor cos, Tensor sin, int64_t heads,
+                                        int64_t kv_heads, int64_t turned) {
+  const Tensor rows = dense(qkv);
+  const int64_t d = cos.size(1);
+  Tensor q = fresh_heads(qkv, heads, d);
+  Tensor k = fresh_heads(qkv, kv_heads, d), v = fresh_heads(qkv, kv_heads, d);
+  turn(rows, {heads_of(q), heads_of(k), heads_of(v)}, cos, sin, heads, kv_heads, turned, false,
+       "rope");
+  return {q, k, v};
 }
 
-void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads) {
+/// All heads stay packed.
+void rope_inplace(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads,
+                  int64_t turned) {
+  const int64_t all = heads + 2 * kv_heads;
   if (qkv.is_contiguous()) {
-    turn(Rows(qkv, dtype(qkv)), cos, sin, heads, false, qkv, "rope_");
+    turn(qkv, {packed_heads(qkv, cos.size(1))}, cos, sin, all, 0, turned, false, "rope_");
   } else {
-    torch::stable::copy_(qkv, rope(qkv, cos, sin, heads));
+    const Tensor out = std::get<0>(rope(qkv, cos, sin, all, 0, turned));
+    torch::stable::copy_(qkv, torch::stable::reshape(out, qkv.sizes()));
   }
 }
 
-Tensor rope_backward(Tensor grad, Tensor cos, Tensor sin, int64_t heads) {
-  Tensor out = fresh(grad, activation_dtype(grad));
-  turn(Rows(grad, dtype(grad)), cos, sin, heads, true, out, "rope_backward");
+Tensor rope_backward(Optional dq, Optional dk, Optional dv, Tensor cos, Tensor sin, int64_t heads,
+                     int64_t kv_heads, int64_t turned) {
+  const Tensor& given = dq ? *dq : dk ? *dk : *dv;
+  const Place place(given);
+  const int64_t d = cos.size(1);
+  const auto present = [&](const Optional& gradient, int64_t count) {
+    if (gradient) return dense(*gradient);
+    Tensor zeros = fresh_heads(given, count, d);
+    return torch::stable::zero_(zeros);
+  };
+  const Tensor q = present(dq, heads), k = present(dk, kv_heads), v = present(dv, kv_heads);
+  const std::array<int64_t, 3> sizes{q.size(0), q.size(1), (heads + 2 * kv_heads) * d};
+  Tensor out = fresh(Sizes(sizes.data(), sizes.size()), activation_dtype(q), q);
+  turn(out, {heads_of(q), heads_of(k), heads_of(v)}, cos, sin, heads, kv_heads, turned, true,
+       "rope_backward");
   return out;
 }
 
@@ -441,7 +480,7 @@ void solver_update(Tensor x, Tensor velocity, Tensor slopes, Tensor coefficients
   "Tensor? layer_scale, Tensor? post_w1, Tensor? post_w2, Tensor? post_shift, "           \
   "Tensor? post_scale, Tensor? pre_w1, Tensor? pre_w2, Tensor? pre_shift, Tensor? pre_scale, " \
   "float eps"
-#define TABLES "Tensor cos, Tensor sin, int heads"
+#define ROTATION "Tensor cos, Tensor sin, int heads, int kv_heads, int turned"
 
 // Tests bind the kernels to host tensors, under another name.
 #ifndef BLIP3O_NAMESPACE
@@ -455,9 +494,9 @@ void solver_update(Tensor x, Tensor velocity, Tensor slopes, Tensor coefficients
 LIBRARY(BLIP3O_NAMESPACE, m) {
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
-  m.def("rope(Tensor qkv, " TABLES ") -> Tensor");
-  m.def("rope_(Tensor(a!) qkv, " TABLES ") -> ()");
-  m.def("rope_backward(Tensor grad, " TABLES ") -> Tensor");
+  m.def("rope(Tensor qkv, " ROTATION ") -> (Tensor, Tensor, Tensor)");
+  m.def("rope_(Tensor(a!) qkv, " ROTATION ") -> ()");
+  m.def("rope_backward(Tensor? dq, Tensor? dk, Tensor? dv, " ROTATION ") -> Tensor");
   m.def(
       "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool rotates_keys) "
       "-> Tensor");

@@ -40,6 +40,12 @@ typedef struct {
   int64_t batch_stride, row_stride;
 } blip3o_rows;
 
+/* Heads [B, N, heads, d] of an activation, read or written. */
+typedef struct {
+  void* data;
+  int64_t batch_stride, row_stride, head_stride;
+} blip3o_heads;
+
 /* rms(rms(x; w1); w2) * (1 + scale) + shift: w1, w2 [D]; shift, scale [B, D]. */
 typedef struct {
   const void *w1, *w2, *shift, *scale;
@@ -91,13 +97,15 @@ BLIP3O_API int blip3o_sandwich_join_backward(
 BLIP3O_API int64_t blip3o_sandwich_workspace(int activation, blip3o_shape shape, int modulations);
 
 /*
- * Rotates H query and K key heads of packed rows [(H + 2K) d] and copies the value heads. cos, sin
- * [N, d] contiguous, in the parameter dtype. shape.width is d. adjoint != 0: the transposed map.
- * `out` may be qkv itself where that is contiguous.
+ * Heads that lie packed, and the same heads apart: the first num_heads in q, num_kv_heads each in k and v.
+ * adjoint == 0: reads packed and writes q, k, v, the first `turned` heads rotated, the rest copied; else
+ * the transposed map, the other way. shape.width is d. cos, sin [N, d] contiguous, in the parameter
+ * dtype. In place, q is packed and has all heads.
  */
 BLIP3O_API int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_heads,
-                           int num_kv_heads, blip3o_rows qkv, const void* cos, const void* sin,
-                           int adjoint, void* out, cudaStream_t stream);
+                           int num_kv_heads, int turned, blip3o_heads packed, blip3o_heads q,
+                           blip3o_heads k, blip3o_heads v, const void* cos, const void* sin,
+                           int adjoint, cudaStream_t stream);
 
 /*
  * softmax(rope(q) rope(k)^T / sqrt(d)) v, fp16 or bf16. shape: batch, queries N, d; d is 64. q rows [H d], k and v

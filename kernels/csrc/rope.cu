@@ -4,61 +4,89 @@
 //   out[j] = x[j] cos[j] + x[i] sin[j]                 dx[j] = dy[j] cos[j] - dy[i] sin[i]
 //
 // and value heads are copied. The halves of a table may differ, so the adjoint is not "negate sin".
+// One side is packed. The other is queries, keys and values apart, or all heads as queries.
 #include "elementwise.cuh"
 #include "rotation.cuh"
 
 namespace blip3o {
 namespace {
 
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t batch_stride, row_stride;
+  int head_stride;
+
+  Heads() = default;
+  explicit Heads(const blip3o_heads& heads)
+      : data(static_cast<T*>(heads.data)),
+        batch_stride(heads.batch_stride),
+        row_stride(heads.row_stride),
+        head_stride(static_cast<int>(heads.head_stride)) {}
+
+  __device__ __forceinline__ T* at(int64_t batch, int64_t token, int head, int column) const {
+    return data + batch * batch_stride + token * row_stride + (head * head_stride + column);
+  }
+};
+
 template <typename T, typename P>
 struct Rope {
   Items items;
-  int half, width;        // d / 2, (H + 2K) d
-  int turned;             // items of a row that rotate; the rest are copied
-  Rows<T> qkv;
+  int half;               // d / 2
+  int turned;             // heads that rotate; the rest are copied
+  int first_key, first_value;
+  Heads<T> packed, q, k, v;
   const P *cos, *sin;
-  T* out;
+
+  template <bool kKeys>
+  __device__ __forceinline__ T* apart(int batch, int token, int head, int column) const {
+    if (!kKeys || head < first_key) return q.at(batch, token, head, column);
+    return head < first_value ? k.at(batch, token, head - first_key, column)
+                              : v.at(batch, token, head - first_value, column);
+  }
 };
 
-/// An item is one pack of a head's lower half and the same pack of its upper half.
-template <typename T, typename P, int kPack, bool kAdjoint>
+/// An item is one pack of a head's lower half and the same pack of its upper half. Without kKeys all heads
+/// are in q.
+template <typename T, typename P, int kPack, bool kAdjoint, bool kKeys>
 __global__ void __launch_bounds__(kElementwiseThreads) rope(const Rope<T, P> a) {
   await_previous();
   const int row = a.items.row();
   if (row >= a.items.rows) return;
   const int batch = row / a.items.tokens;
   const int token = row - batch * a.items.tokens;
-  const T* from = a.qkv.row(batch, token);
-  T* to = a.out + static_cast<int64_t>(row) * a.width;
   const P* cos = a.cos + static_cast<int64_t>(token) * 2 * a.half;
   const P* sin = a.sin + static_cast<int64_t>(token) * 2 * a.half;
   const int packs = a.half / kPack;
   for (int item = threadIdx.x; item < a.items.per_row; item += blockDim.x) {
     const int head = item / packs;
     const int column = (item - head * packs) * kPack;
-    const int first = head * 2 * a.half + column;
+    T* const packed = a.packed.at(batch, token, head, column);
+    T* const apart = a.template apart<kKeys>(batch, token, head, column);
+    const T* from = kAdjoint ? apart : packed;
+    T* to = kAdjoint ? packed : apart;
     float low[kPack], high[kPack];
-    load(low, from + first);
-    load(high, from + first + a.half);
-    if (item < a.turned) {
+    load(low, from);
+    load(high, from + a.half);
+    if (head < a.turned) {
       rotate<kPack, kAdjoint>(low, high, cos + column, sin + column, a.half);
     }
-    store(to + first, low);
-    store(to + first + a.half, high);
+    store(to, low);
+    store(to + a.half, high);
   }
 }
 
 template <typename T, typename P, int kPack>
-int launch_rope(Rope<T, P>& a, blip3o_shape shape, int num_heads, int num_kv_heads, int adjoint,
+int launch_rope(Rope<T, P>& a, blip3o_shape shape, int64_t heads, int adjoint,
                 cudaStream_t stream) {
-  const int packs = a.half / kPack;
-  a.items = Items(shape, static_cast<int64_t>(num_heads + 2 * num_kv_heads) * packs);
-  a.turned = (num_heads + num_kv_heads) * packs;
+  a.items = Items(shape, heads * (a.half / kPack));
   const int64_t blocks = a.items.blocks();
   if (blocks == 0) return cudaSuccess;
   const dim3 threads = a.items.threads();
   return with_flag(adjoint != 0, [&](auto transposed) {
-    return launch<rope<T, P, kPack, transposed>>(blocks, threads, a, stream);
+    return with_flag(a.first_key < heads, [&](auto keys) {
+      return launch<rope<T, P, kPack, transposed, keys>>(blocks, threads, a, stream);
+    });
   });
 }
 
@@ -66,27 +94,34 @@ int launch_rope(Rope<T, P>& a, blip3o_shape shape, int num_heads, int num_kv_hea
 }  // namespace blip3o
 
 int blip3o_rope(blip3o_dtypes dtypes, blip3o_shape shape, int num_heads, int num_kv_heads,
-                blip3o_rows qkv, const void* cos, const void* sin, int adjoint, void* out,
-                cudaStream_t stream) {
+                int turned, blip3o_heads packed, blip3o_heads q, blip3o_heads k, blip3o_heads v,
+                const void* cos, const void* sin, int adjoint, cudaStream_t stream) {
   using namespace blip3o;
-  const int64_t width = (num_heads + 2 * static_cast<int64_t>(num_kv_heads)) * shape.width;
-  if (num_heads < 0 || num_kv_heads < 0 || shape.width % 2 != 0 || !countable(shape, width)) {
+  const int64_t heads = num_heads + 2 * static_cast<int64_t>(num_kv_heads);
+  if (num_heads < 0 || num_kv_heads < 0 || shape.width % 2 != 0 ||
+      !countable(shape, heads * shape.width)) {
     return cudaErrorInvalidValue;
+  }
+  for (const blip3o_heads& x : {packed, q, k, v}) {
+    if (!countable(shape, heads * x.head_stride)) return cudaErrorInvalidValue;
   }
   return with_dtypes(dtypes, [&](auto activation, auto parameter) {
     using T = decltype(activation);
     using P = decltype(parameter);
     Rope<T, P> a{};
     a.half = static_cast<int>(shape.width / 2);
-    a.width = static_cast<int>(width);
-    a.qkv = Rows<T>(qkv);
+    a.turned = turned;
+    a.first_key = num_heads;
+    a.first_value = num_heads + num_kv_heads;
+    a.packed = Heads<T>(packed);
+    a.q = Heads<T>(q);
+    a.k = Heads<T>(k);
+    a.v = Heads<T>(v);
     a.cos = static_cast<const P*>(cos);
     a.sin = static_cast<const P*>(sin);
-    a.out = static_cast<T*>(out);
-    const bool whole_words =
-        a.half % kPack<T> == 0 && aligned(qkv, sizeof(T)) && aligned({cos, sin, out});
-    return whole_words
-               ? launch_rope<T, P, kPack<T>>(a, shape, num_heads, num_kv_heads, adjoint, stream)
-               : launch_rope<T, P, 1>(a, shape, num_heads, num_kv_heads, adjoint, stream);
+    bool whole_words = a.half % kPack<T> == 0 && aligned({cos, sin});
+    for (const blip3o_heads& x : {packed, q, k, v}) whole_words &= aligned(x, sizeof(T));
+    return whole_words ? launch_rope<T, P, kPack<T>>(a, shape, heads, adjoint, stream)
+                       : launch_rope<T, P, 1>(a, shape, heads, adjoint, stream);
   });
 }

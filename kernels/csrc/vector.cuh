@@ -124,6 +124,12 @@ inline bool aligned(const blip3o_rows& rows, int64_t element_bytes) {
           rows.row_stride * element_bytes % kAccessBytes == 0);
 }
 
+/// Whether every head starts at a multiple of 16 bytes.
+inline bool aligned(const blip3o_heads& heads, int64_t element_bytes) {
+  return aligned(blip3o_rows{heads.data, heads.batch_stride, heads.row_stride}, element_bytes) &&
+         heads.head_stride * element_bytes % kAccessBytes == 0;
+}
+
 /// Calls `run` with a flag that is a constant of its type.
 template <typename Run>
 int with_flag(bool flag, Run run) {

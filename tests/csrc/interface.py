@@ -31,6 +31,15 @@ class Rows(Structure):
     _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64)]
 
 
+class Heads(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("batch_stride", c_int64),
+        ("row_stride", c_int64),
+        ("head_stride", c_int64),
+    ]
+
+
 class CModulation(Structure):
     _fields_ = [
         ("w1", c_void_p),
@@ -75,7 +84,8 @@ def signatures() -> dict[str, list[Any]]:
             *(pointer, pointer, pointer, ModulationGrads, ModulationGrads, pointer, pointer),
         ],
         "blip3o_rope": [
-            *(*head, c_int, c_int, Rows, pointer, pointer, c_int, pointer, pointer),
+            *(*head, c_int, c_int, c_int, Heads, Heads, Heads, Heads),
+            *(pointer, pointer, c_int, pointer),
         ],
         "blip3o_rope_attention": [
             *(c_int, Shape, c_int64, c_int, c_int, Rows, Rows, Rows),
@@ -106,6 +116,14 @@ def rows(x: Tensor | None) -> Rows:
         return Rows(None, 0, 0)
     dense = x if x.stride(-1) == 1 else x.contiguous()
     result = Rows(dense.data_ptr(), dense.stride(0), dense.stride(1))
+    result.owner = dense
+    return result
+
+
+def heads(x: Tensor) -> Heads:
+    """Heads ``[B, N, heads, d]``, or a copy where the last axis is strided."""
+    dense = x if x.stride(-1) == 1 else x.contiguous()
+    result = Heads(dense.data_ptr(), *dense.stride()[:3])
     result.owner = dense
     return result
 
@@ -186,8 +204,10 @@ class Kernels:
         none = (None,) * 4
         return _SandwichJoin.apply(self, eps, x, y, layer_scale, *(post or none), *(pre or none))
 
-    def rope(self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int) -> Tensor:
-        return _Rope.apply(self, qkv, cos, sin, heads, kv)
+    def rope(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int, turned: int
+    ) -> tuple[Tensor, ...]:
+        return _Rope.apply(self, qkv, cos, sin, heads, kv, turned)
 
     def rope_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, rotates_keys: bool
@@ -311,36 +331,40 @@ def _dtypes(tensors: Sequence[Tensor | None]) -> Dtypes:
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, qkv: Tensor, cos: Tensor, sin: Tensor, *flags: Any
+        ctx: Any, kernels: Kernels, qkv: Tensor, cos: Tensor, sin: Tensor, *counts: int
     ) -> Any:
         ctx.save_for_backward(cos, sin)
-        ctx.kernels, ctx.flags = kernels, flags
-        return _turn(kernels, qkv, cos, sin, *flags, adjoint=False)
+        ctx.kernels, ctx.counts, ctx.shape = kernels, counts, qkv.shape
+        B, N, _ = qkv.shape
+        with Outputs() as out:
+            shapes = [(B, N, count, cos.shape[1]) for count in (counts[0], counts[1], counts[1])]
+            apart = [out.new(shape, qkv.dtype) for shape in shapes]
+            _turn(kernels, qkv, apart, cos, sin, *counts, adjoint=False)
+        return tuple(apart)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        dqkv = _turn(ctx.kernels, dout, *ctx.saved_tensors, *ctx.flags, adjoint=True)
-        return None, dqkv, None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        with Outputs() as out:
+            dqkv = out.new(ctx.shape, gradients[0].dtype)
+            tables = ctx.saved_tensors
+            _turn(ctx.kernels, dqkv, gradients, *tables, *ctx.counts, adjoint=True)
+        return None, dqkv, *(None,) * 5
 
 
 def _turn(
     kernels: Kernels,
-    qkv: Tensor,
+    packed: Tensor,
+    apart: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
-    heads: int,
-    kv: int,
-    *,
+    *counts: int,
     adjoint: bool,
-) -> Tensor:
-    dtypes = Dtypes(DTYPES[qkv.dtype], DTYPES[cos.dtype])
-    shape = Shape(qkv.shape[0], qkv.shape[1], cos.shape[1])
-    with Outputs() as out:
-        result = out.new(qkv.shape, qkv.dtype)
-        tables = pointer(cos), pointer(sin)
-        arguments = (rows(qkv), *tables, adjoint, pointer(result))
-        kernels.run("rope", dtypes, shape, heads, kv, *arguments)
-    return result
+) -> None:
+    d = cos.shape[1]
+    dtypes = Dtypes(DTYPES[packed.dtype], DTYPES[cos.dtype])
+    shape = Shape(packed.shape[0], packed.shape[1], d)
+    parts = [heads(x) for x in (packed.unflatten(-1, (counts[0] + 2 * counts[1], d)), *apart)]
+    kernels.run("rope", dtypes, shape, *counts, *parts, pointer(cos), pointer(sin), adjoint)
 
 
 class _Swiglu(torch.autograd.Function):

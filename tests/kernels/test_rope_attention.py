@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_fast import ops, reference
 from blip3o_fast.ops import _dispatch
@@ -23,6 +24,18 @@ def inputs(B, N, H, K, dtype, device):
 
 def kept(B, M, K, dtype, device):
     return tuple(randn(B, M, K, d, dtype=dtype, device=device, seed=seed) for seed in (3, 4))
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operators inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def expected(qkv, cos, sin, H, K, keys_values=None):
@@ -117,6 +130,20 @@ def test_gradients_go_through_two_kernels(device):
     (ours,) = torch.autograd.grad(ops.rope_attention(qkv, cos, sin, **options), qkv, upstream)
     (same,) = torch.autograd.grad(expected(qkv, cos, sin, 2, 1), qkv, upstream)
     torch.testing.assert_close(ours, same, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_nothing_joins_the_gradients_of_queries_keys_and_values(device, crossed):
+    """The backward pass of the rotation reads them where attention left them."""
+    qkv, cos, sin = inputs(1, 5, 2, 0 if crossed else 1, torch.float32, device)
+    keys_values = kept(1, 5, 1, torch.float32, device) if crossed else None
+    options = {"num_heads": 2, "num_kv_heads": 0 if crossed else 1, "kept": keys_values}
+    out = ops.rope_attention(qkv.requires_grad_(), cos, sin, **options, rope_impl=IMPL)
+    with Recorded() as recorded:
+        out.sum().backward()
+    assert sum(name.endswith("::rope_backward") for name in recorded.names) == 1
+    assert not {"aten::cat", "aten::stack"}.intersection(recorded.names)
+    assert qkv.grad.is_contiguous()
 
 
 def test_what_the_one_kernel_cannot_do_is_said(device):

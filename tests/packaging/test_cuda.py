@@ -148,5 +148,6 @@ def test_launchers_without_a_gpu_return_an_error(tmp_path: Path) -> None:
         code = library.blip3o_swiglu_forward(0, shape, rows, None, None)
         assert (code == 0) is works, code
         dtypes = interface.Dtypes(0, 0)
-        code = library.blip3o_rope(dtypes, shape, 1, 0, rows, None, None, 0, None, None)
+        heads = (interface.Heads(None, 64, 64, 32),) * 4
+        code = library.blip3o_rope(dtypes, shape, 1, 0, 1, *heads, None, None, 0, None)
         assert (code == 0) is works, code
