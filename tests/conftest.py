@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import functools
+import gc
 import importlib.util
 from collections.abc import Iterator
 
@@ -103,6 +104,12 @@ def pytest_configure() -> None:
     from tests.csrc.build import folder
 
     folder()
+
+
+def pytest_collection_finish() -> None:
+    """Have garbage collections pass over what imports and collected tests left: 0.3 s for each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,7 +70,7 @@ def quantised(reports):
     [
         pytest.param("80", "fp32", "sandwich_norm", marks=pytest.mark.slow),
         pytest.param("100", "fp16", "flow_loss", marks=pytest.mark.slow),
-        ("80", "bf16/fp32", "rope"),
+        pytest.param("80", "bf16/fp32", "rope", marks=pytest.mark.slow),
         ("100", "bf16/fp32", "swiglu"),
     ],
 )

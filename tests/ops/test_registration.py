@@ -6,7 +6,7 @@ import torch
 from blip3o_fast import ops
 from blip3o_fast.ops import OPS, Sizes
 from tests.kernels.oracle import laid_out
-from tests.ops.cases import ALL_CASES, CASES, label, outputs, solver_update, update_inputs
+from tests.ops.cases import ALL_CASES, CASES, Case, label, outputs, solver_update, update_inputs
 
 TRITON = ops.Impl.TRITON
 NAMESPACE = torch.ops.blip3o_fast
@@ -50,9 +50,17 @@ def test_opcheck_where_a_gradient_is_recorded(device, op):
         torch.library.opcheck(getattr(NAMESPACE, op.name), arguments)
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=label)
+TRACED = [
+    pytest.param(case, dynamic, marks=() if quick else pytest.mark.slow)
+    for case in ALL_CASES
+    for dynamic in (False, True)
+    for quick in [dynamic and (case.specimen < 2 or case.name != "sandwich_join")]
+]
+"""Every case with shapes that the compiler knows and with symbols; the quick tests have a part."""
+
+
 @pytest.mark.parametrize(
-    "dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"]
+    ("case", "dynamic"), TRACED, ids=lambda x: label(x) if isinstance(x, Case) else f"dynamic={x}"
 )
 def test_one_graph_forward_and_backward(device, case, dynamic):
     def step(*tensors):
