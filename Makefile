@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build of torch, first and by itself: resolved with the rest it may bring a CUDA build.
 # Python compiles what it imports; to compile all of torch beforehand takes longer than to install it.
+# It must keep what it compiled, or every process of every test compiles it again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	--constraint constraints.txt
 

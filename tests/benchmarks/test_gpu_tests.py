@@ -112,6 +112,7 @@ def test_a_test_that_ends_its_process_costs_only_itself(run):
     assert record["never_run"] == 0
 
 
+@pytest.mark.slow
 def test_a_device_that_a_test_broke_is_left_with_its_process(run):
     status, said, record = run(1, device=DEVICE, good=GOOD)
     assert status == 1
@@ -119,6 +120,7 @@ def test_a_device_that_a_test_broke_is_left_with_its_process(run):
     assert [failure["test"].split("::")[-1] for failure in record["failures"]] == ["test_illegal"]
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_costs_only_itself(run):
     status, said, record = run(1, ["--patience", "3"], good=GOOD, hang=HANG)
     assert status == 1

@@ -146,7 +146,7 @@ def test_a_run_that_measured_nothing_has_no_pictures(result, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_stopped_run_has_written_what_it_measured(monkeypatch, tmp_path, name):
     """And what ``bench.json`` says in the middle of a case is what came before it."""
     path = tmp_path / "bench.json"

@@ -36,7 +36,9 @@ def tar_folder(image_folder, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("source", ["image_folder", "tar_folder"])
+@pytest.mark.parametrize(
+    "source", ["image_folder", pytest.param("tar_folder", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(rounds, source, request, image_folder, tmp_path):
     """Each round kills one of two, and later one, two and three processes in turn."""

@@ -39,6 +39,14 @@ def recorded(name, device):
     return model.to(device), {k: v.to(device) for k, v in golden.tensors.items()}
 
 
+def small(device):
+    torch.manual_seed(0)
+    model = BLIP3oDiT(replace(SMALL, zero_init_output=False)).to(device)
+    widths = {"x": 6, "velocity": 6, "noise": 6, "eva": 21}
+    drawn = {k: randn(2, 4, w, device=device, seed=i) for i, (k, w) in enumerate(widths.items())}
+    return model, {**drawn, "t": torch.tensor([0.2, 0.7], device=device)}
+
+
 def gradients(model, tensors, impl):
     model.set_impl(impl)
     model.zero_grad()
@@ -51,13 +59,15 @@ def gradients(model, tensors, impl):
     return {**named, "input": x.grad, "condition": eva.grad}
 
 
+RECORDED = "sandwich_rope"
+
+
 def interpreted(name):
-    """The model, in the quick tests only if ``name`` is among these: interpreting one is slow."""
-    quick = name in ("sandwich_rope", "linear_adapter")
-    return pytest.param(name, marks=() if quick else pytest.mark.slow)
+    """The model, in the quick tests only if it is ``RECORDED``: it takes long to interpret one."""
+    return pytest.param(name, marks=() if name == RECORDED else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(interpreted, MODELS))
+@pytest.mark.parametrize("name", [interpreted(name) for name in MODELS])
 def test_recorded_forward(device, name):
     model, tensors = recorded(name, device)
     model.set_impl(TRITON)
@@ -67,10 +77,13 @@ def test_recorded_forward(device, name):
     assert relative_error(out["hidden_states"], tensors["hidden"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", map(interpreted, ["sandwich_rope", "prenorm_rope"]))
-def test_gradients_of_the_recorded_models(device, name):
+@pytest.mark.parametrize(
+    "name",
+    ["small", *(pytest.param(x, marks=pytest.mark.slow) for x in (RECORDED, "prenorm_rope"))],
+)
+def test_gradients(device, name):
     """Every parameter and both inputs, against autograd through the reference in fp64."""
-    model, tensors = recorded(name, device)
+    model, tensors = small(device) if name == "small" else recorded(name, device)
     ours = gradients(model, tensors, TRITON)
     same = gradients(model, tensors, REFERENCE)
     truth = gradients(model.double(), {k: v.double() for k, v in tensors.items()}, REFERENCE)

@@ -65,6 +65,7 @@ def test_cross_attention(device, dtype, N, M):
     compare(*inputs(2, N, 4, 0, dtype, device), 4, 0, kept(2, M, 2, dtype, device))
 
 
+@pytest.mark.slow
 def test_published_size(device):
     """One sample of one layer of base, 257 tokens."""
     compare(*inputs(1, 257, 12, 4, torch.bfloat16, device), 12, 4)

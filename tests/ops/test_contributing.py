@@ -80,10 +80,12 @@ def test_its_own_tests_and_those_of_every_op_pass(house):
     assert passed is not None and int(passed[1]) > 30, out
 
 
+@pytest.mark.slow
 def test_doctor_benchmarks_and_the_profile_find_it(house):
     run(house, "-c", "import tests.conftest\n" + FOUND, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_its_kernels_are_inspected(house, tmp_path):
     script = str(house / "kernels" / "inspect_kernels.py")
     words = ("--op", NAME, "--arch", "90", "--dtype", "bf16")

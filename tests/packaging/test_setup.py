@@ -158,7 +158,7 @@ def test_python_knows_the_c_interface() -> None:
     kinds |= {"int64_t": ctypes.c_int64.__name__}
     kinds |= {"blip3o_dtypes": "Dtypes", "blip3o_shape": "Shape", "blip3o_rows": "Rows"}
     kinds |= {"blip3o_modulation": "CModulation", "blip3o_slopes": "Slopes"}
-    kinds |= {"blip3o_modulation_grads": "ModulationGrads"}
+    kinds |= {"blip3o_modulation_grads": "ModulationGrads", "blip3o_heads": "Heads"}
 
     def kind(argument: str) -> str:
         words = argument.replace("const", " ").split()

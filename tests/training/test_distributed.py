@@ -90,7 +90,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(
     assert_close(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_stopping_and_resuming_with_accumulation(parallel, options, tmp_path, alone, together):
     """Interrupted by a signal to one process only; then micro-batches instead of whole ones."""
     seen = together(options(**SETTINGS, parallel=parallel), stop_after=3)
