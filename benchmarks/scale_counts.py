@@ -13,6 +13,7 @@ import torch
 from blip3o_fast.benchmarking import work
 from blip3o_fast.benchmarking.shapes import Shape
 from blip3o_fast.config import DiTConfig, Size
+from blip3o_fast.devices import no_values
 from blip3o_fast.extraction.eva import EVAVisionConfig
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.sampling import batches
@@ -62,7 +63,7 @@ H100 = Machine()
 @lru_cache
 def parameters(config: DiTConfig) -> int:
     """The number of parameters of a model."""
-    with torch.device("meta"):
+    with no_values():
         return BLIP3oDiT(config).get_num_parameters()
 
 

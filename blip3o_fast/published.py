@@ -22,6 +22,7 @@ from blip3o_fast.atomic import write_atomically
 from blip3o_fast.checked import read_json
 from blip3o_fast.checkpoint import CONFIG_NAME, check_tensors, published_names
 from blip3o_fast.config import DiTConfig, Size, TrainingMode
+from blip3o_fast.devices import no_values
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.sampling import PlanOptions
 
@@ -166,7 +167,7 @@ def accelerate(model: nn.Module) -> BLIP3oCLIPDiTModel:
     """
     config = _own_config(getattr(model, "config", None))
     tensors = published_names(dict(model.named_parameters()))
-    with torch.device("meta"):
+    with no_values():
         fast = BLIP3oCLIPDiTModel(config)
     check_tensors(config, fast.state_dict(), tensors)
     fast.load_state_dict(tensors, assign=True)

@@ -20,6 +20,7 @@ from blip3o_fast.config import DiTConfig
 from blip3o_fast.data import EmbeddingDataset, Manifest, SampleRecord, ShardWriter, Split
 from blip3o_fast.data.dataset import Batch
 from blip3o_fast.data.loader import Loader
+from blip3o_fast.devices import no_values
 from blip3o_fast.ops import OPS, Impl
 from blip3o_fast.pretrained import BLIP3oDiT
 from blip3o_fast.processes import World
@@ -128,7 +129,7 @@ def training_cases(
 
 def step_work(shape: Shape, size: int) -> work.Work:
     """The work of an optimizer step; ``size`` is the bytes of an element of activations."""
-    with torch.device("meta"):
+    with no_values():
         parameters = BLIP3oDiT(shape.config).get_num_parameters()
     return work.training_step(shape, parameters, size)
 

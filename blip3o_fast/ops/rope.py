@@ -1,5 +1,8 @@
 """Rotary positions on the packed query, key and value projection."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,17 +83,15 @@ def split_heads(packed: Tensor, d: int, heads: int, kv_heads: int) -> tuple[Tens
     return rows.split((heads, kv_heads, kv_heads), dim=2) if kv_heads else (rows,)
 
 
-def _reference(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int
-) -> tuple[Tensor, ...]:
-    packed = reference.rope(qkv, cos, sin, turned, 0)
-    return split_heads(packed, cos.shape[1], heads, kv_heads)
+def _split(rotate: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Callable[..., Any]:
+    """The op by a function that leaves all heads packed."""
 
+    def rotated(
+        qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int
+    ) -> tuple[Tensor, ...]:
+        return split_heads(rotate(qkv, cos, sin, turned), cos.shape[1], heads, kv_heads)
 
-def _of_aten(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, turned: int
-) -> tuple[Tensor, ...]:
-    return split_heads(_aten.rope(qkv, cos, sin, turned), cos.shape[1], heads, kv_heads)
+    return rotated
 
 
 def _specimens(sizes: Sizes) -> list[Arguments]:
@@ -132,7 +133,7 @@ ROPE = register(
         name="rope",
         schema=f"(Tensor qkv, {_GIVEN}) -> (Tensor, Tensor, Tensor)",
         axes={"qkv": "B N W", "cos": "N d", "sin": "N d"},
-        reference=_reference,
+        reference=_split(lambda qkv, cos, sin, turned: reference.rope(qkv, cos, sin, turned, 0)),
         specimens=_specimens,
         fake=_fake,
         backward=Backward(
@@ -142,7 +143,7 @@ ROPE = register(
             fake=_backward_fake,
         ),
         inplace=True,
-        aten=_of_aten,
+        aten=_split(_aten.rope),
         cuda=dtype_refusal,
     )
 )

@@ -71,8 +71,13 @@ def rope_attention(
                 f"impl=CUDA: {unfit}; pass another for two kernels, rope and attention"
             )
     if inplace:
-        counts = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        turned = rope(qkv, cos, sin, **counts, impl=rope_impl or impl, inplace=True)
+        turned = rope(
+            *(qkv, cos, sin),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            impl=rope_impl or impl,
+            inplace=True,
+        )
         heads = split_heads(turned, cos.shape[1], num_heads, num_kv_heads)
     else:
         check_rotation(qkv, cos, sin, num_heads, num_kv_heads)
