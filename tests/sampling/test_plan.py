@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -210,7 +211,10 @@ def test_interpreted_kernels(make_model, draw, device, conventions):
     judge("sample", got, same, truth, roundings_of(model.config, 2))
 
 
-def test_compiled(make_model, draw):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(backend, make_model, draw, monkeypatch):
+    """The quick one traces all that the compiler would fuse."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     model = make_model(num_hidden_layers=1)
     eva, noise = draw(model)
     expected = SamplingPlan(model, steps=2, solver="euler")(eva, noise)
