@@ -29,13 +29,14 @@ from blip3o_fast.training import TrainingInterrupted
 def run(args: argparse.Namespace) -> int:
     """Extract, train, evaluate; print the table and where the report is."""
     options = DemoOptions(**given(DemoOptions, args))
-    if options.plots:
-        require_plots()
     device = find_device(options.device)
     folder = Path(options.output_dir)
     started = time.monotonic()
 
+    # First: the extra that has photos brings what draws plots too.
     refs = find_photos(options)
+    if options.plots:
+        require_plots()
     samples, photos = extract_tokens(refs, folder / "shards", device, options.progress)
     say(
         started, f"{samples} crops of {len(refs)} photos, {photos} held out, in {folder / 'shards'}"

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from blip3o_fast.cli import demo as command
 from blip3o_fast.cli.main import main
-from blip3o_fast.demo import pipeline
+from blip3o_fast.demo import photos, pipeline
 
 
 @pytest.mark.realdata
@@ -14,9 +15,9 @@ def test_photos_to_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "FITTED", (2, 3))
     monkeypatch.setattr(pipeline, "CONDITIONS", 4)
     folder = tmp_path / "demo"
-    command = ["demo", "--output_dir", str(folder), "--max_images", "4", "--steps", "2"]
-    command += ["--max_samples", "4", "--evaluations", "1", "2", "--no_progress", "--device", "cpu"]
-    assert main(command) == 0
+    words = ["demo", "--output_dir", str(folder), "--max_images", "4", "--steps", "2"]
+    words += ["--max_samples", "4", "--evaluations", "1", "2", "--no_progress", "--device", "cpu"]
+    assert main(words) == 0
     printed = capsys.readouterr().out
     assert "ridge" in printed and "report.html" in printed
     found = json.loads((folder / "report" / "report.json").read_text())
@@ -25,20 +26,26 @@ def test_photos_to_report(tmp_path, capsys, monkeypatch):
     assert found["regression"] is None
     assert (folder / "report" / "report.html").stat().st_size > 10_000
     # Everything is done already: the same command finds it so, and reports the same.
-    assert main([*command, "--no_plots"]) == 0
+    assert main([*words, "--no_plots"]) == 0
     again = json.loads((folder / "report" / "report.json").read_text())
     assert again == found
 
 
 def test_without_matplotlib_the_option_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    (tmp_path / "empty").mkdir()
-    words = ["demo", "--images", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "demo")]
-    assert main(words) == 1
+    monkeypatch.setattr(command, "find_photos", lambda options: [])
+    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 1
     err = capsys.readouterr().err
     assert "[plots]" in err and "--no_plots" in err
-    assert main([*words, "--no_plots"]) == 1
-    assert "empty" in capsys.readouterr().err
+
+
+def test_a_bare_installation_is_told_one_extra(tmp_path, capsys, monkeypatch):
+    """The one that brings photos and plots; it is not told plots first and photos then."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(photos, "PACKAGES", ())
+    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 1
+    err = capsys.readouterr().err
+    assert "[demo]" in err and "[plots]" not in err
 
 
 @pytest.mark.parametrize(
