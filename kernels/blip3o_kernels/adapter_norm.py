@@ -3,7 +3,7 @@
     xhat = (x - mean) rstd        u = w xhat + b
     out = u Phi(u)                Phi(u) = (1 + erf(u / sqrt 2)) / 2
 
-(arXiv:1607.06450, arXiv:1606.08415, exact form up to the error that ``normal_tail`` states). Mean
+(arXiv:1607.06450, arXiv:1606.08415, exact form up to the error that ``mills_ratio`` states). Mean
 and variance run over the W true columns. Backward, with du = dout (Phi(u) + u phi(u)), g = w du:
 
     dx = rstd (g - mean(g) - xhat mean(g xhat))        dw = sum du xhat        db = sum du
@@ -24,18 +24,19 @@ generated code is unchanged.
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels.arithmetic import normal_tail
+from blip3o_kernels.arithmetic import gelu, gelu_slope
 from blip3o_kernels.launch import (
     accumulator,
-    backward_launch,
-    forward_launch,
     merged_rows,
     on_device,
     torch_accumulator,
     unit_stride,
+    whole_waves,
 )
 from blip3o_kernels.pieces import (
     dot,
+    fetch_piece,
+    fetch_rows,
     load_parameter,
     load_rows,
     parameter_piece,
@@ -45,6 +46,7 @@ from blip3o_kernels.pieces import (
     store_piece,
     store_sum,
     total,
+    widened,
     zeros,
 )
 from blip3o_kernels.reduction import column_sum
@@ -53,6 +55,9 @@ from blip3o_kernels.typed import cdiv, jit
 
 COLUMNS = 32
 """Columns of a thread. Many, and parameters read again for each row, leave most rows in flight."""
+
+REGISTERS = 0.4
+"""For a column: pieces are read and done with one by one, and only the row stays, in 16 bits."""
 
 BACKWARD_COLUMNS = 16
 BACKWARD_REGISTERS = 2.5
@@ -128,8 +133,7 @@ def _forward_kernel(
             xhat = _without_padding((values[k] - mean) * rstd, k, CUT, WIDTH)
             w = parameter_piece(weight, k, CUT, WIDTH, ROWS, ACC, True)
             u = tl.fma(xhat, w, parameter_piece(bias, k, CUT, WIDTH, ROWS, ACC, True))
-            tail, _ = normal_tail(u, out.dtype.element_ty.primitive_bitwidth <= 16)
-            h = tl.fma(tl.abs(u), -tail, tl.maximum(u, 0.0, tl.PropagateNan.ALL))
+            h = gelu(u, out.dtype.element_ty.primitive_bitwidth <= 16)
             if DROPPED:
                 h = _after_dropout(h, seed, sample * tokens + row, k, CUT, DROPPED)
             store_piece(out, target, h, inside, k, CUT, PADDED)
@@ -163,21 +167,29 @@ def _backward_kernel(
     PARAMETERS: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
-    w = load_parameter(weight, CUT, WIDTH, ROWS, ACC)
-    b = load_parameter(bias, CUT, WIDTH, ROWS, ACC)
+    up, source = dout + sample * dout_b, x + sample * x_b
+    row, inside = rows_of(first, last, ROWS)
+    next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, PADDED)
+    next_v = fetch_rows(source, row * x_n, x_d, inside, CUT, PADDED)
+    w = load_parameter(weight, CUT, WIDTH, ROWS, weight.dtype.element_ty)
+    b = load_parameter(bias, CUT, WIDTH, ROWS, bias.dtype.element_ty)
     dw = zeros(CUT, ROWS, ACC)
     db = zeros(CUT, ROWS, ACC)
     for token in range(first, last, ROWS):
-        row, inside = rows_of(token, last, ROWS)
-        upstream = load_rows(dout + sample * dout_b, row * dout_n, dout_d, inside, CUT, PADDED, ACC)
-        values = load_rows(x + sample * x_b, row * x_n, x_d, inside, CUT, PADDED, ACC)
+        upstream, values = widened(next_g, ACC), widened(next_v, ACC)
+        number, present = sample * tokens + row, inside
+        # The next rows are on their way while these are computed.
+        row, inside = rows_of(token + ROWS, last, ROWS)
+        next_v = fetch_rows(source, row * x_n, x_d, inside, CUT, PADDED)
+        next_g = ()
+        if not PARAMETERS:
+            next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, PADDED)
         if DROPPED:
             # Here, where fewer registers are in use than beside the slope of the GELU. The seed is
             # read for each row, so that no register holds what follows from it meanwhile.
             key = tl.load(seed)
             left = ()
             for k in tl.static_range(len(CUT)):
-                number = sample * tokens + row
                 left += (_after_dropout(upstream[k], key, number, k, CUT, DROPPED),)
             upstream = left
         mean, rstd = _mean_and_rstd(values, CUT, EPS, WIDTH)
@@ -186,21 +198,25 @@ def _backward_kernel(
         g = ()
         for k in tl.static_range(len(CUT)):
             standard = _without_padding((values[k] - mean) * rstd, k, CUT, WIDTH)
-            u = tl.fma(standard, w[k], b[k])
-            tail, density = normal_tail(u, dx.dtype.element_ty.primitive_bitwidth <= 16)
-            slope = tl.fma(u, density, tl.where(u < 0.0, tail, 1.0 - tail))
+            wide = w[k].to(ACC)
+            u = tl.fma(standard, wide, b[k].to(ACC))
+            slope = gelu_slope(u, dx.dtype.element_ty.primitive_bitwidth <= 16)
             du = _without_padding(upstream[k], k, CUT, WIDTH) * slope
             xhat += (standard,)
             gradient += (du,)
-            g += (w[k] * du,)
+            g += (wide * du,)
+            if PARAMETERS:  # It needs the registers that the last one leaves.
+                next_g += (fetch_piece(up, row * dout_n, dout_d, inside, k, CUT, PADDED),)
         sum_g, sum_gx = row_sums(total(g), dot(g, xhat))
-        mean_g, mean_gx = sum_g * (1.0 / WIDTH), sum_gx * (1.0 / WIDTH)
-        target = (sample * tokens + row) * PADDED
+        # dx = rstd g + pull xhat + shift
+        shift = -rstd * (sum_g * (1.0 / WIDTH))
+        pull = -rstd * (sum_gx * (1.0 / WIDTH))
+        target = number * PADDED
         new_dw = ()
         new_db = ()
         for k in tl.static_range(len(CUT)):
-            d = rstd * (tl.fma(w[k], gradient[k], -mean_g) - xhat[k] * mean_gx)
-            store_piece(dx, target, _without_padding(d, k, CUT, WIDTH), inside, k, CUT, PADDED)
+            d = tl.fma(rstd, w[k].to(ACC) * gradient[k], tl.fma(xhat[k], pull, shift))
+            store_piece(dx, target, _without_padding(d, k, CUT, WIDTH), present, k, CUT, PADDED)
             new_dw += (tl.fma(gradient[k], xhat[k], dw[k]),)
             new_db += (db[k] + gradient[k],)
         if PARAMETERS:
@@ -219,7 +235,7 @@ def forward(
     weight, bias = unit_stride(weight), unit_stride(bias)
     (source,) = merged_rows(x)
     samples, tokens, padded = source.shape
-    launch = forward_launch(padded, samples * tokens, COLUMNS)
+    launch, _ = whole_waves(source, COLUMNS, REGISTERS)
     if not out.numel():
         return out
     chunks = cdiv(tokens, launch.rows)
@@ -262,7 +278,7 @@ def backward(
     width = weight.shape[0]
     acc = accumulator(x, weight, bias)
     per_column = BACKWARD_REGISTERS + x.element_size() / 2
-    launch, registers = backward_launch(padded, samples, tokens, BACKWARD_COLUMNS, per_column)
+    launch, registers = whole_waves(source, BACKWARD_COLUMNS, per_column)
     chunks = cdiv(tokens, launch.rows)
     partial = None
     if parameters:

@@ -7,8 +7,8 @@ columns are added without a barrier.
 * A thread loads 16 bytes of a 16-bit row at a time, or 8 where only that makes all pieces equal and
   lets rows share a program. How many columns it holds at most is a choice of each kernel: few leave
   registers for more programs, many need fewer instructions and exchanges a row.
-* Each forward program reads up to four rows of parameters. It walks several tiles of rows, once the
-  programs fill a GPU several times over.
+* Each forward program reads up to four rows of parameters first. It walks so many rows that all
+  programs end together, in as few waves as pays.
 * A backward program writes partial sums: three fp32 rows for each norm, which are read again. So
   that of a norm is as large as a multiprocessor, and walks as many rows as leave one program for
   each: 128 of 16,384, which costs 3% of the traffic of a norm of 16 bits. It reads rows ahead.
@@ -39,21 +39,17 @@ ELEMENTWISE_COLUMNS = 1024
 ELEMENTWISE_ELEMENTS = 2048
 """The tile of an elementwise kernel: 16 elements a thread at 4 warps, two 16-byte loads each."""
 
-FORWARD_PROGRAMS = 1024
-FORWARD_TILES = 4
 BLOCK_PROGRAMS = 512
 BLOCK_ROWS = (4, 32)
 
 MULTIPROCESSORS = 132
 REGISTERS = 65536
-SUMS_COST = 16
-"""What a backward program spends on its sums, in rows."""
+PROGRAM_COST = 16
+"""What a program over rows spends on its parameters and sums, in rows."""
 SUMMED_WARPS = 8
 """Warps of a program that has a multiprocessor to itself: 255 registers a thread."""
 DEEP_WIDTH = 2048
 DEEP_COLUMNS = 8
-MOST_CHUNKS = 512
-"""Programs of a sample, whose sums one program of the second stage reads at once."""
 
 
 class RowLaunch(NamedTuple):
@@ -98,32 +94,15 @@ class ElementwiseLaunch(NamedTuple):
     grid: tuple[int]
 
 
-@lru_cache(maxsize=1024)
-def forward_launch(width: int, rows: int, columns: int) -> RowLaunch:
-    """The launch of a kernel that maps each of ``rows`` rows of ``width`` columns by itself.
+def whole_waves(x: Tensor, columns: int, registers: float) -> tuple[RowLaunch, int]:
+    """The launch of a kernel over ``x`` ``[B, N, D]`` whose programs fill the device, and the
+    registers that a thread may have, lest fewer of them fit.
 
-    A thread holds at most ``columns`` of a row, unless the row is too wide for that.
+    A thread holds at most ``columns`` of a row, unless the row is too wide for that. ``registers``
+    are those that it needs for each of them, besides 60.
     """
-    launch = _row_launch(width, columns, ROW_WARPS)
-    tiles = _power_of_two_below(min(FORWARD_TILES, rows // launch.tile // FORWARD_PROGRAMS))
-    return launch._replace(rows=tiles * launch.tile)
-
-
-def backward_launch(
-    width: int, samples: int, tokens: int, columns: int, registers: float
-) -> tuple[RowLaunch, int]:
-    """The launch of a kernel that also sums over the tokens of each sample, and its registers.
-
-    ``registers`` are those that a thread needs for each of its columns, besides 60. Samples are cut
-    so that the programs fill whole waves.
-    """
-    launch = _row_launch(width, columns, ROW_WARPS)
-    held = sum(size for _, size in launch.cut) * launch.tile / (WARP * launch.num_warps)
-    most = REGISTERS // (WARP * launch.num_warps)
-    programs = max(1, int(most // min(255, 60 + registers * held)))
-    limit = min(255, most // programs // 8 * 8)
-    rows = _rows_walked(samples, tokens, launch.tile, MULTIPROCESSORS * programs)
-    return launch._replace(rows=rows), limit
+    samples, tokens, width = x.shape
+    return _whole_waves(width, samples, tokens, multiprocessors(x), columns, registers)
 
 
 def summed_launch(x: Tensor, columns: int, depth: int) -> tuple[RowLaunch, int]:
@@ -144,23 +123,39 @@ def summed_launch(x: Tensor, columns: int, depth: int) -> tuple[RowLaunch, int]:
 
 
 @lru_cache(maxsize=1024)
+def _whole_waves(
+    width: int, samples: int, tokens: int, device: int, columns: int, registers: float
+) -> tuple[RowLaunch, int]:
+    launch = _row_launch(width, columns, ROW_WARPS)
+    held = sum(size for _, size in launch.cut) * launch.tile / (WARP * launch.num_warps)
+    most = REGISTERS // (WARP * launch.num_warps)
+    programs = max(1, int(most // min(255, 60 + registers * held)))
+    rows = _rows_walked(samples, tokens, launch.tile, device * programs)
+    return launch._replace(rows=rows), min(255, most // programs // 8 * 8)
+
+
+@lru_cache(maxsize=1024)
 def _rows_walked(samples: int, tokens: int, at_once: int, slots: int) -> int:
-    """Rows of a program, so that all programs fill whole waves of ``slots``."""
+    """Rows of a program, so that all programs end soonest in waves of ``slots``."""
     tiles = max(1, cdiv(tokens, at_once))
 
     def cost(chunks: int) -> int:
         walked = cdiv(tiles, chunks) * at_once
-        return cdiv(samples * chunks, slots) * (walked + SUMS_COST)
+        return cdiv(samples * chunks, slots) * (walked + PROGRAM_COST)
 
-    chunks = min(range(1, min(tiles, MOST_CHUNKS) + 1), key=cost)
+    chunks = min(range(1, min(tiles, slots) + 1), key=cost)
     return cdiv(tiles, chunks) * at_once
 
 
 def multiprocessors(x: Tensor) -> int:
     """Those of the device of ``x``; those of an H100 where there is none."""
-    if x.is_cuda:
-        return torch.cuda.get_device_properties(x.device).multi_processor_count
-    return MULTIPROCESSORS
+    index = x.get_device()
+    return MULTIPROCESSORS if index < 0 else _multiprocessors_of(index)
+
+
+@lru_cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,13 @@ from blip3o_kernels.typed import jit
 
 @jit
 def rows_of(first, last, ROWS: tl.constexpr):
-    """Indices ``[ROWS, 1]`` of the rows of a tile, and which of them are before ``last``."""
+    """Indices ``[ROWS, 1]`` of the rows of a tile, and which of them are before ``last``.
+
+    A tile of one row is always full: past the end it is the last row again, which needs no mask.
+    """
+    if ROWS == 1:
+        first = tl.minimum(first, last - 1)
+        return first.to(tl.int64) + tl.full((1, 1), 0, tl.int64), tl.full((1, 1), True, tl.int1)
     row = first + tl.arange(0, ROWS)[:, None]
     return row.to(tl.int64), row < last
 

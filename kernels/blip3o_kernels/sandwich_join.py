@@ -32,10 +32,10 @@ from blip3o_kernels.double_norm import (
 )
 from blip3o_kernels.launch import (
     accumulator,
-    forward_launch,
     on_device,
     summed_launch,
     unit_stride,
+    whole_waves,
 )
 from blip3o_kernels.norm_sums import ABSENT, parameter_gradients, partial_sums, sums_of
 from blip3o_kernels.pieces import (
@@ -61,7 +61,8 @@ from blip3o_kernels.tiles import token_range
 from blip3o_kernels.typed import cdiv, jit
 
 COLUMNS = 24
-"""Columns of a thread: a warp holds a row of up to 768."""
+REGISTERS = 6.0
+"""Columns of a thread, and registers for each: a warp holds a row of up to 768."""
 
 BACKWARD_COLUMNS = 12
 BACKWARD_DEPTH = 2
@@ -330,7 +331,7 @@ def forward(
     samples, tokens, width = x.shape
     x_out = x.new_empty(x.shape)
     ls, post, pre = _parameters(layer_scale, norms)
-    launch = forward_launch(width, samples * tokens, COLUMNS)
+    launch, _ = whole_waves(x, COLUMNS, REGISTERS)
     chunks = cdiv(tokens, launch.rows)
     with on_device(x):
         if x.numel():

@@ -25,10 +25,10 @@ from blip3o_kernels.double_norm import (
 )
 from blip3o_kernels.launch import (
     accumulator,
-    forward_launch,
     on_device,
     summed_launch,
     unit_stride,
+    whole_waves,
 )
 from blip3o_kernels.norm_sums import parameter_gradients, partial_sums
 from blip3o_kernels.pieces import (
@@ -50,7 +50,8 @@ from blip3o_kernels.tiles import token_range
 from blip3o_kernels.typed import cdiv, jit
 
 COLUMNS = 32
-"""Columns of a thread: a warp holds a row of up to 1,024."""
+REGISTERS = 2.8
+"""Columns of a thread, and registers for each: a warp holds a row of up to 1,024."""
 
 BACKWARD_COLUMNS = 24
 BACKWARD_DEPTH = 4
@@ -177,7 +178,7 @@ def forward(
     out, scales = quantised_like(x) if quantised else (x.new_empty(x.shape), None)
     samples, tokens, width = x.shape
     w1, w2, shift, scale = map(unit_stride, (w1, w2, shift, scale))
-    launch = forward_launch(width, samples * tokens, COLUMNS)
+    launch, _ = whole_waves(x, COLUMNS, REGISTERS)
     chunks = cdiv(tokens, launch.rows)
     with on_device(x):
         if out.numel():
