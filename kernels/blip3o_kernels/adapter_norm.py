@@ -35,7 +35,6 @@ from blip3o_kernels.launch import (
 )
 from blip3o_kernels.pieces import (
     dot,
-    fetch_piece,
     fetch_rows,
     load_parameter,
     load_rows,
@@ -164,26 +163,32 @@ def _backward_kernel(
     CUT: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
+    AHEAD: tl.constexpr,
     PARAMETERS: tl.constexpr,
 ):
     sample, first, last = token_range(tokens, rows, chunks)
     up, source = dout + sample * dout_b, x + sample * x_b
-    row, inside = rows_of(first, last, ROWS)
-    next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, PADDED)
-    next_v = fetch_rows(source, row * x_n, x_d, inside, CUT, PADDED)
     w = load_parameter(weight, CUT, WIDTH, ROWS, weight.dtype.element_ty)
     b = load_parameter(bias, CUT, WIDTH, ROWS, bias.dtype.element_ty)
     dw = zeros(CUT, ROWS, ACC)
     db = zeros(CUT, ROWS, ACC)
-    for token in range(first, last, ROWS):
-        upstream, values = widened(next_g, ACC), widened(next_v, ACC)
-        number, present = sample * tokens + row, inside
-        # The next rows are on their way while these are computed.
-        row, inside = rows_of(token + ROWS, last, ROWS)
+    if AHEAD:
+        row, inside = rows_of(first, last, ROWS)
+        next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, PADDED)
         next_v = fetch_rows(source, row * x_n, x_d, inside, CUT, PADDED)
-        next_g = ()
-        if not PARAMETERS:
-            next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, PADDED)
+    for token in range(first, last, ROWS):
+        now, present = rows_of(token, last, ROWS)
+        if AHEAD:
+            upstream, values = widened(next_g, ACC), widened(next_v, ACC)
+            # The next rows are on their way while these are computed.
+            row, inside = rows_of(token + ROWS, last, ROWS)
+            next_v = fetch_rows(source, row * x_n, x_d, inside, CUT, PADDED)
+            if not PARAMETERS:
+                next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, PADDED)
+        else:
+            upstream = load_rows(up, now * dout_n, dout_d, present, CUT, PADDED, ACC)
+            values = load_rows(source, now * x_n, x_d, present, CUT, PADDED, ACC)
+        number = sample * tokens + now
         if DROPPED:
             # Here, where fewer registers are in use than beside the slope of the GELU. The seed is
             # read for each row, so that no register holds what follows from it meanwhile.
@@ -205,17 +210,15 @@ def _backward_kernel(
             xhat += (standard,)
             gradient += (du,)
             g += (wide * du,)
-            if PARAMETERS:  # It needs the registers that the last one leaves.
-                next_g += (fetch_piece(up, row * dout_n, dout_d, inside, k, CUT, PADDED),)
+        if AHEAD and PARAMETERS:  # These need the registers that the last ones leave.
+            next_g = fetch_rows(up, row * dout_n, dout_d, inside, CUT, PADDED)
         sum_g, sum_gx = row_sums(total(g), dot(g, xhat))
-        # dx = rstd g + pull xhat + shift
-        shift = -rstd * (sum_g * (1.0 / WIDTH))
-        pull = -rstd * (sum_gx * (1.0 / WIDTH))
+        mean_g, pull = sum_g * (1.0 / WIDTH), -rstd * (sum_gx * (1.0 / WIDTH))
         target = number * PADDED
         new_dw = ()
         new_db = ()
         for k in tl.static_range(len(CUT)):
-            d = tl.fma(rstd, w[k].to(ACC) * gradient[k], tl.fma(xhat[k], pull, shift))
+            d = tl.fma(rstd, tl.fma(w[k].to(ACC), gradient[k], -mean_g), xhat[k] * pull)
             store_piece(dx, target, _without_padding(d, k, CUT, WIDTH), present, k, CUT, PADDED)
             new_dw += (tl.fma(gradient[k], xhat[k], dw[k]),)
             new_db += (db[k] + gradient[k],)
@@ -303,6 +306,7 @@ def backward(
                 PADDED=padded,
                 DROPPED=dropped,
                 ACC=acc,
+                AHEAD=x.element_size() == 2 and not dropped,
                 PARAMETERS=parameters,
                 maxnreg=registers,
                 **launch.constants,

@@ -129,7 +129,8 @@ def _whole_waves(
     launch = _row_launch(width, columns, ROW_WARPS)
     held = sum(size for _, size in launch.cut) * launch.tile / (WARP * launch.num_warps)
     most = REGISTERS // (WARP * launch.num_warps)
-    programs = max(1, int(most // min(255, 60 + registers * held)))
+    needed = cdiv(int(60 + registers * held), 8) * 8  # they are given out in eights
+    programs = max(1, most // needed)
     rows = _rows_walked(samples, tokens, launch.tile, device * programs)
     return launch._replace(rows=rows), min(255, most // programs // 8 * 8)
 

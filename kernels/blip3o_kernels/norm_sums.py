@@ -25,6 +25,8 @@ STAGE_PROGRAMS = 128
 STAGE_COLUMNS = 8
 STAGE_WARPS = 8
 """What a program reads at a time: a sector of each of 128 programs, 4 KB of each kind of sum."""
+STAGE_REGISTERS = 128
+"""Of a thread; by itself the assembler takes 64 for some variants, and spills."""
 
 
 @jit
@@ -205,6 +207,7 @@ def parameter_gradients(
         COLS=STAGE_COLUMNS,
         ACC=acc,
         num_warps=STAGE_WARPS,
+        maxnreg=STAGE_REGISTERS,
         enable_fp_fusion=False,
     )
     return dls, dpost, dpre
