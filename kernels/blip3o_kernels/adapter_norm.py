@@ -168,6 +168,7 @@ def _backward_kernel(
 ):
     sample, first, last = token_range(tokens, rows, chunks)
     up, source = dout + sample * dout_b, x + sample * x_b
+    HALF: tl.constexpr = dx.dtype.element_ty.primitive_bitwidth == 16
     w = load_parameter(weight, CUT, WIDTH, ROWS, weight.dtype.element_ty)
     b = load_parameter(bias, CUT, WIDTH, ROWS, bias.dtype.element_ty)
     dw = zeros(CUT, ROWS, ACC)
@@ -204,8 +205,11 @@ def _backward_kernel(
         for k in tl.static_range(len(CUT)):
             standard = _without_padding((values[k] - mean) * rstd, k, CUT, WIDTH)
             wide = w[k].to(ACC)
-            u = tl.fma(standard, wide, b[k].to(ACC))
-            slope = gelu_slope(u, dx.dtype.element_ty.primitive_bitwidth <= 16)
+            offset = b[k].to(ACC)
+            if DROPPED and not HALF:  # The bits of dropout need registers.
+                offset = parameter_piece(bias, k, CUT, WIDTH, ROWS, ACC, True)
+            u = tl.fma(standard, wide, offset)
+            slope = gelu_slope(u, HALF)
             du = _without_padding(upstream[k], k, CUT, WIDTH) * slope
             xhat += (standard,)
             gradient += (du,)
