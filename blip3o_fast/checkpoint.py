@@ -51,7 +51,10 @@ def save_checkpoint(folder: str | Path, config: DiTConfig, tensors: Mapping[str,
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}
     temporary = temporary_path(folder / WEIGHTS_NAME)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(plain, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # safetensors lets nobody else read
         settle(temporary, folder / WEIGHTS_NAME)
     finally:
         temporary.unlink(missing_ok=True)

@@ -84,10 +84,6 @@ class BLIP3oDiT(DiT):
             guidance_scale=guidance_scale,
             **options,
         )
-        is_batch = isinstance(eva_features, Tensor) and eva_features.dim() == 3
-        if is_batch and not self.config.has_cls:
-            extra = eva_features.shape[1] - self.config.num_tokens == 1
-            eva_features = eva_features[:, int(extra) :]
         return plan(eva_features, noise, generator, seeds, progress, callback)
 
     def save_pretrained(

@@ -78,6 +78,12 @@ def test_saving_leaves_nothing_else_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == SAVED
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(tmp_path):
+    small().save_pretrained(tmp_path)
+    weights, config = (tmp_path / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
 def test_a_failed_save_keeps_the_previous_model(tmp_path, monkeypatch):
     model = small()
     model.save_pretrained(tmp_path)

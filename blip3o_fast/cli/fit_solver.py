@@ -22,7 +22,7 @@ PEERS = ("heun", "adams_bashforth2", "adams_bashforth4")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fit, print the errors beside those of other solvers, write ``solver.json``."""
+    """Fit, write ``solver.json``, print the errors beside those of other solvers."""
     options = FitOptions(**given(FitOptions, args))
     device = find_device(options.device)
     model = load_trained_model(
@@ -46,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise OptionError(str(error)) from None
-    held_out = eva[-max(1, len(eva) // 4) :]
-    print("\n".join(table(model, fitted, held_out, generator, dtype, options.progress)))
     found = locate_checkpoint(Path(options.model_path))
     folder = found if found.is_dir() else found.parent
     solvers = {**model.fitted, **fitted}
+    # Before the table, which takes minutes of its own.
     save_solvers(folder, solvers)
     refresh_solvers(folder, solvers)
+    held_out = eva[-max(1, len(eva) // 4) :]
+    print("\n".join(table(model, fitted, held_out, generator, dtype, options.progress)))
     print(f"\nSolvers: {folder / SOLVER_NAME}")
     return 0
 
@@ -67,8 +68,8 @@ def conditions(options: FitOptions, model: BLIP3oDiT) -> torch.Tensor:
         )
     if len(data) < options.conditions:
         raise OptionError(
-            f"conditions: expected at most the {len(data)} samples of {options.embeddings_dir}, "
-            f"got {options.conditions}"
+            f"conditions: expected at most the {len(data)} training samples of "
+            f"{options.embeddings_dir}, got {options.conditions}; pass --conditions {len(data)}"
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     return data.read(order[: options.conditions].tolist()).eva.to(model.dtype)

@@ -173,7 +173,7 @@ class _RidgeFit:
             raise ValueError("batches: expected at least one training batch, got none")
         if len(self._photos) < 2:
             raise ValueError(
-                "sources: expected two or more training photos to tune the ridge strength on, got 1"
+                "training photos: expected two or more to tune the ridge strength on, got 1"
             )
         maps = [tune(fit, held) for fit, held in self._parts]
         return RidgeRegression(maps[-1], maps[0] if len(maps) == 2 else None)

@@ -157,7 +157,8 @@ class SamplingPlan:
         """Sample.
 
         Args:
-            eva: ``[B, N, E]``, finite, on the model's device.
+            eva: ``[B, N, E]``, finite, on the model's device. For a model without a CLS token also
+                with one, ``[B, N + 1, E]``, which is left out.
             noise: ``[B, N, C]`` to start from; None draws it.
             generator: source of the noise; a CPU generator gives the same noise on any device.
             seeds: one per sample, instead of a generator.
@@ -178,6 +179,9 @@ class SamplingPlan:
             return outside_graph(self, eva, noise, generator, seeds, progress, callback)
         model = self.model
         N, E = model.config.num_tokens, model.config.eva_embedding_size
+        is_batch = isinstance(eva, Tensor) and eva.dim() == 3
+        if is_batch and not model.config.has_cls and eva.shape[1] == N + 1:
+            eva = eva[:, 1:]
         check_shape("eva_features", eva, "B N E", N=N, E=E)
         device = eva.device
         self.check_device(device)
@@ -241,7 +245,7 @@ class SamplingPlan:
         if refusal is not None:
             raise ValueError(
                 f"dtype=float8_e4m3fn: {refusal}; pass dtype=torch.bfloat16, or "
-                "impl=Impl.REFERENCE, which emulates FP8 to judge its quality"
+                "impl=blip3o_fast.ops.Impl.REFERENCE, which emulates FP8 to judge its quality"
             )
 
     def refusal(self, device: torch.device) -> str | None:

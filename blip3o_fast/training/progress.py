@@ -74,7 +74,7 @@ class ProgressDisplay:
             "loss": _number(record.loss),
             "similarity": _number(self.similarity),
             "norm": _number(record.grad_norm),
-            "samples/s": f"{self.samples / max(record.seconds, 1e-9):.0f}",
+            "samples/s": f"{self.samples / max(record.seconds, 1e-9):.3g}",
             "wait": f"{1000 * record.data_wait:.0f}ms",
         }
         return {name: value for name, value in values.items() if value}

@@ -141,7 +141,9 @@ def check_folder(plan: TrainingPlan) -> None:
     changed.pop("chunked_embeddings_dir", None)
     if changed:
         listed = ", ".join(f"{n} was {a!r}, is {b!r}" for n, (a, b) in changed.items())
-        raise OptionError(f"output_dir: {folder} holds another run: {listed}")
+        raise OptionError(
+            f"output_dir: {folder} holds another run: {listed}; choose another folder or remove it"
+        )
     if saved["data"] != plan.data_digest:
         raise OptionError(f"output_dir: {folder} holds a run on other data or another split")
     damaged = damaged_checkpoints(folder)

@@ -8,6 +8,7 @@ import torch
 from small_data import E, small_model, write_shards
 
 from blip3o_fast import load_trained_model
+from blip3o_fast.cli import fit_solver
 from blip3o_fast.cli.main import main
 from blip3o_fast.model_card import CARD_NAME
 
@@ -42,6 +43,15 @@ def test_fits_prints_and_writes(command, tmp_path, capsys):
     assert model.generate(torch.randn(1, 6, E), 4, solver="fitted").isfinite().all()
 
 
+def test_what_was_fitted_is_kept_if_the_table_is_interrupted(command, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_solver, "solver_errors", interrupt)
+    assert main([*command, "--evaluations", "2"]) == 130
+    assert sorted(load_trained_model(tmp_path / "model").fitted) == [2]
+
+
 def test_a_second_fit_keeps_the_first(command, tmp_path):
     assert main([*command, "--evaluations", "2"]) == 0
     assert main([*command, "--evaluations", "3"]) == 0
@@ -67,7 +77,7 @@ def test_generate_uses_it(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--conditions", "100"], "conditions: expected at most the 20 samples of"),
+        (["--conditions", "100"], "conditions: expected at most the 20 training samples of"),
         (["--conditions", "3"], "eva: expected at least 4 conditions, got 3"),
         (["--evaluations", "0"], "evaluations: expected at least 1"),
     ],

@@ -206,7 +206,7 @@ def test_ridge_beats_the_mean_on_new_photos():
         ({"eva": torch.zeros(4, E)}, r"eva: expected shape \[B, N, E\]"),
         ({"sources": ["a"]}, "sources: expected a list of 4 names, got 1"),
         ({"sources": "abcd"}, "sources: expected a list of 4 names"),
-        ({"sources": ["a"] * 4}, "expected two or more training photos"),
+        ({"sources": ["a"] * 4}, "training photos: expected two or more"),
     ],
 )
 def test_bad_batches_are_refused(change, message):

@@ -132,7 +132,7 @@ def test_refused_without_the_hardware(model, draw, impl):
     refused = SamplingPlan(model, steps=1, dtype=E4M3, impl=impl)
     message = (
         "dtype=float8_e4m3fn: expected an NVIDIA GPU of compute capability 8.9 or at least 9.0, "
-        "got cpu; pass dtype=torch.bfloat16, or impl=Impl.REFERENCE"
+        "got cpu; pass dtype=torch.bfloat16, or impl=blip3o_fast.ops.Impl.REFERENCE"
     )
     for call in (lambda: refused(eva, noise), lambda: refused.check_device(torch.device("cpu"))):
         with pytest.raises(ValueError, match=message):

@@ -220,3 +220,12 @@ def test_compiled(backend, make_model, draw, monkeypatch):
     expected = SamplingPlan(model, steps=2, solver="euler")(eva, noise)
     compiled = SamplingPlan(model, steps=2, solver="euler", compile=True)(eva, noise)
     assert relative_error(compiled, expected) < limit(model)
+
+
+def test_a_cls_token_that_the_model_has_not_is_left_out(make_model, draw):
+    plan = SamplingPlan(make_model(), steps=2)
+    eva, noise = draw(plan.model)
+    longer = torch.cat((torch.full_like(eva[:, :1], 9.0), eva), dim=1)
+    assert torch.equal(plan(longer, noise), plan(eva, noise))
+    with pytest.raises(ValueError, match="eva_features: expected shape"):
+        plan(torch.cat((longer, eva[:, :1]), dim=1), noise)
