@@ -23,7 +23,7 @@ from blip3o_fast.reference import Modulation, Quantised, quantise_rows
 ALIGNMENT = 16
 """On a GPU ``torch._scaled_mm`` takes multiples of this as widths and numbers of channels."""
 
-_REMEDY = "pass impl=blip3o_fast.ops.Impl.REFERENCE, which emulates it"
+_REMEDY = "pass impl=Impl.REFERENCE, which emulates it"
 
 
 def e4m3_refusal(device: torch.device) -> str | None:
