@@ -1,6 +1,7 @@
 """``pytest benchmarks``: every group is there, and what its JSON says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,12 @@ ROOT = Path(__file__).parents[2]
 
 def benchmarks(tmp_path, *words):
     command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly")
+    # pytest-benchmark refuses to time in a process of pytest-xdist.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         (*command, *words, f"--basetemp={tmp_path / 'base'}"),
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
     )

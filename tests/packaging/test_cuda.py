@@ -104,7 +104,9 @@ def test_installed_wheel_says_what_it_is(wheel: tuple[Path, float], tmp_path: Pa
             "ops.swiglu(torch.ones(2, 8), impl=ops.Impl.CUDA)"
         )
         out = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-        assert "ValueError: impl=CUDA on" in out.stderr and "need a CUDA tensor" in out.stderr
+        assert (
+            "ValueError: swiglu: impl=CUDA on" in out.stderr and "need a CUDA tensor" in out.stderr
+        )
 
 
 @pytest.mark.slow
