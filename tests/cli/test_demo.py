@@ -14,8 +14,11 @@ from blip3o_fast.demo import photos, pipeline
 def test_photos_to_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "FITTED", (2, 3))
     monkeypatch.setattr(pipeline, "CONDITIONS", 4)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 1, "intermediate_size": 32}
+    monkeypatch.setattr(pipeline, "MODEL", {**pipeline.MODEL, **small})
     folder = tmp_path / "demo"
-    words = ["demo", "--output_dir", str(folder), "--max_images", "4", "--steps", "2"]
+    words = ["demo", "--output_dir", str(folder), "--max_images", "3", "--steps", "2"]
     words += ["--max_samples", "4", "--evaluations", "1", "2", "--no_progress", "--device", "cpu"]
     assert main(words) == 0
     printed = capsys.readouterr().out

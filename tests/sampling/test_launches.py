@@ -48,9 +48,19 @@ def launches(device, conventions, solver="euler", scale=1.0, dtype=torch.bfloat1
 
 
 @pytest.mark.parametrize(
-    ("solver", "scale"), [*((solver, 1.0) for solver in SOLVERS), ("heun", 2.0)]
+    ("conventions", "solver", "scale"),
+    [
+        pytest.param(
+            conventions,
+            solver,
+            scale,
+            # Solvers differ in numbers that a kernel reads, not in what is launched.
+            marks=() if (conventions == "consistent" or solver == "heun") else pytest.mark.slow,
+        )
+        for conventions in CONVENTIONS
+        for solver, scale in [*((solver, 1.0) for solver in SOLVERS), ("heun", 2.0)]
+    ],
 )
-@pytest.mark.parametrize("conventions", CONVENTIONS)
 def test_launches_of_an_evaluation(device, conventions, solver, scale):
     counts = launches(device, conventions, solver, scale)
     assert counts.total() <= LIMIT, counts

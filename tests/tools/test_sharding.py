@@ -41,6 +41,7 @@ def test_every_weight_moves(alone):
     assert start.keys() - moved == {"pos_embed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [recipe.__name__ for recipe in sharded.RECIPES])
 def test_two_processes_equal_one(together, alone, recipe):
     seen = together[recipe]

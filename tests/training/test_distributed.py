@@ -106,6 +106,7 @@ def test_the_number_of_processes_may_change(options, tmp_path, alone, together):
     assert_close(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_sharded_state_is_read_by_another_number_of_processes(options, tmp_path, alone, together):
     chosen = options(**SETTINGS, parallel="fsdp")
     together(chosen, stop_after=3)

@@ -156,7 +156,7 @@ class Disk:
         monkeypatch.setattr(owner, name, limited)
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_full_disk_at_any_write(every, options, tmp_path, uninterrupted, monkeypatch):
     """Each start after a failure continues; what was there before the failure still is."""
     settings = {**SETTINGS, "max_steps": 3, "save_every_n_steps": 2, "eval_every_n_steps": 3}
