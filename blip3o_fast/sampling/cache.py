@@ -26,7 +26,7 @@ from blip3o_fast.model.network import network
 from blip3o_fast.ops import Impl, ImplTable
 from blip3o_fast.sampling.graph import GraphStore
 from blip3o_fast.sampling.hoisted import TimeTable, time_table
-from blip3o_fast.sampling.packed import PackedNetwork, check_packable, pack, walk_modules, whole
+from blip3o_fast.sampling.packed import PackedNetwork, pack, packable_modules, walk_modules, whole
 
 ENGINES = 2
 TABLES = 4
@@ -100,43 +100,52 @@ class Fingerprint(NamedTuple):
     all of them at every call.
     """
 
-    facts: tuple[object, ...]
+    facts: list[object]
     probes: tuple[Tensor, ...]
     seen: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Fingerprint":
-        """The fingerprint of the present weights."""
-        tensors = _local_tensors(model)
+    def of(cls, modules: list[nn.Module]) -> "Fingerprint":
+        """The fingerprint of the present weights of all modules of a model."""
+        tensors = _local_tensors(modules)
         probes = tuple(_middle(x) for x in tensors if x.numel())
-        return cls(tuple(_facts(x) for x in tensors), probes, _values(tensors, probes))
+        return cls(_facts(tensors), probes, _values(tensors, probes))
 
-    def matches(self, model: nn.Module) -> bool:
-        """Whether ``model`` still has the same weights, with the same values."""
-        tensors = _local_tensors(model)
-        if self.facts != tuple(_facts(x) for x in tensors):
+    def matches(self, modules: list[nn.Module]) -> bool:
+        """Whether they still have the same weights, with the same values."""
+        tensors = _local_tensors(modules)
+        if self.facts != _facts(tensors):
             return False
         return torch.equal(self.seen, _values(tensors, self.probes))
 
 
-def _local_tensors(model: nn.Module) -> list[Tensor]:
+def _local_tensors(modules: list[nn.Module]) -> list[Tensor]:
     """Every parameter, or this process's shard of it."""
-    parameters = [p for module in walk_modules(model) for p in module._parameters.values()]
+    parameters = [p for module in modules for p in module._parameters.values()]
     return [getattr(p, "_local_tensor", p) for p in parameters if p is not None]
 
 
-def _facts(x: Tensor) -> object:
-    version = None if x.is_inference() else x._version
-    return x.data_ptr(), version, x.dtype, x.device, x.shape, x.stride()
+def _facts(tensors: list[Tensor]) -> list[object]:
+    return [
+        (
+            x.data_ptr(),
+            None if x.is_inference() else x._version,
+            x.dtype,
+            x.device,
+            x.shape,
+            x.stride(),
+        )
+        for x in tensors
+    ]
 
 
 def _middle(x: Tensor) -> Tensor:
-    return x.detach()[tuple(size // 2 for size in x.shape)]
+    return x.detach()[tuple(size // 2 for size in x.shape)].view(1)
 
 
 def _values(tensors: list[Tensor], probes: tuple[Tensor, ...]) -> Tensor:
     """One element of each parameter, then norms of those without a version counter."""
-    return torch.stack([*probes, *(x.detach().norm() for x in tensors if x.is_inference())])
+    return torch.cat([*probes, *(x.detach().norm().view(1) for x in tensors if x.is_inference())])
 
 
 class _ModelEngines:
@@ -148,12 +157,12 @@ class _ModelEngines:
         self.engines: Recent[EngineKey, Engine] = Recent(ENGINES)
         self.digest: str | None = None
 
-    def refresh(self, model: DiT) -> None:
+    def refresh(self, modules: list[nn.Module]) -> None:
         """Drop everything that was made from other weights. The caller holds the lock."""
-        if self.seen is None or not self.seen.matches(model):
+        if self.seen is None or not self.seen.matches(modules):
             self.engines.values.clear()
             self.digest = None
-            self.seen = Fingerprint.of(model)
+            self.seen = Fingerprint.of(modules)
 
 
 _ENGINES: "WeakKeyDictionary[DiT, _ModelEngines]" = WeakKeyDictionary()
@@ -183,7 +192,7 @@ def weights_digest(model: DiT, *, seen: bool = False) -> str:
     own = _own_engines(model)
     with own.lock:
         if not seen:
-            own.refresh(model)
+            own.refresh(walk_modules(model))
         if own.digest is None:
             sha = hashlib.sha256()
             for name, parameter in sorted(model.named_parameters()):
@@ -203,10 +212,10 @@ def find_engine(
         TypeError: if something else than its parameters decides what ``model`` computes.
     """
     key = EngineKey(model.config, dtype, astuple(impl_table(model, impl)), compiled)
-    check_packable(model)
+    modules = packable_modules(model)
     own = _own_engines(model)
     with own.lock:
-        own.refresh(model)
+        own.refresh(modules)
         return own.engines.get(key, lambda: Engine(model, key))
 
 

@@ -254,19 +254,26 @@ _CLASSES = frozenset(
 )
 
 
-def check_packable(model: DiT) -> None:
-    """Raise ``TypeError`` if something else than its parameters decides what ``model`` computes.
+def packable_modules(model: DiT) -> list[nn.Module]:
+    """All modules of ``model``.
+
+    Raises:
+        TypeError: if something else than its parameters decides what it computes.
 
     The sampler calls none of the modules, so it would ignore adapters, parametrisations and hooks.
     FSDP, ``torch.compile``, activation checkpointing and accelerate's autocast are allowed: they do
     not change what a module computes.
     """
-    for module in walk_modules(model):
+    modules = walk_modules(model)
+    for module in modules:
         kind, own = type(module), module.__dict__
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        replaced = "forward" in own or "_original_forward" in own
+        if kind in _CLASSES and not hooked and not replaced:
+            continue
         if hasattr(kind, "unshard") or kind.__name__ in ("OptimizedModule", "CheckpointWrapper"):
             continue
         known = kind in _CLASSES or module is model
-        hooked = module._forward_hooks or module._forward_pre_hooks
         # accelerate replaces ``forward`` and keeps the one that it wraps in autocast.
         called = own.get("_original_forward", own.get("forward"))
         replaced = called is not None and called != kind.forward.__get__(module)
@@ -280,15 +287,16 @@ def check_packable(model: DiT) -> None:
                 f"the library's own without hooks, got {what}; merge adapters (LoRA), remove hooks "
                 "and parametrisations"
             )
+    return modules
 
 
-def walk_modules(module: nn.Module) -> Iterator[nn.Module]:
+def walk_modules(model: nn.Module) -> list[nn.Module]:
     """What ``modules()`` gives, several times faster: ``generate`` looks at all in every call."""
-    stack = [module]
-    while stack:
-        module = stack.pop()
-        yield module
-        stack.extend(child for child in module._modules.values() if child is not None)
+    found: list[nn.Module] = [model]
+    for module in found:
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _pack_block(
