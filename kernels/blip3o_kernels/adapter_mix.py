@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.arithmetic import sigmoid
-from blip3o_kernels.launch import accumulator, elementwise_launch, merged, on_device
+from blip3o_kernels.launch import accumulator, blank, elementwise_launch, merged, on_device
 from blip3o_kernels.tiles import load_tile, tile
 from blip3o_kernels.typed import jit
 
@@ -87,7 +87,7 @@ def _backward_kernel(
 
 def forward(gate: Tensor, adapted: Tensor, residual: Tensor) -> Tensor:
     """``[B, N, D]`` each, to ``[B, N, D]`` in the dtype of ``gate``."""
-    out = gate.new_empty(gate.shape)
+    out = blank(gate)
     if not out.numel():
         return out
     sources = merged(gate, adapted, residual)
@@ -114,7 +114,7 @@ def backward(
     dout: Tensor, gate: Tensor, adapted: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of gate, adapted and residual, contiguous."""
-    grads = tuple(x.new_empty(x.shape) for x in (gate, adapted, residual))
+    grads = tuple(blank(x) for x in (gate, adapted, residual))
     if gate.numel():
         sources = merged(dout, gate, adapted, residual)
         samples, tokens, width = sources[0].shape

@@ -27,6 +27,7 @@ from torch import Tensor
 from blip3o_kernels.arithmetic import gelu, gelu_slope
 from blip3o_kernels.launch import (
     accumulator,
+    blank,
     merged_rows,
     on_device,
     torch_accumulator,
@@ -238,7 +239,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, dropped: int
 ) -> Tensor:
     """``[B, N, P]`` to ``[B, N, P]``."""
-    out = x.new_empty(x.shape)
+    out = blank(x)
     weight, bias = unit_stride(weight), unit_stride(bias)
     (source,) = merged_rows(x)
     samples, tokens, padded = source.shape
@@ -278,7 +279,7 @@ def backward(
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and, with ``parameters``, of weight and bias, else empty tensors."""
-    dx = x.new_empty(x.shape)
+    dx = blank(x)
     weight, bias = unit_stride(weight), unit_stride(bias)
     upstream, source = merged_rows(dout, x)
     samples, tokens, padded = source.shape

@@ -34,6 +34,7 @@ from blip3o_kernels.flow_loss_terms import (
 )
 from blip3o_kernels.launch import (
     accumulator,
+    blank,
     block_launch,
     on_device,
     torch_accumulator,
@@ -307,7 +308,7 @@ def backward(
 ) -> Tensor:
     """The gradient of the velocity, contiguous; ``grad`` is that of the total, 0-d."""
     samples, tokens, width = velocity.shape
-    out = velocity.new_empty(velocity.shape)
+    out = blank(velocity)
     sources = (velocity, x_t, x_1, noise)
     t = unit_stride(t)
     launch = block_launch(width, samples * tokens)

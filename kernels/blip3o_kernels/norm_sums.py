@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip3o_kernels.double_norm import Modulation
-from blip3o_kernels.launch import torch_accumulator
+from blip3o_kernels.launch import blank, torch_accumulator
 from blip3o_kernels.pieces import add_three, add_two
 from blip3o_kernels.tiles import load_vector
 from blip3o_kernels.typed import cdiv, jit, next_power_of_2
@@ -181,8 +181,7 @@ def parameter_gradients(
     samples, chunks, _, width = partial.shape
     dls = None if layer_scale is None else layer_scale.new_empty(width)
     dpost, dpre = (
-        None if norm is None else Modulation(*(u.new_empty(u.shape) for u in norm))
-        for norm in (post, pre)
+        None if norm is None else Modulation(*(blank(u) for u in norm)) for norm in (post, pre)
     )
     chunks_block = next_power_of_2(max(1, chunks))  # an empty batch has none
     _gradient_stage[(cdiv(width, STAGE_COLUMNS),)](

@@ -32,6 +32,7 @@ from blip3o_kernels.double_norm import (
 )
 from blip3o_kernels.launch import (
     accumulator,
+    blank,
     on_device,
     summed_launch,
     unit_stride,
@@ -325,11 +326,11 @@ def forward(
     in e4m3, rounded once, and its scales ``[B, N, 1]`` follow.
     """
     *norms, eps = norms_and_eps
-    h, scales = x.new_empty(0 if norms[4] is None else x.shape), None
+    h, scales = x.new_empty(0) if norms[4] is None else blank(x), None
     if quantised:
         h, scales = quantised_like(x)
     samples, tokens, width = x.shape
-    x_out = x.new_empty(x.shape)
+    x_out = blank(x)
     ls, post, pre = _parameters(layer_scale, norms)
     launch, _ = whole_waves(x, COLUMNS, REGISTERS)
     chunks = cdiv(tokens, launch.rows)
@@ -382,7 +383,7 @@ def backward(
     *norms, eps, parameters = rest
     samples, tokens, width = x_out.shape
     ls, post, pre = _parameters(layer_scale, norms)
-    dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
+    dx, dy = blank(x_out), blank(y)
     acc = accumulator(x_out, y, ls, *(post or ()), *(pre or ()))
     launch, depth = summed_launch(x_out, BACKWARD_COLUMNS, BACKWARD_DEPTH)
     chunks = cdiv(tokens, launch.rows)

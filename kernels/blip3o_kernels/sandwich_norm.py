@@ -25,6 +25,7 @@ from blip3o_kernels.double_norm import (
 )
 from blip3o_kernels.launch import (
     accumulator,
+    blank,
     on_device,
     summed_launch,
     unit_stride,
@@ -175,7 +176,7 @@ def forward(
     quantised: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``[B, N, D]`` to ``[B, N, D]``; quantised, in e4m3, and scales ``[B, N, 1]``."""
-    out, scales = quantised_like(x) if quantised else (x.new_empty(x.shape), None)
+    out, scales = quantised_like(x) if quantised else (blank(x), None)
     samples, tokens, width = x.shape
     w1, w2, shift, scale = map(unit_stride, (w1, w2, shift, scale))
     launch, _ = whole_waves(x, COLUMNS, REGISTERS)
@@ -220,7 +221,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x and, with ``parameters``, of w1, w2, shift and scale, else empty tensors."""
     samples, tokens, width = x.shape
-    dx = x.new_empty(x.shape)
+    dx = blank(x)
     norm = Modulation(*map(unit_stride, (w1, w2, shift, scale)))
     acc = accumulator(x, *norm)
     launch, depth = summed_launch(x, BACKWARD_COLUMNS, BACKWARD_DEPTH)

@@ -14,6 +14,7 @@ from blip3o_kernels.launch import (
     ElementwiseLaunch,
     accumulator,
     batched_rows,
+    blank,
     elementwise_launch,
     on_device,
     whole_rows_launch,
@@ -138,7 +139,7 @@ def _forward(
 def backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of ``gate_up``, contiguous."""
     width = grad.shape[-1]
-    out = gate_up.new_empty(gate_up.shape)
+    out = blank(gate_up)
     if not out.numel():
         return out
     source, upstream = batched_rows(gate_up), batched_rows(grad)
