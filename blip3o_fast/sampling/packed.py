@@ -267,26 +267,24 @@ def packable_modules(model: DiT) -> list[nn.Module]:
     modules = walk_modules(model)
     for module in modules:
         kind, own = type(module), module.__dict__
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        replaced = "forward" in own or "_original_forward" in own
-        if kind in _CLASSES and not hooked and not replaced:
-            continue
-        if hasattr(kind, "unshard") or kind.__name__ in ("OptimizedModule", "CheckpointWrapper"):
-            continue
         known = kind in _CLASSES or module is model
+        hooked = module._forward_hooks or module._forward_pre_hooks
         # accelerate replaces ``forward`` and keeps the one that it wraps in autocast.
         called = own.get("_original_forward", own.get("forward"))
         replaced = called is not None and called != kind.forward.__get__(module)
-        if not known or hooked or replaced:
-            name = next(name for name, other in model.named_modules() if other is module)
-            what = f"{kind.__module__}.{kind.__qualname__}"
-            if known:
-                what = "hooks" if hooked else "a replaced forward"
-            raise TypeError(
-                f"generate packs every projection: at {name or 'the model'} expected a module of "
-                f"the library's own without hooks, got {what}; merge adapters (LoRA), remove hooks "
-                "and parametrisations"
-            )
+        if known and not hooked and not replaced:
+            continue
+        if hasattr(kind, "unshard") or kind.__name__ in ("OptimizedModule", "CheckpointWrapper"):
+            continue
+        name = next(name for name, other in model.named_modules() if other is module)
+        what = f"{kind.__module__}.{kind.__qualname__}"
+        if known:
+            what = "hooks" if hooked else "a replaced forward"
+        raise TypeError(
+            f"generate packs every projection: at {name or 'the model'} expected a module of "
+            f"the library's own without hooks, got {what}; merge adapters (LoRA), remove hooks "
+            "and parametrisations"
+        )
     return modules
 
 
