@@ -124,14 +124,14 @@ def summed_launch(x: Tensor, columns: int, depth: int) -> tuple[RowLaunch, int]:
 
 @lru_cache(maxsize=1024)
 def _whole_waves(
-    width: int, samples: int, tokens: int, device: int, columns: int, registers: float
+    width: int, samples: int, tokens: int, processors: int, columns: int, registers: float
 ) -> tuple[RowLaunch, int]:
     launch = _row_launch(width, columns, ROW_WARPS)
     held = sum(size for _, size in launch.cut) * launch.tile / (WARP * launch.num_warps)
     most = REGISTERS // (WARP * launch.num_warps)
     needed = cdiv(int(60 + registers * held), 8) * 8  # they are given out in eights
     programs = max(1, most // needed)
-    rows = _rows_walked(samples, tokens, launch.tile, device * programs)
+    rows = _rows_walked(samples, tokens, launch.tile, processors * programs)
     return launch._replace(rows=rows), min(255, most // programs // 8 * 8)
 
 
